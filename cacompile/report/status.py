@@ -1,0 +1,84 @@
+"""Where training stands: what is skipped in this step, and what has been saved so far."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from cacompile.runtime.session import session
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Groups that belong together, in this step."""
+
+    name: str
+    groups: int
+    skipped: int
+    keep: float
+    """Mean probability of being kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What `status` found; prints as a table."""
+
+    step: int
+    """Optimizer steps seen."""
+    groups: int
+    skipped: int
+    """Groups whose gradient is not computed in this step."""
+    keep: float
+    """Mean probability of being kept, over all groups."""
+    skipped_flops: float
+    """Share of all dW FLOPs that this step skips, 0 to 1; counted."""
+    saved_flops: float
+    """dW FLOPs left out so far; counted."""
+    total_flops: float
+    """dW FLOPs that a dense run would have spent so far; counted."""
+    families: tuple[Family, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        share = self.saved_flops / self.total_flops if self.total_flops else 0.0
+        head = (
+            f"step {self.step}: {self.skipped} of {self.groups} groups skipped ({self.skipped_flops:.1%} of dW FLOPs), "
+            f"mean keep probability {self.keep:.3f}; {self.saved_flops:.3g} of {self.total_flops:.3g} dW FLOPs "
+            f"saved so far ({share:.1%})"
+        )
+        rows = [(f.name, f.groups, f.skipped, f"{f.keep:.3f}") for f in self.families]
+        return f"{head}\n{tabulate(rows, headers=['family', 'groups', 'skipped', 'keep'])}"
+
+
+def status(model: torch.nn.Module) -> Status:
+    """Where training of a convaware model stands; reads host state only, waits for nothing."""
+    view = session(model)
+    tracked = {name: record for name, record in view.tracked.items() if record.groups}
+    families = tuple(
+        Family(name, record.groups, int((~record.state.on).sum()), float(record.state.keep.mean()))
+        for name, record in tracked.items()
+    )
+    groups = sum(family.groups for family in families)
+    total, saved = view.flops
+    once = sum(instance.plan.flops for instance in view.instances)
+    off = sum(float(record.flops[~record.state.on].sum()) for record in tracked.values())
+    return Status(
+        step=view.step_count,
+        groups=groups,
+        skipped=sum(family.skipped for family in families),
+        keep=sum(family.keep * family.groups for family in families) / groups if groups else 1.0,
+        skipped_flops=off / once if once else 0.0,
+        saved_flops=saved,
+        total_flops=total,
+        families=families,
+    )
+
+
+def step(model: torch.nn.Module) -> None:
+    """Tell that the optimizer has stepped; only for optimizers that are not `torch.optim.Optimizer`s."""
+    session(model).step()

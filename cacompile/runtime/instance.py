@@ -1,0 +1,104 @@
+"""One compiled graph running with one set of parameters: identical blocks share a graph, never a mask."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cacompile.config import Config
+from cacompile.plan import Plan, WeightGrad
+
+from .tracked import Partition, Tracked, registry
+
+_numbers = itertools.count(1)
+_alive: weakref.WeakValueDictionary[int, Instance] = weakref.WeakValueDictionary()
+
+
+def find_instance(handle: torch.Tensor) -> Instance | None:
+    """The instance that a handle names; None once its parameters are gone, or for a handle that is only traced."""
+    return _alive.get(int(handle)) if type(handle) is torch.Tensor else None
+
+
+class Instance:
+    """Collects this step's flags from the parameters' records and counts what was saved."""
+
+    def __init__(self, plan: Plan, inputs: Sequence[Any], config: Config) -> None:
+        self.plan = plan
+        self.handle = torch.tensor(next(_numbers))
+        self.total_flops = 0.0
+        """dW FLOPs that dense backwards would have taken so far."""
+        self.saved_flops = 0.0
+        self.guarded_backwards = 0
+        self._records = [_join(plan, grad, inputs[grad.param.index], config) for grad in plan.grads]
+        self._epoch = -1
+        self._any_off = False
+        self._off_flops = 0.0
+        self._host = torch.empty(len(plan.groups), dtype=torch.uint8)
+        device = inputs[plan.grads[0].param.index].device if plan.grads else torch.device("cpu")
+        self._device = self._host if device.type == "cpu" else torch.empty_like(self._host, device=device)
+        _alive[int(self.handle)] = self
+
+    @property
+    def records(self) -> list[Tracked]:
+        return [record for record in self._records if record is not None]
+
+    def wants_guarded(self) -> bool:
+        """Whether some group of this graph is off in the current step."""
+        if self._epoch != registry.epoch:
+            self._refresh()
+        return self._any_off
+
+    def count_backward(self) -> None:
+        self.total_flops += self.plan.flops
+
+    def flags(self, guarded: Collection[str]) -> torch.Tensor:
+        """This step's flags for the guarded graph, uint8 [blocks] on the graph's device; notes what it will skip."""
+        if self._off_flops < 0.0:
+            self._off_flops = 0.0
+            for grad, record in zip(self.plan.grads, self._records, strict=True):
+                if record is not None and grad.param.name in guarded:
+                    record.skipped |= ~record.state.on
+                    self._off_flops += float(_flops(self.plan, grad)[~record.state.on].sum())
+        self.saved_flops += self._off_flops
+        self.guarded_backwards += 1
+        return self._device
+
+    def _refresh(self) -> None:
+        self._epoch = registry.epoch
+        self._off_flops = -1.0  # to be noted by the first backward that skips
+        for grad, record in zip(self.plan.grads, self._records, strict=True):
+            on: Any = record.state.on if record is not None else np.ones(grad.blocks, bool)
+            self._host[grad.slot : grad.slot + grad.blocks] = torch.from_numpy(on.view(np.uint8))
+        self._any_off = not bool(self._host.all())
+        if self._device is not self._host:
+            # from a fresh pinned copy: the host flags may be rewritten before a late transfer reads them
+            self._device.copy_(self._host.pin_memory(), non_blocking=True)
+
+
+def _flops(plan: Plan, grad: WeightGrad) -> np.ndarray:
+    return np.array([float(group.flops) for group in plan.groups[grad.slot : grad.slot + grad.blocks]])
+
+
+def _join(plan: Plan, grad: WeightGrad, param: Any, config: Config) -> Tracked | None:
+    """The parameter's record, cut as this graph cuts it; None if another graph cut it otherwise."""
+    if not isinstance(param, torch.nn.Parameter):
+        return None
+    record = registry.track(param, grad.param.name)
+    if not record.cut(Partition(grad.dim, grad.block, grad.param.shape[grad.dim]), config):
+        return None
+    # a recompilation for other sizes uses the same parameters again, so not a sum
+    np.maximum(record.flops, _flops(plan, grad), out=record.flops)
+    return record
+
+
+def instances_of(tracked: Iterable[Tracked]) -> list[Instance]:
+    """Live instances that use any of these parameters, in the order they were made."""
+    wanted = {id(record) for record in tracked}
+    return [
+        instance for _, instance in sorted(_alive.items()) if any(id(record) in wanted for record in instance.records)
+    ]

@@ -1,0 +1,221 @@
+"""One parameter under our care: its groups, their scores, this step's mask. State belongs to parameters, not graphs."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cacompile.config import Config
+
+from .mask import draw, generator
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class GroupState:
+    """What is known of each group; one entry a group. Views into one longer state while a scope draws for several."""
+
+    on: np.ndarray
+    """bool: the gradient is computed this step."""
+    keep: np.ndarray
+    """Probability with which it was kept in this step's draw."""
+    score: np.ndarray
+    """Expected loss decrease per unit of learning rate at the last reading; NaN before the first."""
+    peak: np.ndarray
+    """Highest score so far."""
+    age: np.ndarray
+    """Optimizer steps since it was last on."""
+
+    @classmethod
+    def fresh(cls, groups: int) -> GroupState:
+        return cls(
+            on=np.ones(groups, bool),
+            keep=np.ones(groups),
+            score=np.full(groups, np.nan),
+            peak=np.zeros(groups),
+            age=np.zeros(groups, np.int64),
+        )
+
+    @classmethod
+    def joined(cls, states: list[GroupState]) -> GroupState:
+        """One state with all entries, of which each given state becomes a view."""
+        if not states:
+            return cls.fresh(0)
+        whole = cls(**{f.name: np.concatenate([getattr(s, f.name) for s in states]) for f in fields(cls)})
+        start = 0
+        for state in states:
+            stop = start + len(state.on)
+            for f in fields(cls):
+                setattr(state, f.name, getattr(whole, f.name)[start:stop])
+            start = stop
+        return whole
+
+    def to_dict(self) -> dict[str, torch.Tensor]:
+        return {f.name: torch.from_numpy(getattr(self, f.name).copy()) for f in fields(self)}
+
+    def load(self, saved: dict[str, torch.Tensor]) -> None:
+        for f in fields(self):
+            getattr(self, f.name)[:] = saved[f.name].numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """How a parameter is cut: `block` rows a group along dimension `dim`, `rows` in all."""
+
+    dim: int
+    block: int
+    rows: int
+
+    @property
+    def groups(self) -> int:
+        return -(-self.rows // self.block)
+
+    def spans(self, chosen: np.ndarray) -> Iterator[tuple[int, int]]:
+        """(start, length) in rows of each run of chosen groups."""
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], chosen, [False])).astype(np.int8)))
+        for first, last in edges.reshape(-1, 2):
+            start = int(first) * self.block
+            yield start, min(int(last) * self.block, self.rows) - start
+
+
+class Tracked:
+    """The record of one parameter. Made when a session claims it or a compiled graph first runs with it."""
+
+    def __init__(self, param: torch.nn.Parameter, name: str, key: int) -> None:
+        self.ref = weakref.ref(param)
+        self.shape = tuple(param.shape)
+        self.name = name
+        self.key = key
+        """Names it in random draws and fixes the order; the same in every run that makes the same parameters."""
+        self.config = Config()
+        self.partition: Partition | None = None
+        self.state = GroupState.fresh(0)
+        self.flops = np.zeros(0)
+        """dW FLOPs of one backward, for each group, summed over the graphs that use the parameter."""
+        self.skipped = np.zeros(0, bool)
+        """Groups whose gradient some backward left out since the last optimizer step."""
+        self.step = 0
+        """Optimizer steps seen."""
+        self.pin: Pin | None = None
+        self.pending: dict[str, Any] | None = None
+        """Saved state that waits for the partition to be known."""
+
+    @property
+    def groups(self) -> int:
+        return len(self.state.on)
+
+    def cut(self, partition: Partition, config: Config) -> bool:
+        """Fix the partition, once. False: another graph has cut this parameter otherwise, so the two cannot agree."""
+        if self.partition is not None:
+            return self.partition == partition
+        self.partition, self.config = partition, config
+        self.state = GroupState.fresh(partition.groups)
+        self.flops = np.zeros(partition.groups)
+        self.skipped = np.zeros(partition.groups, bool)
+        registry.generation += 1
+        self._take_groups()
+        if self.pin is not None:
+            self.apply_pin()
+        return True
+
+    def apply_pin(self) -> None:
+        """Let a pin, or its end, take effect at once."""
+        if self.groups:
+            self.state.on[:] = True if self.pin is None else self.pin.mask_of(self)
+            registry.epoch += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that the next draws depend on; before the partition is known, what was loaded."""
+        if self.partition is None and self.pending is not None:
+            groups = {name: self.pending[name] for name in ("partition", "skipped", "groups")}
+        else:
+            groups = {
+                "partition": None if self.partition is None else astuple(self.partition),
+                "skipped": torch.from_numpy(self.skipped.copy()),
+                "groups": self.state.to_dict(),
+            }
+        pin = None if self.pin is None else astuple(self.pin)
+        return {"shape": self.shape, "key": self.key, "step": self.step, "pin": pin, **groups}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take over a saved state; what it says of groups waits until the partition is known."""
+        self.key, self.step = saved["key"], saved["step"]
+        self.pin = None if saved["pin"] is None else Pin(*saved["pin"])
+        self.pending = saved
+        registry.generation += 1
+        self._take_groups()
+
+    def _take_groups(self) -> None:
+        if self.partition is None or self.pending is None:
+            return
+        saved, self.pending = self.pending, None
+        if saved["partition"] is not None and tuple(saved["partition"]) == astuple(self.partition):
+            self.state.load(saved["groups"])
+            self.skipped[:] = saved["skipped"].numpy()
+        else:
+            self.state.load(GroupState.fresh(self.groups).to_dict())
+            self.skipped[:] = False
+            if saved["partition"] is not None:
+                log.warning(
+                    "%s: saved for blocks of %d rows, now cut into blocks of %d; its groups start anew",
+                    self.name, saved["partition"][1], self.partition.block)  # fmt: skip
+            if self.pin is not None and self.pin.mask is not None:
+                self.pin = None
+        registry.epoch += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A mask that stays: given outright, or drawn once from `keep` and `seed`."""
+
+    mask: tuple[bool, ...] | None = None
+    keep: float = 1.0
+    seed: int = 0
+
+    def mask_of(self, record: Tracked) -> np.ndarray:
+        """The mask for one parameter, bool [G]; the same whatever else is pinned with it."""
+        if self.mask is not None:
+            return np.array(self.mask, bool)
+        keep = np.full(record.groups, self.keep)
+        return draw(keep, np.zeros(record.groups, int), generator(self.seed, record.key))
+
+
+class _Registry:
+    """Every tracked parameter of the process, by identity, weakly."""
+
+    def __init__(self) -> None:
+        self._records = WeakTensorKeyDictionary()
+        self._names: Counter[str] = Counter()
+        self.generation = 0
+        """Grows when a parameter or a partition is added: what was collected before may be incomplete."""
+        self.epoch = 0
+        """Grows when any mask changes: what was derived from masks before is stale."""
+
+    def find(self, param: Any) -> Tracked | None:
+        return self._records.get(param) if isinstance(param, torch.Tensor) else None
+
+    def track(self, param: torch.nn.Parameter, name: str) -> Tracked:
+        record = self._records.get(param)
+        if record is None:
+            key = zlib.crc32(name.encode()) + (self._names[name] << 32)
+            self._names[name] += 1
+            record = self._records[param] = Tracked(param, name, key)
+            self.generation += 1
+        return record
+
+    def forget(self) -> None:
+        """Names count from zero again, as after `torch._dynamo.reset()`; live parameters keep their state."""
+        self._names.clear()
+
+
+registry = _Registry()

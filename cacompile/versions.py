@@ -1,0 +1,201 @@
+"""One backward graph, compiled in versions; which one runs is decided each time by the mask of its module."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import CompileContext, TracingContext, compile_context, detect_fake_mode, tracing
+
+from .passes.guard import FLAGS, guard_weight_grads
+from .passes.verify import Broken, verify
+from .plan import Plan
+from .runtime.instance import find_instance
+
+log = logging.getLogger(__name__)
+
+Compile = Callable[..., Callable[[list[Any]], Any]]
+"""Inductor's `compile_fx_inner`, or one with its signature."""
+
+
+class BackwardVersions:
+    """The callable that AOTAutograd gets for a backward graph.
+
+    dense:   the graph as it came, without our handle: Inductor's own. Runs whenever all groups are on.
+    guarded: products replaced by masked ones, with one more input, the flags. Compiled the first time a group is off.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        settings: dict[str, Any],
+        *,
+        handle: int,
+        plan: Plan,
+        compile_inner: Compile,
+        on_guarded: Callable[[Plan], None],
+    ) -> None:
+        self._handle = handle
+        self._slot = _erase_handle(gm, handle)
+        self._inputs = [value for i, value in enumerate(inputs) if i != handle]
+        self._settings = _without_input(settings, handle)
+        self._plan = plan
+        self._compile = compile_inner
+        self._on_guarded = on_guarded
+        self._context = TracingContext.try_get()
+        self._compile_id = CompileContext.try_get()
+        self._donated = _donated(self._context, handle)
+        self._source: fx.GraphModule | None = copy.deepcopy(gm)  # Inductor edits the graph that it compiles
+        self._guarded: Callable[[list[Any]], Any] | None = None
+        self._masked: frozenset[str] = frozenset()
+        with _donating(self._context, self._donated):
+            self._dense = self._compile(gm, self._inputs, **self._settings)
+        # on the instance, because wrappers copy it from there
+        self._boxed_call = True
+
+    def __call__(self, args: list[Any]) -> list[Any]:
+        instance = find_instance(args.pop(self._handle))
+        run = self._dense
+        if instance is not None:
+            instance.count_backward()
+            if instance.wants_guarded() and (guarded := self.guarded()):
+                args.append(instance.flags(self._masked))
+                run = guarded
+        grads = list(run(args))
+        if self._slot is not None:
+            grads.insert(self._slot, None)
+        return grads
+
+    def guarded(self) -> Callable[[list[Any]], Any] | None:
+        """The guarded version, compiled when first asked for; None if nothing of this graph can be masked."""
+        if self._source is not None:
+            plan = self._build_guarded()
+            self._masked = frozenset(plan.guarded or ())
+            self._on_guarded(plan)
+        return self._guarded
+
+    def _build_guarded(self) -> Plan:
+        assert self._source is not None
+        gm, self._source = self._source, None
+        before = copy.deepcopy(gm.graph)
+        try:
+            plan = guard_weight_grads(gm, self._plan)
+            verify(before, gm.graph, plan.guarded or ())
+        except Broken as broken:
+            log.warning("a rewrite of the backward graph broke its promise, so it stays dense: %s", broken)
+            return replace(self._plan, guarded=())
+        except Exception:
+            log.warning("the guarded backward could not be made, so this graph stays dense", exc_info=True)
+            return replace(self._plan, guarded=())
+        if not plan.guarded:
+            log.warning("no weight gradient of this graph can be skipped; it stays dense. cacompile.explain says why")
+            return plan
+        flags = gm.graph.find_nodes(op="placeholder", target=FLAGS)[0]
+        flags.meta["val"] = self._fake_flags()
+        try:
+            with torch.no_grad(), self._compiling(), _donating(self._context, self._donated):
+                self._guarded = self._compile(gm, [*self._inputs, flags.meta["val"]], **self._settings)
+        except Exception:
+            log.warning("the guarded backward could not be compiled, so this graph stays dense", exc_info=True)
+            return replace(plan, guarded=())
+        return plan
+
+    def _fake_flags(self) -> torch.Tensor:
+        device = next(g.param.placeholder.meta["val"].device for g in self._plan.grads)
+        fake_mode = detect_fake_mode(self._inputs)
+        with fake_mode or contextlib.nullcontext():
+            return torch.empty(len(self._plan.groups), dtype=torch.uint8, device=device)
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """The surroundings in which AOTAutograd compiles a backward lazily."""
+        from torch._dynamo.convert_frame import compile_lock
+
+        with (
+            compile_lock,
+            tracing(self._context),
+            compile_context(self._compile_id),
+            torch._C._DisableAutocast(),
+        ):
+            yield
+
+
+def compile_without_handle(
+    gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any], *, handle: int, compile_inner: Compile
+) -> Any:
+    """Compile a forward or inference graph as if our handle were not among its inputs and saved tensors."""
+    saved_at = _erase_handle(gm, handle)
+    compiled: Any = compile_inner(
+        gm, [value for i, value in enumerate(inputs) if i != handle], **_without_input(settings, handle)
+    )
+    context = TracingContext.try_get()
+    if saved_at is not None and context is not None and context.output_strides:
+        context.output_strides.insert(saved_at, None)
+    # wrapped inside, so that Inductor still sees its own class (it asks for partitions of CUDA graphs)
+    inside = hasattr(compiled, "current_callable")
+    run: Callable[[list[Any]], Any] = compiled.current_callable if inside else compiled
+
+    def with_handle(args: list[Any]) -> Any:
+        value = args.pop(handle)
+        if saved_at is None:
+            return run(args)
+        outputs = list(run(args))
+        outputs.insert(saved_at, value)
+        return outputs
+
+    if inside:
+        compiled.current_callable = with_handle
+        return compiled
+    with_handle._boxed_call = True  # type: ignore[attr-defined]
+    return with_handle
+
+
+def _erase_handle(gm: fx.GraphModule, handle: int) -> int | None:
+    """Remove the handle from a graph's inputs and outputs; returns the output position where it was."""
+    node = gm.graph.find_nodes(op="placeholder")[handle]
+    output = gm.graph.output_node()
+    outputs = list(output.args[0])
+    slot = outputs.index(node) if node in outputs else None
+    if slot is not None:
+        del outputs[slot]
+        output.args = (tuple(outputs),)
+        if "user_visible_output_idxs" in output.meta:
+            output.meta["user_visible_output_idxs"] = _without(output.meta["user_visible_output_idxs"], slot)
+    gm.graph.erase_node(node)
+    gm.recompile()
+    return slot
+
+
+def _without_input(settings: dict[str, Any], handle: int) -> dict[str, Any]:
+    """`compile_fx_inner`'s keyword arguments for the graph without the input at `handle`."""
+    return {**settings, "static_input_idxs": _without(settings.get("static_input_idxs", ()), handle)}
+
+
+def _without(positions: Sequence[int], gone: int) -> list[int]:
+    return [i - (i > gone) for i in positions if i != gone]
+
+
+def _donated(context: TracingContext | None, handle: int) -> list[int] | None:
+    metadata = context.fw_metadata if context is not None else None
+    return None if metadata is None or metadata.bw_donated_idxs is None else _without(metadata.bw_donated_idxs, handle)
+
+
+@contextlib.contextmanager
+def _donating(context: TracingContext | None, donated: list[int] | None) -> Iterator[None]:
+    """Tell Inductor which inputs of the graph without the handle it may overwrite."""
+    if context is None or donated is None:
+        yield
+        return
+    metadata = context.fw_metadata
+    before, metadata.bw_donated_idxs = metadata.bw_donated_idxs, donated
+    try:
+        yield
+    finally:
+        metadata.bw_donated_idxs = before

@@ -1,0 +1,85 @@
+"""What every kernel test stands on: poisoned memory, masks, a comparison with float64."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+PATTERNS = ("on", "off", "one", "mixed")
+SLOT = 3  # where the flags of a test start, so that reading from 0 shows
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name, values in {"device": DEVICES, "pattern": PATTERNS}.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that a tile nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Small products are faster without a second thread to wait for, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """cuDNN, unlike cuBLAS, takes TF32 for float32 unless told otherwise."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_flags(device: str) -> Callable[[str, int], Tensor]:
+    """(pattern, number of blocks) -> flags with the blocks' own ones from SLOT on, between neighbours that lie."""
+
+    def make(pattern: str, blocks: int) -> Tensor:
+        own = {
+            "on": [1] * blocks,
+            "off": [0] * blocks,
+            "one": [int(i == blocks - 1) for i in range(blocks)],  # the last block, which may be the smaller one
+            "mixed": [int(i % 5 in (0, 2, 3)) for i in range(blocks)],
+        }[pattern]
+        lie = int(pattern == "off")
+        return torch.tensor([lie] * SLOT + own + [lie] * 2, dtype=torch.uint8, device=device)
+
+    return make
+
+
+@pytest.fixture
+def check() -> Callable[..., None]:
+    """(actual, exact result in float64, flags, block, dim): close where on, exactly zero where off."""
+
+    def compare(actual: Tensor, exact: Tensor, flags: Tensor, block: int, dim: int) -> None:
+        assert exact.dtype == torch.float64 and actual.shape == exact.shape
+        each = flags.tolist()
+        on = [bool(each[SLOT + i // block]) for i in range(exact.shape[dim])]
+        index = torch.tensor(on, dtype=torch.bool, device=exact.device)
+        live = actual.movedim(dim, 0)[index].double()
+        # sums of products of unit normals: errors grow with the size of the result, not element by element
+        scale = float(exact.abs().max()) if exact.numel() else 1.0
+        rounding = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
+        error = float((live - exact.movedim(dim, 0)[index]).abs().max()) if live.numel() else 0.0
+        assert error <= rounding[actual.dtype] * max(scale, 1.0)  # NaN is not <= anything
+        assert not actual.movedim(dim, 0)[~index].any(), "an off block is not zero"
+
+    return compare

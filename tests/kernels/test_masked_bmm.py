@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cacompile.kernels import masked_bmm, masked_bmm_reference
+
+SLOT = 3
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SIZES = ((1, 63, 129, 5), (5, 63, 1, 129), (3, 129, 65, 1), (12, 1, 63, 33), (2, 300, 5, 4))
+
+
+def operands(
+    e: int, m: int, n: int, k: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """A weight gradient's: dy [E, K, M] seen as [E, M, K], and x [E, K, N]."""
+    dy, x = torch.randn(e, k, m, device=device), torch.randn(e, k, n, device=device)
+    return dy.to(dtype).mT, x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", (0, 1, 2))
+@pytest.mark.parametrize("block", (1, 2, 128))
+def test_matches_float64_where_on_and_is_zero_where_off(device, dtype, dim, block, pattern, make_flags, check):
+    for e, m, n, k in SIZES:
+        a, b = operands(e, m, n, k, dtype, device)
+        flags = make_flags(pattern, -(-(e, m, n)[dim] // block))
+        exact = a.double() @ b.double()
+        out = masked_bmm(a, b, flags, SLOT, block, dim)
+        assert out.is_contiguous() and out.dtype == dtype
+        check(out, exact, flags, block, dim)
+        check(masked_bmm_reference(a, b, flags, SLOT, block, dim), exact, flags, block, dim)
+
+
+@pytest.mark.parametrize("dim", (0, 1, 2))
+def test_takes_any_strides(device, dim, pattern, make_flags, check):
+    a = torch.randn(30, 4, 20, device=device).permute(1, 0, 2)
+    b = torch.randn(25, 20, 4, device=device).permute(2, 1, 0)
+    flags = make_flags(pattern, (4, 30, 25)[dim])
+    check(masked_bmm(a, b, flags, SLOT, 1, dim), a.double() @ b.double(), flags, 1, dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", (0, 1, 2))
+def test_all_on_is_bit_for_bit_the_library(dtype, dim):
+    a, b = operands(4, 63, 129, 33, dtype)
+    flags = torch.ones(200, dtype=torch.uint8)
+    assert torch.equal(masked_bmm(a, b, flags, SLOT, 1, dim), torch.bmm(a, b))
+
+
+@pytest.mark.parametrize("e, m, n, k", ((4, 6, 5, 0), (0, 6, 3, 2), (4, 0, 3, 2), (4, 3, 0, 2)))
+@pytest.mark.parametrize("dim", (0, 1, 2))
+def test_empty_sizes(device, e, m, n, k, dim, pattern, make_flags):
+    a, b = torch.randn(e, m, k, device=device), torch.randn(e, k, n, device=device)
+    out = masked_bmm(a, b, make_flags(pattern, (e, m, n)[dim]), SLOT, 1, dim)
+    assert torch.equal(out, torch.zeros(e, m, n, device=device))
+
+
+@pytest.mark.parametrize("dim", (0, 1, 2))
+def test_off_blocks_cost_nothing(dim):
+    a, b = operands(8, 8, 8, 4)
+    flags = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
+    with torch.profiler.profile(with_flops=True) as profile:
+        masked_bmm(a, b, flags, 0, 1, dim)
+    assert sum(event.flops or 0 for event in profile.events()) == 8 * 8 * 8 * 4 * 2 // 2
+
+
+@pytest.mark.parametrize("dim", (0, 1, 2))
+def test_opcheck(device, dim, make_flags):
+    a, b = operands(3, 7, 9, 5, device=device)
+    torch.library.opcheck(masked_bmm, (a, b, make_flags("mixed", 9), SLOT, 1, dim))
+
+
+def test_fake_says_what_the_op_does():
+    with FakeTensorMode():
+        a, b, flags = torch.empty(2, 5, 7).mT, torch.empty(2, 5, 9), torch.empty(8, dtype=torch.uint8)
+        out = masked_bmm(a, b, flags, SLOT, 1, 0)
+        assert out.shape == (2, 7, 9) and out.is_contiguous()
+
+
+def test_compiled_takes_views_as_they_are_for_any_number_of_tokens(device, make_flags):
+    flags = make_flags("mixed", 4)
+
+    def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+        return masked_bmm(dy.mT, x, flags, SLOT, 1, 0)
+
+    compiled = torch.compile(weight_grad, dynamic=True)
+    for tokens in (16, 7):
+        dy, x = torch.randn(4, tokens, 12, device=device), torch.randn(4, tokens, 10, device=device)
+        if tokens == 16:
+            with torch._inductor.config.patch(force_disable_caches=True):  # their key does not know an op's tags
+                out, (code,) = run_and_get_code(compiled, dy, x)
+            assert "masked_bmm.default(reinterpret_tensor(" in code
+            assert "= empty_strided" not in code, "an operand was copied"
+        else:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                out = compiled(dy, x)
+        torch.testing.assert_close(out, weight_grad(dy, x))

@@ -1,0 +1,93 @@
+"""guard: planned products become their masked twins, all else stays as it was."""
+
+import torch
+from tiny import Tiny, aten, copied, marked_conv, marked_mm, param
+from torch.testing import FileCheck
+
+from cacompile.passes import group, guard_weight_grads, locate, mark_products
+from cacompile.passes.guard import MARK, Mark
+from cacompile.plan import Plan
+
+FLAGS = torch.tensor([1, 0, 0, 1], dtype=torch.uint8)
+
+
+def on(rows: int) -> torch.Tensor:
+    return FLAGS.repeat_interleave(16)[:rows].bool()
+
+
+def test_matmul_gradient_becomes_masked() -> None:
+    gm, plan = marked_mm()
+    before = copied(gm)
+    plan = guard_weight_grads(gm, plan)
+    assert plan.guarded == ("w",) and plan.skips == ()
+    masked = "cacompile.masked_mm.default(permute_default, x, convaware_flags, 0, 16, 0)"
+    FileCheck().check(masked).check("aten.mm.default(dy, w)").run(gm.code)
+    assert len(gm.graph.nodes) == len(before.nodes) + 1
+
+    dy, x, w = torch.randn(8, 64), torch.randn(8, 32), torch.randn(64, 32)
+    dw, dx = gm(dy, x, w, FLAGS)
+    torch.testing.assert_close(dw[on(64)], (dy.t() @ x)[on(64)])
+    assert not dw[~on(64)].any() and torch.equal(dx, dy @ w)
+    dw, dx = gm(dy, x, w, torch.ones_like(FLAGS))
+    assert torch.equal(dw, dy.t() @ x) and torch.equal(dx, dy @ w)
+
+
+def test_convolution_is_split() -> None:
+    gm, plan = marked_conv()
+    plan = guard_weight_grads(gm, plan)
+    assert plan.guarded == ("w",)
+    FileCheck().check("convolution_backward.default").check("[True, False, False]").run(gm.code)
+    FileCheck().check("cacompile.masked_conv_dw.default(dy, x, w, convaware_flags, 0, 16, 0").run(gm.code)
+
+    args = torch.randn(2, 32, 6, 6), torch.randn(2, 4, 8, 8), torch.randn(32, 4, 3, 3)
+    settings = [32], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True]
+    dx, dw, db = aten.convolution_backward.default(*args, *settings)
+    new_dw, new_dx, new_db = gm(*args, FLAGS)
+    torch.testing.assert_close(new_dw[on(32)], dw[on(32)])
+    torch.testing.assert_close(new_db, db)
+    assert not new_dw[~on(32)].any() and torch.equal(new_dx, dx)
+
+
+def test_convolution_without_data_gradient_goes() -> None:
+    for bias in (True, False):
+        gm, plan = marked_conv(needs_dx=False, bias=bias)
+        assert guard_weight_grads(gm, plan).guarded == ("w",)
+        FileCheck().check_not("convolution_backward").check("masked_conv_dw").run(gm.code)
+
+
+def test_shared_gradient_is_left_alone_and_says_why() -> None:
+    gm, plan = marked_mm()
+    tiny = Tiny()
+    tiny.graph = gm.graph
+    [dw] = [node for node in gm.graph.nodes if MARK in node.meta]
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        tiny.call(aten.exp.default, dw)
+    before = str(gm.graph)
+    plan = guard_weight_grads(gm, plan)
+    assert plan.guarded == () and "2 users" in plan.skips[0].reason and str(gm.graph) == before
+
+
+def test_lost_product_is_left_alone_and_says_why() -> None:
+    gm, plan = marked_mm()
+    for node in gm.graph.nodes:
+        node.meta.pop(MARK, None)
+    before = str(gm.graph)
+    plan = guard_weight_grads(gm, plan)
+    assert "0 of its 1 products reached" in plan.skips[0].reason and str(gm.graph) == before
+
+
+def test_product_that_became_something_else_is_left_alone_and_says_why() -> None:
+    gm, plan = marked_mm()
+    [dw] = [node for node in gm.graph.nodes if MARK in node.meta]
+    dw.target = torch.matmul
+    assert "turned its product into" in guard_weight_grads(gm, plan).skips[0].reason
+
+
+def test_mark_says_where_a_part_begins() -> None:
+    tiny = Tiny()
+    parts = [tiny.mm(tiny.input(f"a{i}", 32, 8), tiny.input(f"b{i}", 8, 32)) for i in range(2)]
+    grad = tiny.call(aten.cat.default, parts)
+    tiny.graph.output((grad,))
+    plan = group(locate(Plan(params=(param(grad),))), block_rows=16)
+    mark_products(plan)
+    assert [p.meta[MARK] for p in parts] == [Mark("w", 0, 16, 0), Mark("w", 2, 16, 0)]

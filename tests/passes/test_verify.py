@@ -1,0 +1,156 @@
+"""verify: every kind of broken promise is caught."""
+
+from collections.abc import Callable
+
+import pytest
+from tiny import Tiny, aten, copied, marked_conv, marked_mm
+from torch import fx
+
+from cacompile.kernels import masked_conv_dw, masked_mm
+from cacompile.passes import Broken, guard_weight_grads, verify
+from cacompile.passes.guard import MARK
+
+Graphs = tuple[fx.Graph, fx.GraphModule]
+
+
+def guarded(make: Callable[[], tuple]) -> Graphs:
+    gm, plan = make()
+    before = copied(gm)
+    assert guard_weight_grads(gm, plan).guarded == ("w",)
+    return before, gm
+
+
+def node_of(gm: fx.GraphModule, target: object) -> fx.Node:
+    return next(node for node in gm.graph.nodes if node.target is target)
+
+
+KEPT = {
+    "matmul": marked_mm,
+    "convolution": marked_conv,
+    "convolution without dX": lambda: marked_conv(needs_dx=False),
+    "convolution without bias": lambda: marked_conv(bias=False),
+    "dW alone": lambda: marked_conv(needs_dx=False, bias=False),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_promise(name: str) -> None:
+    before, gm = guarded(KEPT[name])
+    verify(before, gm.graph, ("w",))
+
+
+def test_nothing_guarded_nothing_changed() -> None:
+    gm, _ = marked_mm()
+    verify(copied(gm), gm.graph, ())
+    with pytest.raises(Broken, match="flags input is missing"):
+        verify(copied(gm), gm.graph, ("w",))
+
+
+def add_node(gm: fx.GraphModule) -> None:
+    tiny = Tiny()
+    tiny.graph = gm.graph
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        tiny.call(aten.neg.default, gm.graph.find_nodes(op="placeholder")[0])
+
+
+def lose_node(gm: fx.GraphModule) -> None:
+    dx = node_of(gm, aten.mm.default)
+    output = gm.graph.output_node()
+    output.args = (tuple(None if arg is dx else arg for arg in output.args[0]),)
+    gm.graph.erase_node(dx)
+
+
+def change_argument(gm: fx.GraphModule) -> None:
+    node_of(gm, aten.permute.default).update_arg(1, [0, 1])
+
+
+def swap_operand(gm: fx.GraphModule) -> None:
+    dy, _, w, *_ = gm.graph.find_nodes(op="placeholder")
+    node_of(gm, aten.mm.default).args = (w, dy)
+
+
+def swap_masked_operand(gm: fx.GraphModule) -> None:
+    masked = node_of(gm, masked_mm)
+    masked.update_arg(1, gm.graph.find_nodes(op="placeholder")[2])
+
+
+def swap_outputs(gm: fx.GraphModule) -> None:
+    output = gm.graph.output_node()
+    output.args = (tuple(reversed(output.args[0])),)
+
+
+def reorder_inputs(gm: fx.GraphModule) -> None:
+    first, second, *_ = gm.graph.find_nodes(op="placeholder")
+    first.prepend(second)
+
+
+def wrong(position: int, value: int) -> Callable[[fx.GraphModule], None]:
+    return lambda gm: node_of(gm, masked_mm).update_arg(position, value)
+
+
+BROKEN = {
+    "added node": add_node,
+    "lost node": lose_node,
+    "changed argument": change_argument,
+    "other operand": swap_operand,
+    "other operand of the masked product": swap_masked_operand,
+    "outputs swapped": swap_outputs,
+    "inputs reordered": reorder_inputs,
+    "wrong slot": wrong(3, 1),
+    "wrong block": wrong(4, 32),
+    "wrong dimension": wrong(5, 1),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_promise(name: str) -> None:
+    before, gm = guarded(marked_mm)
+    BROKEN[name](gm)
+    with pytest.raises(Broken):
+        verify(before, gm.graph, ("w",))
+
+
+def test_unplanned_product_masked() -> None:
+    before, gm = guarded(marked_mm)
+    dx = node_of(gm, aten.mm.default)
+    dx.target, dx.args = masked_mm, (*dx.args, gm.graph.find_nodes(op="placeholder")[-1], 0, 16, 0)
+    with pytest.raises(Broken, match="became"):
+        verify(before, gm.graph, ("w",))
+
+
+def test_planned_product_not_masked() -> None:
+    gm, _ = marked_mm()
+    before = copied(gm)
+    with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
+        gm.graph.placeholder("convaware_flags")
+    with pytest.raises(Broken, match="became"):
+        verify(before, gm.graph, ("w",))
+
+
+def test_product_masked_for_another_parameter() -> None:
+    before, gm = guarded(marked_mm)
+    for node in before.nodes:
+        node.meta.pop(MARK, None)
+    with pytest.raises(Broken, match="became"):
+        verify(before, gm.graph, ("w",))
+
+
+def conv_keeps_dw(gm: fx.GraphModule) -> None:
+    conv = node_of(gm, aten.convolution_backward.default)
+    conv.args = (*conv.args[:-1], [True, True, False])
+
+
+def conv_other_stride(gm: fx.GraphModule) -> None:
+    node_of(gm, masked_conv_dw).update_arg(7, [2, 2])
+
+
+def bias_over_channels(gm: fx.GraphModule) -> None:
+    node_of(gm, aten.sum.dim_IntList).update_arg(1, [0, 1, 2])
+
+
+@pytest.mark.parametrize("break_it", [conv_keeps_dw, conv_other_stride, bias_over_channels])
+def test_broken_convolution(break_it: Callable[[fx.GraphModule], None]) -> None:
+    before, gm = guarded(marked_conv)
+    break_it(gm)
+    with pytest.raises(Broken):
+        verify(before, gm.graph, ("w",))

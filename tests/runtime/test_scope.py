@@ -1,0 +1,141 @@
+"""Warm-up, ages, pins and learning rates: what becomes of a scope's probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import optim
+
+from cacompile.runtime.scope import Scope
+from cacompile.runtime.tracked import Pin, registry
+
+
+def masks(scope: Scope, steps: int, optimizer: optim.Optimizer | None = None) -> np.ndarray:
+    """[steps, G], the mask after each of some optimizer steps."""
+    taken = []
+    for _ in range(steps):
+        scope.advance(optimizer)
+        taken.append(scope.state.on.copy())
+    return np.array(taken)
+
+
+def longest_off(on: np.ndarray) -> int:
+    longest = run = 0
+    for flag in on:
+        run = 0 if flag else run + 1
+        longest = max(longest, run)
+    return longest
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_nothing_is_skipped_in_the_warm_up(warmup: int, make: Any):
+    scope = Scope([make(40, 2, warmup_steps=warmup)[1]])
+    scope.state.keep[:] = 0.5
+    taken = masks(scope, 20)
+    # step n has been done; the mask that it draws is for step n + 1
+    assert taken[: max(0, warmup - 1)].all()
+    assert not taken[max(0, warmup - 1) :].all(axis=1).any()
+
+
+def test_a_parameter_that_comes_later_has_its_own_warm_up(make: Any):
+    old, new = make(40, 2, name="old", warmup_steps=5)[1], make(40, 2, name="new", warmup_steps=5)[1]
+    old.step = 100
+    scope = Scope([old, new])
+    scope.state.keep[:] = 0.5
+    for _ in range(4):
+        scope.advance(None)
+        assert new.state.on.all() and not old.state.on.all()
+    scope.advance(None)
+    assert not new.state.on.all()
+
+
+@pytest.mark.parametrize("max_age", [1, 3, 20])
+@pytest.mark.parametrize("keep", [0.0, 0.1])
+def test_no_group_is_off_for_longer_than_max_age(max_age: int, keep: float, make: Any):
+    scope = Scope([make(40, 2, name=name, max_age=max_age)[1] for name in "ab"])
+    scope.state.keep[:] = keep
+    taken = masks(scope, 100)
+    ages = [longest_off(group) for group in taken.T]
+    assert max(ages) == max_age if keep == 0.0 else max(ages) <= max_age
+
+
+def test_a_pinned_parameter_keeps_its_mask_and_the_others_are_drawn(make: Any):
+    pinned, drawn = make(8, 2, name="pinned", max_age=2)[1], make(40, 2, name="drawn")[1]
+    pinned.pin = Pin(mask=(True, False, False, True))
+    scope = Scope([pinned, drawn])
+    scope.state.keep[:] = 0.5
+    seen = set()
+    for _ in range(10):
+        scope.advance(None)
+        assert pinned.state.on.tolist() == [True, False, False, True]
+        seen.add(drawn.state.on.tobytes())
+    assert len(seen) > 5
+
+
+def test_same_seed_same_masks_and_scopes_do_not_draw_alike(make: Any):
+    def scope(seed: int, name: str) -> Scope:
+        registry.forget()
+        made = Scope([make(100, 2, name=name, seed=seed)[1]])
+        made.state.keep[:] = 0.5
+        return made
+
+    first = masks(scope(1, "a"), 5)
+    assert (masks(scope(1, "a"), 5) == first).all()
+    assert (masks(scope(2, "a"), 5) != first).any()
+    assert (masks(scope(1, "b"), 5) != first).any()
+
+
+def test_probabilities_follow_from_descent_learning_rate_and_cost(make: Any):
+    """Half the learning rate, half the loss at stake: skipped twice as readily."""
+    made = [make(40, 2, name=name, tolerance=0.2, monitor_every=3) for name in "ab"]
+    params, records = zip(*made, strict=True)
+    optimizer = optim.SGD([{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.05), strict=True)])
+    scope = Scope(records)
+    for record in records:
+        record.state.peak[:] = 1e9  # long past their best
+    for step in range(1, 4):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        assert (scope.state.keep == 1.0).all()
+        scope.advance(optimizer)
+        assert (scope.state.keep < 1).all() == (step == 3)
+    fast, slow = (1 - record.state.keep.mean() for record in records)
+    assert slow == pytest.approx(2 * fast)
+    assert 0.1 * fast + 0.05 * slow == pytest.approx(0.2 * (0.1 + 0.05))  # the tolerance, spent whole
+
+
+def test_what_was_skipped_is_forgotten_once_the_step_is_done(make: Any, backward: Any):
+    param, record = make(8, 2)
+    record.state.on[:] = [True, False, False, True]
+    backward(record)
+    backward(record)
+    scope = Scope([record])
+    scope.fill(optim.AdamW([param]))
+    assert record.skipped.tolist() == [False, True, True, False]
+    scope.advance(None)
+    assert not record.skipped.any()
+
+
+def test_dense_steps_leave_what_was_derived_from_the_mask_alone(make: Any):
+    scope = Scope([make(8, 2, warmup_steps=3)[1]])
+    epoch = registry.epoch
+    masks(scope, 2)
+    assert registry.epoch == epoch
+    scope.state.keep[:] = 0.0
+    masks(scope, 1)
+    assert registry.epoch > epoch
+
+
+def test_a_scope_ends_when_another_takes_over_one_of_its_parameters(make: Any):
+    records = [make(8, 2, name=name)[1] for name in "abc"]
+    first = Scope(records[:2])
+    first.state.score[:] = 5.0
+    assert first.valid
+    second = Scope(records[1:])
+    assert second.valid and not first.valid
+    assert records[1].state.score.tolist() == [5.0] * 4
+    second.state.score[:] = 6.0
+    assert (records[0].state.score == 5.0).all() and (records[1].state.score == 6.0).all()

@@ -1,0 +1,201 @@
+"""Groups, mask and state belong to parameters: modules that share a graph, or a process, never share a mask."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import torch
+from helpers import Block, assert_bits, assert_masked, assert_same, compile_all, masks, mlp, train_step
+from torch import nn
+
+import cacompile
+
+
+def grads_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def pin_one(module: nn.Module, name: str, kept: int) -> None:
+    """Only the first `kept` rows of one weight stay on."""
+    session = cacompile.session(module)
+    session.pin({group: int(group.split("[")[1].split(":")[0]) < kept for group in session.groups if name in group})
+
+
+class Stack(nn.Module):
+    """Blocks of one shape, one behind the other."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def compile_blocks(stack: nn.Module, backend: str) -> nn.Module:
+    options = {"block_rows": 16, "warmup_steps": 10**6} if backend == "convaware" else None
+    for block in stack.blocks:
+        block.compile(backend=backend, options=options)
+    return stack
+
+
+def test_blocks_compiled_one_by_one_keep_their_own_mask() -> None:
+    stack = Stack()
+    twin = copy.deepcopy(stack)
+    x = [torch.randn(8, 32)]
+    compile_blocks(stack, "convaware"), compile_blocks(twin, "inductor")
+    dense = train_step((twin, twin), x)
+    assert_same(train_step((stack, stack), x), dense)
+    first, second, third = stack.blocks
+    graphs = {id(i.plan) for i in cacompile.session(stack).instances}
+    assert len(graphs) < 3, "identical blocks were expected to share compiled graphs"
+
+    pin_one(first, "up.weight", 16)
+    pin_one(second, "down.weight", 0)
+    ours = train_step((stack, stack), x)
+    found = masks(stack)
+    assert_masked(ours, dense, found)
+    on = {name: int(rows.sum()) for name, (_, rows) in found.items()}
+    assert on == {"blocks.0.up.weight": 16, "blocks.0.down.weight": 32, "blocks.1.up.weight": 64,
+                  "blocks.1.down.weight": 0, "blocks.2.up.weight": 64, "blocks.2.down.weight": 32}  # fmt: skip
+    ran = [sum(i.guarded_backwards for i in cacompile.session(block).instances) for block in (first, second, third)]
+    assert ran == [1, 1, 0]
+
+
+def test_identical_blocks_inside_one_graph_have_names_of_their_own() -> None:
+    stack = Stack(2)
+    call = compile_all(stack, "convaware")
+    x = [torch.randn(8, 32)]
+    dense = train_step((stack, call), x)
+    cacompile.session(stack).pin({"blocks.1.up.weight": False})
+    ours = train_step((stack, call), x)
+    assert_masked(ours, dense, masks(stack))
+    assert not ours.grads["blocks.1.up.weight"].any() and ours.grads["blocks.0.up.weight"].any()
+    [instance] = cacompile.session(stack).instances
+    assert [g.param.name for g in instance.plan.grads] == [
+        f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in ("up", "down")
+    ]
+
+
+def test_two_models_of_one_class_keep_their_own_mask() -> None:
+    one, two = Block(), Block()
+    x = [torch.randn(8, 32)]
+    ours = {m: (m, compile_all(m, "convaware")) for m in (one, two)}
+    dense = {m: train_step(ours[m], x) for m in (one, two)}
+    cacompile.session(one).pin({"up.weight": False})
+    cacompile.session(two).pin({"down.weight[0:16]": False})
+    for model in (one, two):
+        assert_masked(train_step(ours[model], x), dense[model], masks(model))
+    assert not cacompile.session(one).tracked["up.weight"].state.on.any()
+    assert cacompile.session(two).tracked["up.weight"].state.on.all()
+    cacompile.session(one).unpin()
+    assert_same(train_step(ours[one], x), dense[one])
+    assert cacompile.session(two).mask.tolist().count(False) == 1
+
+
+def test_two_models_in_one_backward() -> None:
+    one, two = Block(), mlp()
+    calls = compile_all(one, "convaware"), compile_all(two, "convaware")
+    both = nn.ModuleList([one, two])
+    run = both, lambda x: calls[1](calls[0](x))
+    x = [torch.randn(8, 32)]
+    dense = train_step(run, x)
+    cacompile.session(two).pin(keep=0.0)
+    ours = train_step(run, x)
+    assert_masked(ours, dense, masks(both))
+    assert all(ours.grads[f"0.{n}"].any() for n in ("up.weight", "down.weight"))
+    assert not any(ours.grads[f"1.{n}"].any() for n in ("0.weight", "3.weight"))
+
+
+def test_two_forwards_before_two_backwards() -> None:
+    one, two = Block(), Block()
+    calls = [compile_all(m, "convaware") for m in (one, two)]
+    x, y = torch.randn(8, 32), torch.randn(8, 32)
+    losses = [call(t).square().sum() for call in calls for t in (x, y)]
+    for loss in losses:
+        loss.backward()
+    dense = [grads_of(one), grads_of(two)]
+    one.zero_grad(), two.zero_grad()
+    cacompile.session(one).pin({"up.weight": False})
+    losses = [call(t).square().sum() for call in calls for t in (x, y)]
+    for loss in losses:  # in the same order, for the same sums
+        loss.backward()
+    assert not one.up.weight.grad.any()
+    for name, expected in dense[1].items():
+        assert_bits(grads_of(two)[name], expected, name)
+    assert_bits(one.down.weight.grad, dense[0]["down.weight"], "down.weight")
+
+
+def test_deepcopy_has_its_own_mask() -> None:
+    model = Block()
+    x = [torch.randn(8, 32)]
+    compiled = compile_all(model, "convaware")
+    dense = train_step((model, compiled), x)
+    cacompile.session(model).pin(keep=0.0)
+    twin = copy.deepcopy(compiled)
+    assert_same(train_step((twin._orig_mod, twin), x), dense)
+    assert not train_step((model, compiled), x).grads["up.weight"].any()
+    cacompile.session(twin).pin({"down.weight": False})
+    assert_masked(train_step((twin._orig_mod, twin), x), dense, masks(twin._orig_mod))
+
+
+def test_pickled_model_trains_on() -> None:
+    model = Block()
+    x = [torch.randn(8, 32)]
+    call = compile_all(model, "convaware")
+    dense = train_step((model, call), x)
+    cacompile.session(model).pin(keep=0.0)
+    train_step((model, call), x)
+    loaded = pickle.loads(pickle.dumps(model))
+    again = compile_all(loaded, "convaware")
+    assert_same(train_step((loaded, again), x), dense)
+    cacompile.session(loaded).pin({"up.weight": False})
+    assert_masked(train_step((loaded, again), x), dense, masks(loaded))
+
+
+def test_compiling_twice() -> None:
+    model = Block()
+    x = [torch.randn(8, 32)]
+    first, second = compile_all(model, "convaware"), compile_all(model, "convaware", dynamic=False)
+    dense = train_step((model, first), x)
+    session = cacompile.session(first)
+    assert session is cacompile.session(second) is cacompile.session(model)
+    session.pin({"up.weight": False})
+    for call in (first, second):
+        assert_masked(train_step((model, call), x), dense, masks(model))
+    torch._dynamo.reset()
+    call = compile_all(model, "convaware")
+    assert_masked(train_step((model, call), x), dense, masks(model))
+    session.unpin()
+    assert_same(train_step((model, call), x), dense)
+
+
+def test_recompiling_with_other_blocks_stays_dense_for_the_second() -> None:
+    """Two graphs that cut one parameter differently cannot agree on a mask; the first to run decides."""
+    model = Block()
+    x = [torch.randn(8, 32)]
+    first = compile_all(model, "convaware")
+    dense = train_step((model, first), x)
+    torch._dynamo.reset()
+    other = compile_all(model, "convaware", options={"block_rows": 32})
+    cacompile.session(model).pin(keep=0.0)
+    assert_same(train_step((model, other), x), dense)
+
+
+def test_state_goes_with_the_model() -> None:
+    """Nothing keeps a model, or its instances, alive."""
+    import gc
+    import weakref
+
+    model = Block()
+    call = compile_all(model, "convaware")
+    train_step((model, call), [torch.randn(8, 32)])
+    [instance] = cacompile.session(model).instances
+    gone = weakref.ref(model.up.weight), weakref.ref(instance)
+    del model, call, instance
+    torch._dynamo.reset()
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]

@@ -1,0 +1,139 @@
+"""Models in which only some parameters train, or some twice, or none."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from helpers import Block, assert_masked, assert_same, compare, compile_all, masks, mlp, pin_mixed, train_step
+from torch import Tensor, nn
+
+import cacompile
+
+BOTH = ["up.weight", "down.weight"]
+
+
+def batch() -> list[Tensor]:
+    return [torch.randn(8, 32, requires_grad=True)]
+
+
+def test_model_without_parameters() -> None:
+    model = nn.Softmax(-1)
+    ours, theirs = compile_all(model, "convaware"), compile_all(nn.Softmax(-1), "inductor")
+    x = batch()
+    assert_same(train_step((model, ours), x), train_step((model, theirs), x))
+    session = cacompile.session(model)
+    assert session.groups == [] and session.mask.numel() == 0
+    session.pin(keep=0.5)
+    assert_same(train_step((model, ours), x), train_step((model, theirs), x))
+
+
+def test_only_vectors() -> None:
+    model = nn.Sequential(nn.LayerNorm(32))
+    twin = copy.deepcopy(model)
+    x = batch()
+    dense = train_step((twin, compile_all(twin, "inductor")), x)
+    assert_same(train_step((model, compile_all(model, "convaware")), x), dense)
+    assert cacompile.session(model).groups == []
+
+
+def test_frozen_parameters() -> None:
+    def make() -> nn.Module:
+        model = Block()
+        model.up.requires_grad_(False)
+        return model
+
+    compare(make, batch, guards=["down.weight"])
+
+
+def test_unfreezing_later() -> None:
+    model = Block()
+    model.up.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    ours, theirs = (model, compile_all(model, "convaware")), (twin, compile_all(twin, "inductor"))
+    x = batch()
+    assert_same(train_step(ours, x), train_step(theirs, x))
+    model.up.requires_grad_(True), twin.up.requires_grad_(True)
+    dense = train_step(theirs, x)
+    assert_same(train_step(ours, x), dense)
+    pin_mixed(cacompile.session(model))
+    assert_masked(train_step(ours, x), dense, masks(model))
+    assert set(masks(model)) == set(BOTH)
+
+
+def test_adapters() -> None:
+    class Adapted(nn.Module):
+        """A frozen layer and two small trained ones beside it, as LoRA has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(32, 64).requires_grad_(False)
+            self.a, self.b = nn.Linear(32, 8, bias=False), nn.Linear(8, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.b(self.a(x)) * 2.0
+
+    compare(Adapted, batch, guards=["a.weight", "b.weight"])
+
+
+def test_tied_embedding_and_head() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(48, 32)
+            self.block = Block()
+            self.head = nn.Linear(32, 48, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.block(self.embed(tokens)))
+
+    model = Tied()
+    twin = copy.deepcopy(model)
+    tokens = [torch.randint(0, 48, (4, 8))]
+    ours, theirs = (model, compile_all(model, "convaware")), (twin, compile_all(twin, "inductor"))
+    dense = train_step(theirs, tokens)
+    assert_same(train_step(ours, tokens), dense)
+    cacompile.session(model).pin({"embed.weight[16:32]": False})
+    step = train_step(ours, tokens)
+    # only the head's product is skipped, the scatter of the embedding stays
+    untied = copy.deepcopy(twin)
+    untied.head.weight = nn.Parameter(untied.embed.weight.detach().clone())
+    scatter = train_step((untied, untied), tokens).grads["embed.weight"]
+    actual, expected = step.grads.pop("embed.weight"), dense.grads.pop("embed.weight")
+    torch.testing.assert_close(actual[16:32], scatter[16:32])
+    rest = [*range(16), *range(32, 48)]
+    torch.testing.assert_close(actual[rest], expected[rest], rtol=0, atol=1e-6)
+    assert not torch.allclose(actual[16:32], expected[16:32])
+    assert_masked(step, dense, {})
+    assert any(i.guarded_backwards for i in cacompile.session(model).instances)
+
+
+def test_no_optimizer() -> None:
+    """Weights moved by hand: groups stay on, a pin still holds, and nothing is drawn."""
+    model = Block()
+    twin = copy.deepcopy(model)
+    ours, theirs = (model, compile_all(model, "convaware")), (twin, compile_all(twin, "inductor"))
+    x = batch()
+    for _ in range(3):
+        assert_same(train_step(ours, x), train_step(theirs, x))
+        with torch.no_grad():
+            for p in (*model.parameters(), *twin.parameters()):
+                p -= 0.1 * p.grad
+    session = cacompile.session(model)
+    assert session.step_count == 0 and session.mask.all()
+    pin_mixed(session)
+    assert_masked(train_step(ours, x), train_step(theirs, x), masks(model))
+
+
+def test_half_of_the_outputs_used() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = mlp(), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x), self.b(x)
+
+    model = compare(Two, batch, loss_of=lambda outputs: outputs[0].square().mean())
+    assert not model.b.weight.grad.any()

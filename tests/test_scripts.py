@@ -1,0 +1,39 @@
+"""Every example and benchmark in its mode of seconds, as a user would call it."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / script), "--smoke", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("script", ["examples/train_gpt.py", "examples/train_vision.py"])
+def test_example_compares_and_draws(script, tmp_path):
+    options = ["warmup_steps=2", "monitor_every=1", "tolerance=1.0", "block_rows=16", "max_skip=1.0"]
+    out = run(script, "--out", str(tmp_path), *(word for option in options for word in ("--option", option)))
+    assert "dW FLOPs skipped" in out
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    with open(tmp_path / "curves.csv") as file:
+        ours = [row for row in csv.DictReader(file) if row["arm"] == "convaware"]
+    assert float(ours[0]["skipped_dw_flops"]) == 0.0
+    assert any(float(row["skipped_dw_flops"]) > 0.0 for row in ours)
+
+
+@pytest.mark.parametrize("script", ["benchmarks/step_time.py", "benchmarks/startup.py"])
+def test_benchmark_writes_its_rows(script, tmp_path):
+    out = run(script, "--out", str(tmp_path / "rows.csv"))
+    assert "median [quartiles]" in out
+    with open(tmp_path / "rows.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert all(float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"]) for row in rows)

@@ -1,0 +1,234 @@
+"""What users do to a compiled model, and that it still trains as with Inductor and still skips."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    Block,
+    assert_bits,
+    assert_masked,
+    assert_same,
+    compare,
+    compile_all,
+    masks,
+    pin_mixed,
+    train_step,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import cacompile
+from cacompile.passes import Broken
+
+BOTH = ["up.weight", "down.weight"]
+
+
+def batch() -> list[Tensor]:
+    return [torch.randn(8, 32, requires_grad=True)]
+
+
+def test_graph_breaks() -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Block(), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    model = compare(Breaks, batch, guards=[f"{block}.{name}" for block in ("first", "second") for name in BOTH])
+    names = {i.plan.grads[0].param.name for i in cacompile.session(model).instances}
+    assert names == {"first.up.weight", "second.up.weight"}
+
+
+def test_fullgraph() -> None:
+    compare(Block, batch, guards=BOTH, fullgraph=True)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_modes(mode: str) -> None:
+    def compiled(model: nn.Module, backend: str) -> Any:
+        return torch.compile(model, backend=backend, mode=mode)  # mode and options exclude each other
+
+    model, twin = Block(160), None
+    twin = copy.deepcopy(model)
+    ours, theirs = (model, compiled(model, "convaware")), (twin, compiled(twin, "inductor"))
+    x = [torch.randn(8, 160)]
+    dense = train_step(theirs, x)
+    assert_same(train_step(ours, x), dense)
+    pin_mixed(cacompile.session(model))
+    assert_masked(train_step(ours, x), dense, masks(model))
+
+
+def test_without_gradients_it_is_inductor() -> None:
+    model = Block()
+    twin = copy.deepcopy(model)
+    x = torch.randn(8, 32)
+    for context in (torch.no_grad, torch.inference_mode):
+        torch._dynamo.reset()
+        with context():
+            ours, theirs = compile_all(model, "convaware")(x), compile_all(twin, "inductor")(x)
+        assert torch.equal(ours, theirs) and not ours.requires_grad
+    assert not cacompile.session(model).instances
+
+
+def test_eval_between_epochs() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(Block(), nn.BatchNorm1d(32), nn.Dropout(0.0))
+
+    model = make()
+    twin = copy.deepcopy(model)
+    ours, theirs = compile_all(model, "convaware"), compile_all(twin, "inductor")
+    x = batch()
+    for epoch in range(2):
+        model.train(), twin.train()
+        dense, step = train_step((twin, theirs), x), train_step((model, ours), x)
+        (assert_masked(step, dense, masks(model)) if epoch else assert_same(step, dense))
+        model.eval(), twin.eval()
+        with torch.no_grad():
+            assert torch.equal(ours(*x), theirs(*x))
+        assert_bits(ours(*x), theirs(*x), "eval with gradients on")
+        pin_mixed(cacompile.session(model))
+    assert any(i.guarded_backwards for i in cacompile.session(model).instances)
+
+
+def test_batch_of_zero_tokens() -> None:
+    def empty() -> list[Tensor]:
+        return [torch.randn(0, 32, requires_grad=True)]
+
+    model = Block()
+    twin = copy.deepcopy(model)
+    ours, theirs = (model, compile_all(model, "convaware")), (twin, compile_all(twin, "inductor"))
+    dense = train_step(theirs, empty())
+    assert_same(train_step(ours, empty()), dense)
+    pin_mixed(cacompile.session(model))
+    assert_same(train_step(ours, empty()), dense)
+    dense = train_step(theirs, x := batch())  # and some tokens after all
+    assert_masked(train_step(ours, x), dense, masks(model))
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+def test_batch_size_changes(dynamic: bool | None) -> None:
+    model = Block()
+    twin = copy.deepcopy(model)
+    ours = model, compile_all(model, "convaware", dynamic=dynamic)
+    theirs = twin, compile_all(twin, "inductor", dynamic=dynamic)
+    for size in (8, 12, 20, 33):
+        x = [torch.randn(size, 32, requires_grad=True)]
+        dense = train_step(theirs, x)
+        assert_same(train_step(ours, x), dense)
+        pin_mixed(cacompile.session(model))
+        assert_masked(train_step(ours, x), dense, masks(model))
+        cacompile.session(model).unpin()
+    graphs = 1 if dynamic else 2
+    assert len(cacompile.session(model).instances) == graphs
+    assert sum(i.guarded_backwards for i in cacompile.session(model).instances) == 4
+
+
+@pytest.mark.parametrize("where", ["inside", "around", "every block"])
+def test_activation_checkpointing(where: str) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Block(), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if where != "inside":
+                return self.second(self.first(x))
+            return self.second(checkpoint(self.first, x, use_reentrant=False))
+
+    def compiled(model: nn.Module, backend: str) -> Callable[..., Any]:
+        if where != "every block":
+            call = compile_all(model, backend)
+            return call if where == "inside" else lambda x: checkpoint(call, x, use_reentrant=False)
+        parts = [compile_all(part, backend) for part in (model.first, model.second)]
+        return lambda x: checkpoint(parts[1], checkpoint(parts[0], x, use_reentrant=False), use_reentrant=False)
+
+    guards = [f"{block}.{name}" for block in ("first", "second") for name in BOTH]
+    compare(Checkpointed, batch, guards=guards, compile_it=compiled)
+
+
+def test_saved_tensor_hooks() -> None:
+    def compiled(model: nn.Module, backend: str) -> Callable[..., Any]:
+        call = compile_all(model, backend)
+
+        def run(x: Tensor) -> Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+                return call(x)
+
+        return run
+
+    compare(Block, batch, guards=BOTH, compile_it=compiled)
+
+
+def test_saved_on_cpu() -> None:
+    def compiled(model: nn.Module, backend: str) -> Callable[..., Any]:
+        call = compile_all(model, backend)
+
+        def run(x: Tensor) -> Tensor:
+            with torch.autograd.graph.save_on_cpu():
+                return call(x)
+
+        return run
+
+    compare(Block, batch, guards=BOTH, compile_it=compiled)
+
+
+def test_compiled_autograd_stays_dense_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = Block()
+    twin = copy.deepcopy(model)
+    ours, theirs = (model, compile_all(model, "convaware")), (twin, compile_all(twin, "inductor"))
+    x = batch()
+    caplog.set_level(logging.WARNING, "cacompile")
+
+    def step(compiled: Any) -> Any:
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="inductor")):
+            return train_step(compiled, x)
+
+    dense = step(theirs)
+    for _ in range(4):
+        assert_same(step(ours), dense)
+        cacompile.session(model).pin(keep=0.0)
+    said = [record for record in caplog.records if "compiled autograd" in record.getMessage()]
+    assert len(said) == 1 and "dense" in said[0].getMessage()
+    assert not any(i.guarded_backwards for i in cacompile.session(model).instances)
+
+
+PARTS = {
+    "make_plan": ("cacompile.region.make_plan", KeyError("of all things"), "could not be analysed"),
+    "guard": ("cacompile.versions.guard_weight_grads", KeyError("of all things"), "could not be made"),
+    "verify": ("cacompile.versions.verify", Broken("of all things"), "broke its promise"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_that_fails_leaves_the_graph_dense(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    where, error, words = PARTS[part]
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(where, fail)
+    caplog.set_level(logging.WARNING, "cacompile")
+    model = Block()
+    twin = copy.deepcopy(model)
+    ours, theirs = (model, compile_all(model, "convaware")), (twin, compile_all(twin, "inductor"))
+    x = batch()
+    dense = train_step(theirs, x)
+    assert_same(train_step(ours, x), dense)
+    cacompile.session(model).pin(keep=0.0)
+    for _ in range(2):
+        assert_same(train_step(ours, x), dense)
+    said = [record for record in caplog.records if words in record.getMessage()]
+    assert len(said) == 1
+    assert cacompile.session(model).flops[1] == 0
