@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --smoke --out /tmp/x # seconds; checks that the benchmark itself works
 
 Arms: `inductor`; `dense` (convaware, nothing skipped); `keep p` (convaware, a mask pinned with that probability, drawn
-anew each round); `oracle` (Inductor, the parameters that convaware guards have requires_grad=False before compiling: the
+anew each round); `oracle` (Inductor; what convaware guards has requires_grad=False before compiling: the
 most that skipping dW can save). Two measures: forward + backward, and the whole step with AdamW. The oracle's optimizer
 has fewer parameters to step, so the first is what its goal is about.
 """

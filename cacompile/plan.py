@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -96,7 +97,7 @@ class Skip:
     flops: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """What is known of one compiled graph; each pass returns a fuller one."""
 
@@ -107,7 +108,12 @@ class Plan:
     guarded: tuple[str, ...] | None = None
     """Parameters whose products the guarded version masks; None until that version was made."""
 
-    @property
-    def flops(self) -> int:
+    @cached_property
+    def flops_by_param(self) -> dict[str, int]:
         """dW FLOPs of one backward, guarded or not."""
-        return sum(({s.param: s.flops for s in self.skips} | {g.param.name: g.flops for g in self.grads}).values())
+        return {s.param: s.flops for s in self.skips} | {g.param.name: g.flops for g in self.grads}
+
+    @cached_property
+    def flops(self) -> int:
+        """dW FLOPs of one backward of the whole graph."""
+        return sum(self.flops_by_param.values())

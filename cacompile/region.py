@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -118,7 +119,7 @@ class Region:
             instance = instances.get(tuple([id(args[i]) for i in positions]))
             if instance is None:
                 instance = self._instance(args, positions)
-            elif not instance.total_flops:
+            elif not instance.spent.total:
                 _look_for_compiled_autograd()
             return compiled(*args, instance.handle if type(instance) is Instance else instance)
 
@@ -133,6 +134,13 @@ class Region:
         follow_optimizers()
         key = tuple(id(args[i]) for i in positions)
         instance = self.instances[key] = Instance(self.plan, args, self.config)
+        forget = functools.partial(_forget, weakref.ref(self), key)
         for i in positions:
-            weakref.finalize(args[i], self.instances.pop, key, None)
+            weakref.finalize(args[i], forget)
         return instance
+
+
+def _forget(region: weakref.ref[Region], key: tuple[int, ...]) -> None:
+    """A parameter has died, and its id may be given to another."""
+    if (alive := region()) is not None:
+        alive.instances.pop(key, None)

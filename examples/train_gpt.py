@@ -18,13 +18,13 @@ SMOKE = {"steps": 12, "width": 32, "depth": 1, "heads": 2, "context": 16, "batch
 def main(argv: Sequence[str] | None = None) -> list[Run]:
     """Train, print the comparison, write picture and CSV; the runs come back in the order of the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=420)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--context", type=int, default=64, help="characters the model sees")
     parser.add_argument("--batch", type=int, default=16, help="sequences in a step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate of AdamW")
     parser.add_argument("--tied", action="store_true", help="share the embedding with the head")
     parser.add_argument("--valid", type=int, default=40, help="validation batches, twice as large")
     args = parse(parser, SMOKE, argv)

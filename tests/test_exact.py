@@ -76,6 +76,8 @@ class Trained:
     losses: list[Tensor] = field(default_factory=list)
     grads: list[dict[str, Tensor]] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
+    guarded: int = 0
+    """Backwards that ran the guarded version."""
 
 
 def loss_of(run: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
@@ -101,6 +103,7 @@ def train(name: str, backend: str, optimizer: str, precision: str, steps: int = 
     if backend == "convaware":
         session = cacompile.session(model)
         assert session.mask.all() and session.flops[0] > 0 and session.flops[1] == 0
+        done.guarded = sum(instance.guarded_backwards for instance in session.instances)
     return done
 
 
@@ -120,12 +123,15 @@ def test_with_everything_on_training_is_plain_inductors_bit_for_bit(
 ):
     for optimizer in OPTIMIZERS:
         theirs = train(name, "inductor", optimizer, precision)
-        assert_equal(train(name, "convaware", optimizer, precision), theirs)
+        ours = train(name, "convaware", optimizer, precision)
+        assert_equal(ours, theirs)
+        assert ours.guarded == 0
     # and once more through the guarded version, with all its flags on
     wants_guarded = Instance.wants_guarded
     monkeypatch.setattr(Instance, "wants_guarded", lambda self: wants_guarded(self) or True)
     guarded = train(name, "convaware", optimizer, precision)
     assert_equal(guarded, theirs)
+    assert guarded.guarded == STEPS
 
 
 class Case:

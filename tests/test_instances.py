@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
+import pytest
 import torch
 from helpers import Block, assert_bits, assert_masked, assert_same, compile_all, masks, mlp, train_step
 from torch import nn
@@ -199,3 +201,43 @@ def test_state_goes_with_the_model() -> None:
     torch._dynamo.reset()
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_who_asks_for_the_session_first_changes_no_draw(early: bool) -> None:
+    """As when only one of several ranks reports: all must skip the same groups."""
+    keys = []
+    for asks in (False, early):
+        torch._dynamo.reset()
+        stack = compile_blocks(Stack(), "convaware")
+        if asks:
+            cacompile.session(stack)
+        stack(torch.randn(8, 32))
+        keys.append([record.key for record in cacompile.session(stack).tracked.values() if record.groups])
+    assert keys[0] == keys[1]
+    assert len(set(keys[0])) == 6, "identical blocks draw differently"
+
+
+def test_counts_outlive_the_graphs() -> None:
+    model = mlp()
+    call, x = compile_all(model, "convaware"), [torch.randn(8, 32)]
+    train_step((model, call), x)
+    cacompile.session(model).pin(keep=0.0)
+    train_step((model, call), x)
+    counted = cacompile.session(model).flops
+    assert counted[0] == 2 * counted[1] > 0
+    torch._dynamo.reset()
+    gc.collect()
+    assert cacompile.session(model).flops == counted
+    train_step((model, call), x)
+    assert cacompile.session(model).flops == (counted[0] * 1.5, counted[1] * 2)
+
+
+def test_status_after_a_recompilation_for_another_size() -> None:
+    model = mlp()
+    call = compile_all(model, "convaware")
+    for batch in (8, 12):
+        train_step((model, call), [torch.randn(batch, 32)])
+    assert len(cacompile.session(model).instances) == 2
+    cacompile.session(model).pin(keep=0.0)
+    assert cacompile.status(model).skipped_flops == pytest.approx(1.0)

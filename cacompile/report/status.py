@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
+from cacompile.plan import Plan
 from cacompile.runtime.session import session
 
 
@@ -65,7 +67,7 @@ def status(model: torch.nn.Module) -> Status:
     )
     groups = sum(family.groups for family in families)
     total, saved = view.flops
-    once = sum(instance.plan.flops for instance in view.instances)
+    once = _flops_of_one_backward([instance.plan for instance in view.instances])
     off = sum(float(record.flops[~record.state.on].sum()) for record in tracked.values())
     return Status(
         step=view.step_count,
@@ -77,6 +79,15 @@ def status(model: torch.nn.Module) -> Status:
         total_flops=total,
         families=families,
     )
+
+
+def _flops_of_one_backward(plans: Sequence[Plan]) -> int:
+    """dW FLOPs; a parameter that several graphs use, as after a recompilation for other sizes, counts once."""
+    most: dict[str, int] = {}
+    for plan in plans:
+        for param, flops in plan.flops_by_param.items():
+            most[param] = max(most.get(param, 0), flops)
+    return sum(most.values())
 
 
 def step(model: torch.nn.Module) -> None:

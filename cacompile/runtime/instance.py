@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from cacompile.config import Config
 from cacompile.plan import Plan, WeightGrad
 
-from .tracked import Partition, Tracked, registry
+from .tracked import Partition, Spent, Tracked, registry
+
+log = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, Instance] = weakref.WeakValueDictionary()
@@ -30,11 +33,11 @@ class Instance:
     def __init__(self, plan: Plan, inputs: Sequence[Any], config: Config) -> None:
         self.plan = plan
         self.handle = torch.tensor(next(_numbers))
-        self.total_flops = 0.0
-        """dW FLOPs that dense backwards would have taken so far."""
-        self.saved_flops = 0.0
+        self.spent = Spent()
         self.guarded_backwards = 0
         self._records = [_join(plan, grad, inputs[grad.param.index], config) for grad in plan.grads]
+        for record in self.records:
+            record.spent.append(self.spent)
         self._epoch = -1
         self._any_off = False
         self._off_flops = 0.0
@@ -54,7 +57,7 @@ class Instance:
         return self._any_off
 
     def count_backward(self) -> None:
-        self.total_flops += self.plan.flops
+        self.spent.total += self.plan.flops
 
     def flags(self, guarded: Collection[str]) -> torch.Tensor:
         """This step's flags for the guarded graph, uint8 [blocks] on the graph's device; notes what it will skip."""
@@ -64,7 +67,7 @@ class Instance:
                 if record is not None and grad.param.name in guarded:
                     record.skipped |= ~record.state.on
                     self._off_flops += float(_flops(self.plan, grad)[~record.state.on].sum())
-        self.saved_flops += self._off_flops
+        self.spent.saved += self._off_flops
         self.guarded_backwards += 1
         return self._device
 
@@ -89,7 +92,8 @@ def _join(plan: Plan, grad: WeightGrad, param: Any, config: Config) -> Tracked |
     if not isinstance(param, torch.nn.Parameter):
         return None
     record = registry.track(param, grad.param.name)
-    if not record.cut(Partition(grad.dim, grad.block, grad.param.shape[grad.dim]), config):
+    if not record.cut(Partition(grad.dim, grad.block, grad.param.shape[grad.dim]), config, grad.param.name):
+        log.warning("%s is cut into other groups by another graph; in this one it stays dense", record.name)
         return None
     # a recompilation for other sizes uses the same parameters again, so not a sum
     np.maximum(record.flops, _flops(plan, grad), out=record.flops)

@@ -19,7 +19,7 @@ class Scope:
     """Monitor -> policy -> mask for one set of parameters with one Config."""
 
     def __init__(self, tracked: Sequence[Tracked]) -> None:
-        self.tracked = sorted(tracked, key=lambda record: record.key)
+        self.tracked = sorted(tracked, key=lambda record: record.key or 0)
         self.config = self.tracked[0].config
         self.state = GroupState.joined([record.state for record in self.tracked])
         self._flops = np.concatenate([record.flops for record in self.tracked])
@@ -55,12 +55,13 @@ class Scope:
             state.on[:] = True
         else:
             # with a parameter's key, so that the scopes of one model do not draw alike
-            random = generator(self.config.seed, step, self.tracked[0].key)
+            random = generator(self.config.seed, step, self.tracked[0].key or 0)
             state.on[:] = draw(state.keep, self._family, random)
             state.on |= (state.age >= self.config.max_age) | (steps < self.config.warmup_steps)[self._family]
         for record in self.tracked:
             if record.pin is not None:
                 record.state.on[:] = record.pin.mask_of(record)
+                record.state.keep[:] = record.pin.keep_of(record)
         state.age[:] = np.where(state.on, 0, state.age + 1)
         if not (was_dense and state.on.all()):
             registry.epoch += 1

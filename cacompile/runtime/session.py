@@ -94,9 +94,9 @@ class Session:
     @property
     def flops(self) -> tuple[float, float]:
         """(all, saved): dW FLOPs that a dense run would have spent so far, and those left out."""
-        live = self.instances
         total, saved = self._carried
-        return total + sum(i.total_flops for i in live), saved + sum(i.saved_flops for i in live)
+        spent = {id(spent): spent for record in self.tracked.values() for spent in record.spent}.values()
+        return total + sum(s.total for s in spent), saved + sum(s.saved for s in spent)
 
     def pin(
         self,
@@ -152,9 +152,9 @@ class Session:
         _check_state(state, tracked)
         for name, entry in state["parameters"].items():
             tracked[name].load(entry)
-        live = self.instances
-        total, skipped = state["flops"]
-        self._carried = total - sum(i.total_flops for i in live), skipped - sum(i.saved_flops for i in live)
+        self._carried = (0.0, 0.0)
+        total, saved = self.flops
+        self._carried = state["flops"][0] - total, state["flops"][1] - saved
 
 
 def _check_state(state: Any, tracked: Mapping[str, Tracked]) -> None:

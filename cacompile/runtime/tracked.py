@@ -88,20 +88,30 @@ class Partition:
             yield start, min(int(last) * self.block, self.rows) - start
 
 
+@dataclass(slots=True)
+class Spent:
+    """dW FLOPs of one graph with one set of parameters so far; outlives the graph in the parameters' records."""
+
+    total: float = 0.0
+    """What dense backwards would have taken."""
+    saved: float = 0.0
+
+
 class Tracked:
     """The record of one parameter. Made when a session claims it or a compiled graph first runs with it."""
 
-    def __init__(self, param: torch.nn.Parameter, name: str, key: int) -> None:
+    def __init__(self, param: torch.nn.Parameter, name: str) -> None:
         self.ref = weakref.ref(param)
         self.shape = tuple(param.shape)
         self.name = name
-        self.key = key
-        """Names it in random draws and fixes the order; the same in every run that makes the same parameters."""
+        self.key: int | None = None
+        """Names it in random draws and fixes the order: given when it is cut, so the same on every rank."""
         self.config = Config()
         self.partition: Partition | None = None
         self.state = GroupState.fresh(0)
         self.flops = np.zeros(0)
-        """dW FLOPs of one backward, for each group, summed over the graphs that use the parameter."""
+        """dW FLOPs of one backward, for each group, in the graph in which it costs most."""
+        self.spent: list[Spent] = []
         self.skipped = np.zeros(0, bool)
         """Groups whose gradient some backward left out since the last optimizer step."""
         self.step = 0
@@ -114,14 +124,19 @@ class Tracked:
     def groups(self) -> int:
         return len(self.state.on)
 
-    def cut(self, partition: Partition, config: Config) -> bool:
-        """Fix the partition, once. False: another graph has cut this parameter otherwise, so the two cannot agree."""
+    def cut(self, partition: Partition, config: Config, name: str) -> bool:
+        """Fix the partition, once. False: another graph has cut this parameter otherwise, so the two cannot agree.
+
+        name: the parameter's in the graph, which does not depend on who has asked for its session before.
+        """
         if self.partition is not None:
             return self.partition == partition
         self.partition, self.config = partition, config
         self.state = GroupState.fresh(partition.groups)
         self.flops = np.zeros(partition.groups)
         self.skipped = np.zeros(partition.groups, bool)
+        if self.key is None:
+            self.key = registry.new_key(name)
         registry.generation += 1
         self._take_groups()
         if self.pin is not None:
@@ -132,6 +147,7 @@ class Tracked:
         """Let a pin, or its end, take effect at once."""
         if self.groups:
             self.state.on[:] = True if self.pin is None else self.pin.mask_of(self)
+            self.state.keep[:] = 1.0 if self.pin is None else self.pin.keep_of(self)
             registry.epoch += 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,8 +202,12 @@ class Pin:
         """The mask for one parameter, bool [G]; the same whatever else is pinned with it."""
         if self.mask is not None:
             return np.array(self.mask, bool)
-        keep = np.full(record.groups, self.keep)
-        return draw(keep, np.zeros(record.groups, int), generator(self.seed, record.key))
+        assert record.key is not None
+        return draw(self.keep_of(record), np.zeros(record.groups, int), generator(self.seed, record.key))
+
+    def keep_of(self, record: Tracked) -> np.ndarray:
+        """The probabilities that the mask was drawn with, float [G]; of a given mask, the mask itself."""
+        return np.full(record.groups, self.keep) if self.mask is None else np.array(self.mask, float)
 
 
 class _Registry:
@@ -207,11 +227,14 @@ class _Registry:
     def track(self, param: torch.nn.Parameter, name: str) -> Tracked:
         record = self._records.get(param)
         if record is None:
-            key = zlib.crc32(name.encode()) + (self._names[name] << 32)
-            self._names[name] += 1
-            record = self._records[param] = Tracked(param, name, key)
+            record = self._records[param] = Tracked(param, name)
             self.generation += 1
         return record
+
+    def new_key(self, name: str) -> int:
+        """A number for a parameter that a graph calls `name`; identical blocks call theirs alike: they are counted."""
+        self._names[name] += 1
+        return zlib.crc32(name.encode()) + (self._names[name] - 1 << 32)
 
     def forget(self) -> None:
         """Names count from zero again, as after `torch._dynamo.reset()`; live parameters keep their state."""

@@ -27,7 +27,7 @@ def make() -> Make:
     ) -> tuple[nn.Parameter, Tracked]:
         param = nn.Parameter(torch.randn(shape, dtype=dtype))
         record = registry.track(param, name)
-        assert record.cut(Partition(dim, block, shape[dim]), Config(**{**OPTIONS, **options}))
+        assert record.cut(Partition(dim, block, shape[dim]), Config(**{**OPTIONS, **options}), name)
         record.flops[:] = 1e6
         return param, record
 
