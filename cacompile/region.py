@@ -89,6 +89,7 @@ class Region:
         except Exception:
             log.warning("the joint graph could not be analysed, so this graph stays dense", exc_info=True)
             return gm
+        log.debug("plan: %d gradients in %d groups, %d left alone", len(plan.grads), len(plan.groups), len(plan.skips))
         self.plan = plan
         return gm
 

@@ -15,7 +15,7 @@ from torch._guards import CompileContext, TracingContext, compile_context, detec
 
 from .passes.guard import FLAGS, guard_weight_grads
 from .passes.verify import Broken, verify
-from .plan import Plan
+from .plan import Plan, Skip
 from .runtime.instance import find_instance
 
 log = logging.getLogger(__name__)
@@ -90,13 +90,14 @@ class BackwardVersions:
             verify(before, gm.graph, plan.guarded or ())
         except Broken as broken:
             log.warning("a rewrite of the backward graph broke its promise, so it stays dense: %s", broken)
-            return replace(self._plan, guarded=())
+            return _all_dense(self._plan)
         except Exception:
             log.warning("the guarded backward could not be made, so this graph stays dense", exc_info=True)
-            return replace(self._plan, guarded=())
+            return _all_dense(self._plan)
         if not plan.guarded:
             log.warning("no weight gradient of this graph can be skipped; it stays dense. cacompile.explain says why")
             return plan
+        log.debug("guard: %d of %d gradients guarded", len(plan.guarded), len(plan.grads))
         flags = gm.graph.find_nodes(op="placeholder", target=FLAGS)[0]
         flags.meta["val"] = self._fake_flags()
         try:
@@ -104,7 +105,7 @@ class BackwardVersions:
                 self._guarded = self._compile(gm, [*self._inputs, flags.meta["val"]], **self._settings)
         except Exception:
             log.warning("the guarded backward could not be compiled, so this graph stays dense", exc_info=True)
-            return replace(plan, guarded=())
+            return _all_dense(plan)
         return plan
 
     def _fake_flags(self) -> torch.Tensor:
@@ -125,6 +126,13 @@ class BackwardVersions:
             torch._C._DisableAutocast(),
         ):
             yield
+
+
+def _all_dense(plan: Plan) -> Plan:
+    left = {skip.param for skip in plan.skips}
+    reason = "the guarded backward could not be made, the log says why"
+    skips = [Skip(g.param.name, g.kind, reason, g.flops) for g in plan.grads if g.param.name not in left]
+    return replace(plan, guarded=(), skips=(*plan.skips, *skips))
 
 
 def compile_without_handle(

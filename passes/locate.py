@@ -34,6 +34,9 @@ _REASONS = dict.fromkeys(_SCATTERS, "an embedding: its gradient is a scatter int
 _REASONS["expand"] = "its gradient is broadcast from a smaller one"
 _REASONS["slice"] = "its gradient is cut out of a product that makes other gradients as well"
 
+DEVICES = ("cpu", "cuda")
+"""Where masked operations exist."""
+
 
 class _Unfit(Exception):
     """This gradient cannot be masked; the text says why."""
@@ -55,8 +58,20 @@ def locate(plan: Plan) -> Plan:
     skips: list[Skip] = []
     for param in plan.params:
         found = _locate(param)
+        if isinstance(found, WeightGrad) and (reason := _wrong_device(param, grads)):
+            found = Skip(param.name, found.kind, reason, found.flops)
         (grads if isinstance(found, WeightGrad) else skips).append(found)  # type: ignore[arg-type]
     return replace(plan, grads=tuple(grads), skips=(*plan.skips, *skips))
+
+
+def _wrong_device(param: Param, grads: list[WeightGrad]) -> str | None:
+    """The flags live on one device, that of the first gradient."""
+    device = param.placeholder.meta["val"].device
+    if device.type not in DEVICES:
+        return f"lives on {device}, masked operations exist for {' and '.join(DEVICES)}"
+    if grads and device != (home := grads[0].param.placeholder.meta["val"].device):
+        return f"lives on {device}, the graph's first weights on {home}"
+    return None
 
 
 def _locate(param: Param) -> WeightGrad | Skip:
