@@ -19,6 +19,8 @@ from torch import fx
 
 from cacompile.plan import Param, Plan, Product, Skip, WeightGrad
 
+from .products import kind_and_flops, sizes
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -34,8 +36,8 @@ _REASONS = dict.fromkeys(_SCATTERS, "an embedding: its gradient is a scatter int
 _REASONS["expand"] = "its gradient is broadcast from a smaller one"
 _REASONS["slice"] = "its gradient is cut out of a product that makes other gradients as well"
 
-DEVICES = ("cpu", "cuda")
-"""Where masked operations exist."""
+DEVICES = ("cpu", "cuda", "meta")
+"""Where masked operations exist; on meta a model is only looked at."""
 
 
 class _Unfit(Exception):
@@ -68,7 +70,7 @@ def _wrong_device(param: Param, grads: list[WeightGrad]) -> str | None:
     """The flags live on one device, that of the first gradient."""
     device = param.placeholder.meta["val"].device
     if device.type not in DEVICES:
-        return f"lives on {device}, masked operations exist for {' and '.join(DEVICES)}"
+        return f"lives on {device}, where no masked operation exists"
     if grads and device != (home := grads[0].param.placeholder.meta["val"].device):
         return f"lives on {device}, the graph's first weights on {home}"
     return None
@@ -225,26 +227,20 @@ def _select_scatter(node: fx.Node, rows: _Rows) -> list[Product]:
     return _trace(base, rows) + _trace(part, inside)
 
 
-def _mm(node: fx.Node, rows: _Rows) -> list[Product]:
-    return [_product(node, node, "linear", rows, 2 * _numel(node) * _hint(_sizes(node.args[0])[-1]))]
-
-
-def _bmm(node: fx.Node, rows: _Rows) -> list[Product]:
-    return [_product(node, node, "batched", rows, 2 * _numel(node) * _hint(_sizes(node.args[0])[-1]))]
+def _matmul(node: fx.Node, rows: _Rows) -> list[Product]:
+    return [_product(node, node, rows)]
 
 
 def _convolution(node: fx.Node, rows: _Rows) -> list[Product]:
     conv, index = node.args
     if not (isinstance(conv, fx.Node) and conv.target is aten.convolution_backward.default and index == 1):
         raise _Unfit(f"gradient is output {index} of {getattr(conv, 'target', conv)}")
-    grad_out, x, *_, transposed, _output_padding, groups, _mask = conv.args
+    *_, transposed, _output_padding, groups, _mask = conv.args
     if transposed and groups != 1:
         raise _Unfit(f"transposed convolution with {groups} groups")
     if rows.dim != int(transposed) or rows.inner != 1:
         raise _Unfit("filters lie along another dimension of the convolution's weight")
-    sites = _sizes(x if transposed else grad_out)
-    flops = 2 * _numel(node) * _hint(sites[0]) * math.prod(_hint(s) for s in sites[2:])
-    return [_product(node, conv, "convolution", rows, flops)]
+    return [_product(node, conv, rows)]
 
 
 _STEPS: dict[Any, Callable[[fx.Node, _Rows], list[Product]]] = {
@@ -257,15 +253,18 @@ _STEPS: dict[Any, Callable[[fx.Node, _Rows], list[Product]]] = {
     aten.cat.default: _cat,
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
-    aten.mm.default: _mm,
-    aten.bmm.default: _bmm,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
     operator.getitem: _convolution,
 }
 
 
-def _product(result: fx.Node, node: fx.Node, kind: str, rows: _Rows, flops: int) -> Product:
+def _product(result: fx.Node, node: fx.Node, rows: _Rows) -> Product:
     if _shape(result)[rows.dim] != (rows.hi - rows.lo) * rows.inner:
         raise _Unfit(f"rows {rows.lo}:{rows.hi} do not fill dimension {rows.dim} of {node.target}")
+    found = kind_and_flops(result)
+    assert found is not None
+    kind, flops = found
     return Product(node, kind, rows.dim, rows.inner, rows.lo, rows.hi, flops)
 
 
@@ -280,36 +279,16 @@ def _kind_of(grad: fx.Node) -> tuple[str, int]:
     """What kind of gradient this is, and its FLOPs, for one that stays dense."""
     node: Any = grad
     while isinstance(node, fx.Node) and node.op == "call_function":
-        name = getattr(node.target, "_opname", "")
-        if name in _SCATTERS:
+        if getattr(node.target, "_opname", "") in _SCATTERS:
             return "embedding", 0
-        if name in ("mm", "bmm"):
-            flops = 2 * _numel(node) * _hint(_sizes(node.args[0])[-1])
-            return ("linear" if name == "mm" else "batched"), flops
-        if node.target is operator.getitem:
-            if node.args[0].target is aten.convolution_backward.default:
-                sites = _sizes(node.args[0].args[0])
-                return "convolution", 2 * _numel(node) * _hint(sites[0]) * math.prod(_hint(s) for s in sites[2:])
-            break
+        if found := kind_and_flops(node):
+            return found
         node = next((a for a in node.args if isinstance(a, fx.Node)), None)
     return "other", 0
 
 
-def _sizes(node: Any) -> tuple[Any, ...]:
-    return tuple(node.meta["val"].shape)
-
-
 def _shape(node: Any) -> tuple[int, ...]:
-    sizes = _sizes(node)
-    if not all(isinstance(size, int) for size in sizes):
+    found = sizes(node)
+    if not all(isinstance(size, int) for size in found):
         raise _Unfit("gradient passes through a shape that is not known when compiling")
-    return sizes
-
-
-def _numel(node: Any) -> int:
-    return math.prod(_hint(size) for size in _sizes(node))
-
-
-def _hint(size: Any) -> int:
-    """The size seen when compiling, also of a dynamic dimension."""
-    return size if isinstance(size, int) else size.node.hint or 1
+    return found

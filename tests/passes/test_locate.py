@@ -1,6 +1,7 @@
 """locate: from a gradient back to the products that make it, and where a parameter's rows lie in them."""
 
 import operator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny import Tiny, aten, found, located, param, reason
 from torch import fx
 
 from cacompile.passes import locate
-from cacompile.plan import Plan, Product
+from cacompile.plan import Param, Plan, Product
 
 
 def where(product: Product) -> tuple[int, int, int, int]:
@@ -166,3 +167,18 @@ def test_product_with_another_use_stays_and_keeps_its_share_of_flops() -> None:
     tiny.call(aten.exp.default, product)
     plan = located(product)
     assert "2 users" in reason(plan) and plan.flops == 2 * 48 * 8 * 32 and plan.skips[0].kind == "linear"
+
+
+@pytest.mark.parametrize(("second", "why"), [("xpu", "no masked operation"), ("cuda:1", "first weights on cuda:0")])
+def test_weight_on_another_device_stays_dense(second: str, why: str) -> None:
+    """One tensor of flags serves a graph, so its guarded weights live together."""
+    tiny, params = Tiny(), []
+    for index, device in enumerate(["cuda:0", second]):
+        dw = tiny.mm(tiny.input(f"a{index}", 48, 8), tiny.input(f"b{index}", 8, 32))
+        placeholder = tiny.input(f"w{index}", 48, 32)
+        placeholder.meta["val"] = SimpleNamespace(device=torch.device(device))
+        params.append(Param(f"w{index}", index, (48, 32), placeholder, dw))
+    tiny.returns(*(param.grad for param in params))
+    plan = locate(Plan(params=tuple(params)))
+    assert [grad.param.name for grad in plan.grads] == ["w0"]
+    assert [skip.param for skip in plan.skips] == ["w1"] and why in plan.skips[0].reason
