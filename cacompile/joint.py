@@ -121,7 +121,7 @@ def with_handle(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.G
     placeholders = graph.graph.find_nodes(op="placeholder")
     with graph.graph.inserting_after(placeholders[-1]):
         node = graph.graph.placeholder(HANDLE)
-    handle = torch.tensor(0)
+    handle = torch.tensor(0, device="cpu")  # whatever the default device is
     fake_mode = detect_fake_mode(example_inputs)
     node.meta["example_value"] = fake_mode.from_tensor(handle) if fake_mode is not None else handle
     node._dynamo_source = None

@@ -7,9 +7,6 @@ from functools import cached_property
 
 from torch import fx
 
-KINDS = ("linear", "batched", "convolution", "embedding", "vector", "other")
-"""What computes a gradient: matmul, batched matmul, convolution, scatter, cheap reduction, anything else."""
-
 
 @dataclass(frozen=True, slots=True)
 class Param:

@@ -131,13 +131,13 @@ class Region:
         fake = next((arg for arg in args if isinstance(arg, FakeTensor)), None)
         if fake is not None:
             with fake.fake_mode:
-                return torch.tensor(0)
+                return torch.tensor(0, device="cpu")
         follow_optimizers()
         key = tuple(id(args[i]) for i in positions)
         instance = self.instances[key] = Instance(self.plan, args, self.config)
         forget = functools.partial(_forget, weakref.ref(self), key)
         for i in positions:
-            weakref.finalize(args[i], forget)
+            weakref.finalize(args[i], forget).atexit = False
         return instance
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -22,6 +23,13 @@ log = logging.getLogger(__name__)
 
 Compile = Callable[..., Callable[[list[Any]], Any]]
 """Inductor's `compile_fx_inner`, or one with its signature."""
+
+
+class Guarded(NamedTuple):
+    """The guarded version, and what it masks; one value, so that no thread sees half of it."""
+
+    run: Callable[[list[Any]], Any]
+    masked: frozenset[str]
 
 
 class BackwardVersions:
@@ -52,9 +60,11 @@ class BackwardVersions:
         self._context = TracingContext.try_get()
         self._compile_id = CompileContext.try_get()
         self._donated = _donated(self._context, handle)
+        # overrides of Inductor's config live here, and not in the autograd thread that will want the guarded version
+        self._overrides = contextvars.copy_context()
         self._source: fx.GraphModule | None = copy.deepcopy(gm)  # Inductor edits the graph that it compiles
-        self._guarded: Callable[[list[Any]], Any] | None = None
-        self._masked: frozenset[str] = frozenset()
+        self._guarded: Guarded | None = None
+        self._settled = False
         with _donating(self._context, self._donated):
             self._dense = self._compile(gm, self._inputs, **self._settings)
         # on the instance, because wrappers copy it from there
@@ -66,47 +76,53 @@ class BackwardVersions:
         if instance is not None:
             instance.count_backward()
             if instance.wants_guarded() and (guarded := self.guarded()):
-                args.append(instance.flags(self._masked))
-                run = guarded
+                args.append(instance.flags(guarded.masked))
+                run = guarded.run
         grads = list(run(args))
         if self._slot is not None:
             grads.insert(self._slot, None)
         return grads
 
-    def guarded(self) -> Callable[[list[Any]], Any] | None:
+    def guarded(self) -> Guarded | None:
         """The guarded version, compiled when first asked for; None if nothing of this graph can be masked."""
-        if self._source is not None:
-            plan = self._build_guarded()
-            self._masked = frozenset(plan.guarded or ())
-            self._on_guarded(plan)
+        if not self._settled:
+            from torch._dynamo.convert_frame import compile_lock
+
+            with compile_lock:  # one thread makes it, the others wait; no lock of our own, which could cross with this
+                if self._source is not None:
+                    source, self._source = self._source, None
+                    plan, run = self._build_guarded(source)
+                    self._on_guarded(plan)
+                    self._guarded = Guarded(run, frozenset(plan.guarded or ())) if run is not None else None
+                    self._settled = True
         return self._guarded
 
-    def _build_guarded(self) -> Plan:
-        assert self._source is not None
-        gm, self._source = self._source, None
+    def _build_guarded(self, gm: fx.GraphModule) -> tuple[Plan, Callable[[list[Any]], Any] | None]:
         before = copy.deepcopy(gm.graph)
         try:
             plan = guard_weight_grads(gm, self._plan)
             verify(before, gm.graph, plan.guarded or ())
         except Broken as broken:
             log.warning("a rewrite of the backward graph broke its promise, so it stays dense: %s", broken)
-            return _all_dense(self._plan)
+            return _all_dense(self._plan), None
         except Exception:
             log.warning("the guarded backward could not be made, so this graph stays dense", exc_info=True)
-            return _all_dense(self._plan)
+            return _all_dense(self._plan), None
         if not plan.guarded:
             log.warning("no weight gradient of this graph can be skipped; it stays dense. cacompile.explain says why")
-            return plan
+            return plan, None
         log.debug("guard: %d of %d gradients guarded", len(plan.guarded), len(plan.grads))
         flags = gm.graph.find_nodes(op="placeholder", target=FLAGS)[0]
         flags.meta["val"] = self._fake_flags()
         try:
-            with torch.no_grad(), self._compiling(), _donating(self._context, self._donated):
-                self._guarded = self._compile(gm, [*self._inputs, flags.meta["val"]], **self._settings)
+            return plan, self._overrides.copy().run(self._compile_guarded, gm, flags.meta["val"])
         except Exception:
             log.warning("the guarded backward could not be compiled, so this graph stays dense", exc_info=True)
-            return _all_dense(plan)
-        return plan
+            return _all_dense(plan), None
+
+    def _compile_guarded(self, gm: fx.GraphModule, flags: torch.Tensor) -> Callable[[list[Any]], Any]:
+        with torch.no_grad(), self._compiling(), _donating(self._context, self._donated):
+            return self._compile(gm, [*self._inputs, flags], **self._settings)
 
     def _fake_flags(self) -> torch.Tensor:
         device = next(g.param.placeholder.meta["val"].device for g in self._plan.grads)
@@ -116,11 +132,8 @@ class BackwardVersions:
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
-        """The surroundings in which AOTAutograd compiles a backward lazily."""
-        from torch._dynamo.convert_frame import compile_lock
-
+        """The surroundings, beside the lock, in which AOTAutograd compiles a backward lazily."""
         with (
-            compile_lock,
             tracing(self._context),
             compile_context(self._compile_id),
             torch._C._DisableAutocast(),
@@ -174,6 +187,8 @@ def _erase_handle(gm: fx.GraphModule, handle: int) -> int | None:
     if slot is not None:
         del outputs[slot]
         output.args = (tuple(outputs),)
+        if "desc" in output.meta:  # one for each output
+            output.meta["desc"] = [desc for i, desc in enumerate(output.meta["desc"]) if i != slot]
         if "user_visible_output_idxs" in output.meta:
             output.meta["user_visible_output_idxs"] = _without(output.meta["user_visible_output_idxs"], slot)
     gm.graph.erase_node(node)

@@ -232,16 +232,6 @@ def interleave(runs: Sequence[Run], chunk: int, tick: Callable[[], object]) -> N
                 tick()
 
 
-def paired_ratios(base: Run, other: Run, chunk: int, start: int = 0) -> list[float]:
-    """Ratio of median step times, other to base, of each pair of chunks from step `start` on without compilation."""
-    ratios = []
-    for first in range(math.ceil(start / chunk) * chunk, base.arm.steps - chunk + 1, chunk):
-        pair = slice(first, first + chunk)
-        if not any(any(new) for run in (base, other) for new in run.compiles[pair]):
-            ratios.append(median(other.seconds[pair]) / median(base.seconds[pair]))
-    return ratios
-
-
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Without it Inductor adds up the gradient of an embedding in any order, and no two arms agree bit for bit."""

@@ -12,6 +12,8 @@ from torch import fx
 from cacompile.kernels import masked_bmm, masked_conv_dw, masked_mm
 from cacompile.plan import Plan, Product, Skip, WeightGrad
 
+from .products import exits, uses
+
 aten = torch.ops.aten
 
 MARK = "convaware"
@@ -80,8 +82,8 @@ def _why_not(grad: WeightGrad, nodes: list[fx.Node]) -> str | None:
         if node.target not in _MASK:
             return f"the compiler's own passes turned its product into {node.target}"
         result = node if node.target is not aten.convolution_backward.default else _output(node, 1)
-        if result is None or len(result.users) != 1:
-            return f"its product has {len(result.users) if result else 0} users in the backward graph"
+        if result is None or uses(result) != 1 or exits(result) != 1:
+            return "its product makes more than this gradient in the backward graph"
     return None
 
 

@@ -19,7 +19,7 @@ from torch import fx
 
 from cacompile.plan import Param, Plan, Product, Skip, WeightGrad
 
-from .products import kind_and_flops, sizes
+from .products import kind_and_flops, no_kernel, sizes, uses
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -60,20 +60,20 @@ def locate(plan: Plan) -> Plan:
     skips: list[Skip] = []
     for param in plan.params:
         found = _locate(param)
-        if isinstance(found, WeightGrad) and (reason := _wrong_device(param, grads)):
+        if isinstance(found, WeightGrad) and (reason := _no_operation(found, grads)):
             found = Skip(param.name, found.kind, reason, found.flops)
         (grads if isinstance(found, WeightGrad) else skips).append(found)  # type: ignore[arg-type]
     return replace(plan, grads=tuple(grads), skips=(*plan.skips, *skips))
 
 
-def _wrong_device(param: Param, grads: list[WeightGrad]) -> str | None:
-    """The flags live on one device, that of the first gradient."""
-    device = param.placeholder.meta["val"].device
+def _no_operation(grad: WeightGrad, others: list[WeightGrad]) -> str | None:
+    """Why no masked operation saves work here, for a gradient that could be masked."""
+    device = grad.param.placeholder.meta["val"].device
     if device.type not in DEVICES:
         return f"lives on {device}, where no masked operation exists"
-    if grads and device != (home := grads[0].param.placeholder.meta["val"].device):
-        return f"lives on {device}, the graph's first weights on {home}"
-    return None
+    if others and device != (home := others[0].param.placeholder.meta["val"].device):
+        return f"lives on {device}, the flags of this graph on {home}"
+    return next(filter(None, map(no_kernel, grad.products)), None) if device.type == "cuda" else None
 
 
 def _locate(param: Param) -> WeightGrad | Skip:
@@ -105,8 +105,8 @@ def _trace(node: Any, rows: _Rows) -> list[Product]:
         raise _Unfit(f"gradient comes from the graph's input {node.name}")
     if node.target in _CONSTANTS:
         return []
-    if len(node.users) != 1:
-        raise _Unfit(f"{node.target} has {len(node.users)} users, so masking it would change something else")
+    if (count := uses(node)) != 1:
+        raise _Unfit(f"{node.target} is used {count} times, so masking it would change something else")
     if node.target in _SAME_SHAPE:
         return _trace(node.args[0], rows)
     if node.target in _RESHAPES:
@@ -152,7 +152,10 @@ def _sum(node: fx.Node, rows: _Rows) -> list[Product]:
 
 
 def _add(node: fx.Node, rows: _Rows) -> list[Product]:
-    """A sum is masked where its addends can be; an addend that cannot (a tied embedding's scatter) stays dense."""
+    """A sum is masked where its addends can be; an addend that cannot (a tied embedding's scatter) is computed.
+
+    What it gives to a skipped row does not last: the estimate, which is one of the whole gradient, replaces it.
+    """
     found: list[Product] = []
     reasons = []
     for addend in node.args[:2]:

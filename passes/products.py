@@ -1,4 +1,4 @@
-"""What makes a weight gradient, and what it costs: the kind and FLOPs of matmuls and convolutions."""
+"""What makes a weight gradient, what it costs and where it goes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from cacompile.kernels.blocks import KERNEL_DTYPES
+from cacompile.plan import Product
 
 aten = torch.ops.aten
 _MATMULS = {aten.mm.default: "linear", aten.bmm.default: "batched"}
@@ -26,6 +30,17 @@ def kind_and_flops(result: fx.Node) -> tuple[str, int] | None:
     return None
 
 
+def no_kernel(product: Product) -> str | None:
+    """Why this product has no kernel on a GPU that skips; its operation would compute everything there, then mask."""
+    value = product.node.meta["val"]
+    if product.kind == "convolution":
+        _, x, *_, transposed, _output_padding, groups, _mask = product.node.args
+        value = value[1]
+        if transposed or groups != 1 or len(sizes(x)) > 4:
+            return "no kernel on GPUs yet for transposed, grouped or 3-D convolutions"
+    return None if value.dtype in KERNEL_DTYPES else f"no kernel on GPUs for {value.dtype}"
+
+
 def sizes(node: Any) -> tuple[Any, ...]:
     """Sizes of a node's result, dynamic ones as they are."""
     return tuple(node.meta["val"].shape)
@@ -34,6 +49,29 @@ def sizes(node: Any) -> tuple[Any, ...]:
 def hint(size: Any) -> int:
     """The size seen when compiling, also of a dynamic dimension."""
     return size if isinstance(size, int) else size.node.hint or 1
+
+
+def uses(node: fx.Node) -> int:
+    """How often a node is used; `node.users` counts an output that returns it in two places once."""
+    return sum(sum(arg is node for arg in _flat(user)) for user in node.users)
+
+
+def exits(node: fx.Node) -> int:
+    """In how many places of the graph's output something appears that is computed from this node."""
+    seen, waiting, found = {node}, [node], 0
+    while waiting:
+        now = waiting.pop()
+        for user in now.users:
+            if user.op == "output":
+                found += sum(arg is now for arg in _flat(user))
+            elif user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return found
+
+
+def _flat(user: fx.Node) -> list[Any]:
+    return tree_leaves((user.args, user.kwargs))
 
 
 def _numel(node: Any) -> int:

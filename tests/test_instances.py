@@ -241,3 +241,14 @@ def test_status_after_a_recompilation_for_another_size() -> None:
     assert len(cacompile.session(model).instances) == 2
     cacompile.session(model).pin(keep=0.0)
     assert cacompile.status(model).skipped_flops == pytest.approx(1.0)
+
+
+def test_a_default_device_does_not_move_the_flags() -> None:
+    """They are read on the host in every backward."""
+    model = mlp()
+    call, x = compile_all(model, "convaware"), [torch.randn(8, 32)]
+    with torch.device("meta"):
+        train_step((model, call), x)
+        cacompile.session(model).pin(keep=0.5)
+        train_step((model, call), x)
+    assert [i.guarded_backwards for i in cacompile.session(model).instances] == [1]

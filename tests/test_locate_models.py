@@ -209,4 +209,24 @@ def test_what_a_product_does_not_make_stays_dense() -> None:
         return F.linear(x * scale + table.sum(0), w) + 0 * unused.sum()
 
     model = lambda: Function(function, (8, 32), (32, 32), (32, 32), (48, 32))  # noqa: E731
-    compare(model, normal(8, 32), guards=["w3"], stays={"w0": "3 users", "w1": "broadcast", "w2": "broadcast"})
+    compare(model, normal(8, 32), guards=["w3"], stays={"w0": "used 3 times", "w1": "broadcast", "w2": "broadcast"})
+
+
+def test_a_product_that_is_two_gradients_stays_dense() -> None:
+    """One node in two places of the output: masked for one parameter, it would be wrong for the other."""
+
+    def function(x: Tensor, w: Tensor, v: Tensor, u: Tensor) -> Tensor:
+        return F.linear(F.linear(x, w + v), u)
+
+    model = lambda: Function(function, (48, 32), (48, 32), (32, 48))  # noqa: E731
+    compare(model, normal(8, 32), guards=["w2"], stays={"w0": "used 2 times", "w1": "used 2 times"})
+
+
+def test_a_gradient_that_is_also_the_inputs_stays_dense() -> None:
+    """As for a position embedding right after a graph break."""
+
+    def function(x: Tensor, position: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x + position, w)
+
+    inputs = lambda: [torch.randn(8, 32, requires_grad=True)]  # noqa: E731
+    compare(lambda: Function(function, (8, 32), (48, 32)), inputs, guards=["w1"], stays={"w0": "used 2 times"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from helpers import Block, assert_masked, assert_same, compare, compile_all, masks, mlp, pin_mixed, train_step
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ def test_frozen_parameters() -> None:
     compare(make, batch, guards=["down.weight"])
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 does not see it, with plain Inductor either")
 def test_unfreezing_later() -> None:
     model = Block()
     model.up.requires_grad_(False)

@@ -1,10 +1,15 @@
 """explain and status, on models that have run and on models that have not."""
 
+import gc
+from dataclasses import replace
+
 import pytest
 import torch
+from helpers import Block
 from torch import nn
 
 import cacompile
+from cacompile.report.explain import _CAN_ISOLATE
 
 OPTIONS = {"block_rows": 16}
 
@@ -19,6 +24,38 @@ class Net(nn.Module):
 
     def forward(self, tokens):
         return self.down(torch.relu(self.up(self.norm(self.embed(tokens)))))
+
+
+class Broken(nn.Module):
+    """Its graph breaks in a frame below the outermost, so Dynamo compiles that one's code object by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+
+    def forward(self, x):
+        hidden = self.up(x)
+        torch._dynamo.graph_break()
+        return self.down(torch.relu(hidden))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = Broken(), Broken(), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x)))
+
+
+def stack(*blocks: nn.Module) -> nn.Sequential:
+    """Blocks compiled one by one, that have run."""
+    model = nn.Sequential(*blocks)
+    for block in model:
+        block.compile(backend="convaware", options=OPTIONS)
+    model(torch.randn(8, 32)).sum().backward()
+    return model
 
 
 @pytest.fixture
@@ -97,3 +134,88 @@ def test_status_counts_what_a_pinned_mask_skips(tokens):
     assert {family.name: family.skipped for family in half.families} == {"up.weight": 4, "down.weight": 0}
     assert "4 of 6 groups skipped" in str(half)
     assert half.to_dict()["families"][0]["groups"] == 4
+
+
+@pytest.mark.parametrize(
+    "ran", [False, pytest.param(True, marks=pytest.mark.skipif(not _CAN_ISOLATE, reason="needs a newer torch"))]
+)
+def test_explain_ten_times_is_the_same_and_uses_up_no_recompilations(ran):
+    model, x = Twice(), torch.randn(8, 32)
+    call = torch.compile(model, backend="convaware", options=OPTIONS)
+    if ran:
+        call(x)
+    found = [cacompile.explain(model, x, options=OPTIONS).to_dict() for _ in range(10)]
+    assert all(one == found[0] for one in found)
+    assert {row["param"] for row in found[0]["rows"]} == {name for name, _ in model.named_parameters()}
+    if not ran:
+        assert not torch._C._dynamo.eval_frame._debug_get_cache_entry_list(Broken.forward.__code__)
+    # what was compiled still is, and for another size Dynamo may compile again
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    call(x)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs) == ran
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    call(torch.randn(12, 32))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_explain_names_the_parameters_of_identical_blocks(early):
+    model = nn.Sequential(Block(), Block(), Block())
+    if early:
+        _ = cacompile.session(model).tracked
+    model = stack(*model)
+    found = cacompile.explain(model)
+    assert [row.param for row in found.rows] == [
+        f"{i}.{name}" for i in range(3) for name in ("up.weight", "up.bias", "down.weight", "down.bias")
+    ]
+    assert found.graphs == 3
+    assert found.coverage == pytest.approx(1.0)
+    alone = cacompile.explain(model[1])
+    assert [row.param for row in alone.rows] == ["up.weight", "up.bias", "down.weight", "down.bias"]
+
+
+def test_explain_shows_the_newest_of_several_graphs_over_the_same_parameters():
+    model = stack(Block(), Block())
+    model(torch.randn(12, 32))
+    assert len(cacompile.session(model).instances) == 4
+    found = cacompile.explain(model)
+    assert [row.param for row in found.rows] == [name for name, _ in model.named_parameters()]
+    assert found.rows[0].flops == 2 * 64 * 32 * 12
+
+
+def test_status_of_blocks_compiled_one_by_one():
+    model = stack(Block(), Block(), Block())
+    cacompile.session(model).pin(keep=0.0)
+    found = cacompile.status(model)
+    assert (found.skipped, found.skipped_flops) == (18, pytest.approx(1.0))
+    cacompile.session(model).pin({"1.up.weight": False})
+    assert cacompile.status(model).skipped_flops == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize(("guarded", "skipped"), [(None, 6), (("up.weight",), 4), ((), 0)])
+def test_status_counts_what_is_really_left_out(guarded, skipped):
+    """Of a graph whose guarded version was not made for all that was planned."""
+    [block] = stack(Block())
+    session = cacompile.session(block)
+    for instance in session.instances:
+        instance.plan = replace(instance.plan, guarded=guarded)
+    session.pin(keep=0.0)
+    found = cacompile.status(block)
+    assert (found.skipped, found.skipped_flops) == (skipped, pytest.approx(skipped / 6 if skipped != 4 else 0.5))
+    assert not session.mask.any()
+
+
+def test_status_of_a_graph_that_cuts_a_parameter_otherwise():
+    """The first to run decides; the other one computes all, and when it is the only one left nothing is skipped."""
+    model, x = Block(), torch.randn(8, 32)
+    first = torch.compile(model, backend="convaware", options=OPTIONS)
+    first(x)
+    cacompile.session(model).pin(keep=0.0)
+    assert cacompile.status(model).skipped == 6
+    other = torch.compile(model, backend="convaware", options={"block_rows": 32})
+    del first
+    torch._dynamo.reset()
+    other(x).sum().backward()
+    gc.collect()
+    assert model.up.weight.grad.any() and model.down.weight.grad.any()
+    assert cacompile.status(model).skipped == 0

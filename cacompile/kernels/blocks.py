@@ -4,6 +4,7 @@ A dimension of `size` rows (or columns, channels, experts) is cut into ceil(size
 where it must be; block i is on when `flags[slot + i] != 0`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,19 @@ Run = tuple[int, int]
 
 LONG_RUN = 256
 """Mean length from which every run gets a product of its own (see `multiply_runs`)."""
+
+
+def without_autocast(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Products in the operands' own dtype, as Inductor's are, when a backward runs under autocast; 0.2 us otherwise."""
+
+    @functools.wraps(implementation)
+    def run(*args: object) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return implementation(*args)
+        with torch._C._DisableAutocast():
+            return implementation(*args)
+
+    return run
 
 
 def block_flags(flags: Tensor, slot: int, block: int, size: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import KERNEL_DTYPES, Run, clear_gaps, live_runs, multiply_runs, slices, zero_off_blocks
+from .blocks import KERNEL_DTYPES, Run, clear_gaps, live_runs, multiply_runs, slices, without_autocast, zero_off_blocks
 
 _LIBRARY = torch.library.Library("cacompile", "FRAGMENT")
 # flexible_layout: as in masked_mm
@@ -33,6 +33,7 @@ def _fake(a: Tensor, b: Tensor, flags: Tensor, slot: int, block: int, dim: int) 
     return torch.bmm(a, b)
 
 
+@without_autocast
 def _cpu(a: Tensor, b: Tensor, flags: Tensor, slot: int, block: int, dim: int) -> Tensor:
     size = b.shape[2] if dim == 2 else a.shape[dim]
     runs = live_runs(flags, slot, block, size)

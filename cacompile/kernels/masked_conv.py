@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .blocks import KERNEL_DTYPES, Run, clear_gaps, live_runs, slices, spread, zero_off_blocks
+from .blocks import KERNEL_DTYPES, Run, clear_gaps, live_runs, slices, spread, without_autocast, zero_off_blocks
 
 _LIBRARY = torch.library.Library("cacompile", "FRAGMENT")
 # the strides of the result follow those of the operands, so Inductor must keep them, as it does for the library's own
@@ -70,6 +70,7 @@ def _fake(
     return _library(grad_out, x, weight, *conv)
 
 
+@without_autocast
 def _cpu(
     grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, slot: int, block: int, dim: int, *conv: Any
 ) -> Tensor:

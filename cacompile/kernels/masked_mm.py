@@ -6,7 +6,7 @@ dw = mm(dy_t, x)  ->  dw = masked_mm(dy_t, x, flags, slot, block, dim=0)
 import torch
 from torch import Tensor
 
-from .blocks import KERNEL_DTYPES, live_runs, multiply_runs, zero_off_blocks
+from .blocks import KERNEL_DTYPES, live_runs, multiply_runs, without_autocast, zero_off_blocks
 
 _LIBRARY = torch.library.Library("cacompile", "FRAGMENT")
 # flexible_layout: operands arrive as the permuted views they are, where Inductor would otherwise copy them
@@ -31,6 +31,7 @@ def _fake(a: Tensor, b: Tensor, flags: Tensor, slot: int, block: int, dim: int) 
     return torch.mm(a, b)
 
 
+@without_autocast
 def _cpu(a: Tensor, b: Tensor, flags: Tensor, slot: int, block: int, dim: int) -> Tensor:
     size = a.shape[0] if dim == 0 else b.shape[1]
     runs = live_runs(flags, slot, block, size)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +13,9 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import fx
+from torch._C._dynamo import eval_frame
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._functorch import config as functorch_config
 
 from cacompile.config import Config
@@ -20,6 +26,7 @@ from cacompile.region import Region, compile_region
 from cacompile.runtime.session import session
 
 _OPERATION = {"linear": "masked_mm", "batched": "masked_bmm", "convolution": "masked_conv_dw"}
+_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # in newer torch only
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,29 +98,29 @@ def explain(
     `options` as for `torch.compile`; of a model that has run, its own are taken by default.
     """
     view = session(model)
-    if not example_inputs and not example_kwargs:
-        plans = list({id(instance.plan): instance.plan for instance in view.instances}.values())
-        if not plans:
-            raise ConvAwareError(
-                "explain(model) needs a model that has run forward with backend='convaware'; "
-                "for any other give example inputs: explain(model, *inputs)"
-            )
-        names = {id(record): name for name, record in view.tracked.items()}
-        known = {
-            (id(i.plan), record.name): names[id(record)]
-            for i in view.instances
-            for record in i.records
-            if id(record) in names
-        }
-        return _explanation(plans, known)
-    config = Config.from_options(options)[0] if options is not None else view.config or Config()
-    return _explanation(_trace(getattr(model, "_orig_mod", model), config, example_inputs, example_kwargs), {})
+    model = getattr(model, "_orig_mod", model)
+    if example_inputs or example_kwargs:
+        config = Config.from_options(options)[0] if options is not None else view.config or Config()
+        return _explanation(_trace(model, config, example_inputs, example_kwargs), model)
+    # of several over the same parameters, as after a recompilation for other sizes, the newest
+    newest = {frozenset(map(id, (params := i.params).values())): (i.plan, params) for i in view.instances}
+    if not newest:
+        raise ConvAwareError(
+            "explain(model) needs a model that has run forward with backend='convaware'; "
+            "for any other give example inputs: explain(model, *inputs)"
+        )
+    return _explanation(list(newest.values()), model)
 
 
-def _explanation(plans: Sequence[Plan], names: Mapping[tuple[int, str], str]) -> Explanation:
-    total = sum(plan.flops for plan in plans) or 1
+_Run = tuple[Plan, Mapping[str, torch.Tensor]]
+"""A graph, and the parameters that it ran with under its own names for them."""
+
+
+def _explanation(runs: Sequence[_Run], model: torch.nn.Module) -> Explanation:
+    names = {id(param): name.replace("_orig_mod.", "") for name, param in model.named_parameters()}
+    total = sum(plan.flops for plan, _ in runs) or 1
     rows = []
-    for number, plan in enumerate(plans):
+    for number, (plan, params) in enumerate(runs):
         dense = {skip.param: skip for skip in plan.skips}
         grads = {grad.param.name: grad for grad in plan.grads if grad.param.name not in dense}
         for param in plan.params:
@@ -122,7 +129,7 @@ def _explanation(plans: Sequence[Plan], names: Mapping[tuple[int, str], str]) ->
             rows.append(
                 Row(
                     graph=number,
-                    param=names.get((id(plan), param.name), param.name),
+                    param=names.get(id(params.get(param.name)), param.name),
                     shape=param.shape,
                     kind=source.kind,
                     nodes=tuple(product.node.name for product in grad.products) if grad else (),
@@ -134,16 +141,16 @@ def _explanation(plans: Sequence[Plan], names: Mapping[tuple[int, str], str]) ->
                     reason=skip.reason if skip else "",
                 )
             )
-    return Explanation(tuple(rows), len(plans))
+    return Explanation(tuple(rows), len(runs))
 
 
 def _operations(grad: WeightGrad) -> str:
     return ", ".join(dict.fromkeys(_OPERATION[product.kind] for product in grad.products))
 
 
-def _trace(model: torch.nn.Module, config: Config, args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Plan]:
-    """The plans of all graphs that `model` would be compiled to, each checked by building its guarded backward."""
-    regions: list[Region] = []
+def _trace(model: torch.nn.Module, config: Config, args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[_Run]:
+    """All graphs that `model` would be compiled to, each checked by building its guarded backward."""
+    runs: dict[tuple[int, ...], tuple[Region, dict[str, torch.Tensor]]] = {}
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if not has_trainable(inputs):
@@ -151,19 +158,26 @@ def _trace(model: torch.nn.Module, config: Config, args: Iterable[Any], kwargs: 
         # the backward at once, not when it first runs: nothing runs backward here
         with functorch_config.patch(force_non_lazy_backward_lowering=True):
             region, compiled = compile_region(gm, inputs, config, {}, compile_inner=_interpreted)
-        regions.append(region)
-        # a handle that leads nowhere: looking must not leave an instance behind
-        return lambda *args: compiled(*args, torch.tensor(0))
+
+        def run(*args: Any) -> Any:
+            params = {param.name: args[param.index] for param in region.plan.params}
+            runs[id(region), *map(id, params.values())] = region, params
+            # a handle that leads nowhere: looking must not leave an instance behind
+            return compiled(*args, torch.tensor(0, device="cpu"))
+
+        return run
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return model.forward(*args, **kwargs)
 
-    with _untouched(model), torch.enable_grad():
-        torch.compile(forward, backend=backend)(*args, **kwargs)
-    for region in regions:
+    # what Dynamo compiles it keeps with the code object, so a new one each time
+    fresh = types.FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
+    with _untouched(model), _untouched_dynamo() as options, torch.enable_grad():
+        torch.compile(fresh, backend=backend, **options)(*args, **kwargs)
+    for region, _ in runs.values():
         if region.backward is not None:
             region.backward.guarded()
-    return [region.plan for region in regions]
+    return [(region.plan, params) for region, params in runs.values()]
 
 
 def _interpreted(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
@@ -186,3 +200,28 @@ def _untouched(model: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
+
+
+@contextlib.contextmanager
+def _untouched_dynamo() -> Iterator[dict[str, Any]]:
+    """Have Dynamo forget what it compiles here, as after a graph break it does with the model's own code objects.
+
+    Else looking would use up the recompilations that the model may have, and look different the next time.
+    Gives options for `torch.compile` that keep apart what it holds already; forgetting that would recompile the model.
+    """
+    seen: dict[int, tuple[types.CodeType, bool]] = {}
+
+    def note(code: types.CodeType, _: types.CodeType) -> None:
+        seen.setdefault(id(code), (code, not eval_frame._debug_get_cache_entry_list(code)))
+
+    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    apart = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
+    hook = register_bytecode_hook(note)
+    try:
+        with dynamo_config.patch(**limits, automatic_dynamic_shapes=False):
+            yield apart
+    finally:
+        hook.remove()
+        for code, was_new in seen.values():
+            if was_new:
+                eval_frame.reset_code(code)

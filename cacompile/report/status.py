@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from cacompile.plan import Plan
+from cacompile.runtime.instance import Instance
 from cacompile.runtime.session import session
 
 
@@ -61,32 +61,41 @@ def status(model: torch.nn.Module) -> Status:
     """Where training of a convaware model stands; reads host state only, waits for nothing."""
     view = session(model)
     tracked = {name: record for name, record in view.tracked.items() if record.groups}
+    instances = view.instances
+    # a graph whose guarded version could not be made computes everything, whatever the mask says
+    skippable = {id(record) for instance in instances for record in instance.skippable}
+    off = {name: ~record.state.on & (id(record) in skippable) for name, record in tracked.items()}
     families = tuple(
-        Family(name, record.groups, int((~record.state.on).sum()), float(record.state.keep.mean()))
+        Family(name, record.groups, int(off[name].sum()), float(record.state.keep.mean()))
         for name, record in tracked.items()
     )
     groups = sum(family.groups for family in families)
     total, saved = view.flops
-    once = _flops_of_one_backward([instance.plan for instance in view.instances])
-    off = sum(float(record.flops[~record.state.on].sum()) for record in tracked.values())
+    once = _flops_of_one_backward(instances)
+    left_out = sum(float(record.flops[off[name]].sum()) for name, record in tracked.items())
     return Status(
         step=view.step_count,
         groups=groups,
         skipped=sum(family.skipped for family in families),
         keep=sum(family.keep * family.groups for family in families) / groups if groups else 1.0,
-        skipped_flops=off / once if once else 0.0,
+        skipped_flops=left_out / once if once else 0.0,
         saved_flops=saved,
         total_flops=total,
         families=families,
     )
 
 
-def _flops_of_one_backward(plans: Sequence[Plan]) -> int:
-    """dW FLOPs; a parameter that several graphs use, as after a recompilation for other sizes, counts once."""
-    most: dict[str, int] = {}
-    for plan in plans:
-        for param, flops in plan.flops_by_param.items():
-            most[param] = max(most.get(param, 0), flops)
+def _flops_of_one_backward(instances: Sequence[Instance]) -> int:
+    """dW FLOPs; a parameter that several graphs use, as after a recompilation for other sizes, counts once.
+
+    By identity, because identical blocks share a plan and so the plan's names.
+    """
+    most: dict[tuple[int, str], int] = {}
+    for instance in instances:
+        params = instance.params
+        for name, flops in instance.plan.flops_by_param.items():
+            key = (id(params[name]), "") if name in params else (id(instance), name)
+            most[key] = max(most.get(key, 0), flops)
     return sum(most.values())
 
 

@@ -32,16 +32,17 @@ class Instance:
 
     def __init__(self, plan: Plan, inputs: Sequence[Any], config: Config) -> None:
         self.plan = plan
-        self.handle = torch.tensor(next(_numbers))
+        self.handle = torch.tensor(next(_numbers), device="cpu")
         self.spent = Spent()
         self.guarded_backwards = 0
+        self._params = {param.name: weakref.ref(inputs[param.index]) for param in plan.params}
         self._records = [_join(plan, grad, inputs[grad.param.index], config) for grad in plan.grads]
         for record in self.records:
             record.spent.append(self.spent)
         self._epoch = -1
         self._any_off = False
         self._off_flops = 0.0
-        self._host = torch.empty(len(plan.groups), dtype=torch.uint8)
+        self._host = torch.empty(len(plan.groups), dtype=torch.uint8, device="cpu")
         device = inputs[plan.grads[0].param.index].device if plan.grads else torch.device("cpu")
         self._device = self._host if device.type == "cpu" else torch.empty_like(self._host, device=device)
         _alive[int(self.handle)] = self
@@ -49,6 +50,18 @@ class Instance:
     @property
     def records(self) -> list[Tracked]:
         return [record for record in self._records if record is not None]
+
+    @property
+    def skippable(self) -> list[Tracked]:
+        """Records of which this graph leaves out what is off; before its guarded version is made, as planned."""
+        guarded = self.plan.guarded
+        pairs = zip(self.plan.grads, self._records, strict=True)
+        return [r for grad, r in pairs if r is not None and (guarded is None or grad.param.name in guarded)]
+
+    @property
+    def params(self) -> dict[str, torch.Tensor]:
+        """The graph's name of a parameter -> the one that this instance runs with, if it is alive."""
+        return {name: param for name, ref in self._params.items() if (param := ref()) is not None}
 
     def wants_guarded(self) -> bool:
         """Whether some group of this graph is off in the current step."""
@@ -96,7 +109,9 @@ def _join(plan: Plan, grad: WeightGrad, param: Any, config: Config) -> Tracked |
         log.warning("%s is cut into other groups by another graph; in this one it stays dense", record.name)
         return None
     # a recompilation for other sizes uses the same parameters again, so not a sum
-    np.maximum(record.flops, _flops(plan, grad), out=record.flops)
+    if (flops := _flops(plan, grad)).max() > record.flops.max():
+        record.flops[:] = flops
+        registry.generation += 1
     return record
 
 

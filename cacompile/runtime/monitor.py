@@ -2,65 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch._logging import warning_once
 from torch.optim import SGD, Optimizer
 
-from .tracked import Tracked
+from .estimate import moment_name
+from .tracked import Scores, Tracked
+
+log = logging.getLogger(__name__)
 
 SMOOTHING = 0.5
 """Weight of the newest of two readings of a gradient that no optimizer state averages."""
 
 
-class Reading:
-    """Scores on their way to the host; taken without waiting for the device."""
+def read_scores(tracked: Sequence[Tracked], optimizer: Optimizer | None) -> list[tuple[Tracked, Scores]]:
+    """Scores of each parameter's groups on their way to the host; taken without waiting for the device."""
+    settings = settings_by_param(optimizer)
+    taken: dict[torch.device, list[tuple[Tracked, torch.Tensor, bool]]] = {}
+    for record in tracked:
+        param = record.ref()
+        if param is None or record.partition is None:
+            continue
+        sums, averaged = _descent(optimizer, settings.get(id(param), {}), record, param)
+        if sums is not None:
+            taken.setdefault(sums.device, []).append((record, sums, averaged))
+    found = []
+    for parts in taken.values():
+        host, event = _fetch(torch.cat([sums for _, sums, _ in parts]))
+        for (record, _, averaged), values in zip(parts, host.split([record.groups for record, *_ in parts])):
+            found.append((record, Scores(values, event, None if averaged else ~record.skipped)))
+    return found
 
-    def __init__(self, tracked: Sequence[Tracked], optimizer: Optimizer | None) -> None:
-        settings = settings_by_param(optimizer)
-        self._taken: list[tuple[Tracked, np.ndarray | None]] = []
-        parts: dict[torch.device, list[torch.Tensor]] = {}
-        self._order: list[torch.device] = []
-        for record in tracked:
-            param = record.ref()
-            if param is None or record.partition is None:
-                continue
-            sums, averaged = _descent(optimizer, settings.get(id(param), {}), record, param)
-            if sums is None:
-                continue
-            parts.setdefault(sums.device, []).append(sums)
-            self._order.append(sums.device)
-            self._taken.append((record, None if averaged else ~record.skipped))
-        self._events: list[torch.cuda.Event] = []
-        self._host = {device: self._fetch(torch.cat(sums)) for device, sums in parts.items()}
 
-    def _fetch(self, sums: torch.Tensor) -> torch.Tensor:
-        if sums.device.type != "cuda":
-            return sums.cpu()
-        host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-        host.copy_(sums, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(sums.device))
-        self._events.append(event)
-        return host
-
-    @property
-    def immediate(self) -> bool:
-        """True when nothing is still under way: everything was on the host anyway."""
-        return not self._events
-
-    def apply(self) -> None:
-        """Put the scores into each record's state. Waits only if it is called sooner than the copy takes."""
-        for event in self._events:
-            event.synchronize()
-        start = dict.fromkeys(self._host, 0)
-        for (record, sampled), device in zip(self._taken, self._order, strict=True):
-            stop = start[device] + record.groups
-            fresh = self._host[device][start[device] : stop].double().numpy()
-            start[device] = stop
-            _learn(record, fresh, sampled)
+def _fetch(sums: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and what tells that it is complete."""
+    if sums.device.type != "cuda":
+        return sums.cpu(), None
+    host = torch.empty(sums.shape, dtype=sums.dtype, device="cpu", pin_memory=True)
+    host.copy_(sums, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(sums.device))
+    return host, event
 
 
 def settings_by_param(optimizer: Optimizer | None) -> dict[int, Mapping[str, Any]]:
@@ -74,21 +61,39 @@ def _descent(
     optimizer: Optimizer | None, settings: Mapping[str, Any], record: Tracked, param: torch.Tensor
 ) -> tuple[torch.Tensor | None, bool]:
     """Expected descent a group [G] per unit of learning rate, and whether the optimizer has averaged it over steps."""
-    state = optimizer.state.get(param, {}) if optimizer is not None else {}
-    mean, square = state.get("exp_avg"), state.get("exp_avg_sq")
+    if optimizer is not None:
+        try:
+            if (descent := _averaged(optimizer, settings, record, param)) is not None:
+                return _sum_groups(descent, record), True
+        except Exception:
+            warning_once(
+                log,
+                "the state of %s is not as expected: groups of its parameters are judged by the gradients of one step",
+                type(optimizer).__name__,
+                exc_info=True,
+            )
+    return (None, False) if param.grad is None else (_sum_groups(param.grad.square(), record), False)
+
+
+def _averaged(
+    optimizer: Optimizer, settings: Mapping[str, Any], record: Tracked, param: torch.Tensor
+) -> torch.Tensor | None:
+    """Expected descent of each element, from the averages that the optimizer keeps; None where none are known."""
+    name, state = moment_name(optimizer), optimizer.state.get(param, {})
+    mean, square = state.get(name), state.get("exp_avg_sq")
     if (
-        isinstance(mean, torch.Tensor)
+        name == "exp_avg"
+        and isinstance(mean, torch.Tensor)
         and isinstance(square, torch.Tensor)
         and mean.shape == square.shape == param.shape
     ):
         # the optimizer's own count, a tensor where it lives on the device: not waited for
         step, (beta1, beta2) = state.get("step", record.step), settings.get("betas", (0.9, 0.999))
         rms = (square / (1.0 - beta2**step)).sqrt()
-        return _sum_groups((mean / (1.0 - beta1**step)).square() / (rms + settings.get("eps", 1e-8)), record), True
-    momentum = state.get("momentum_buffer")
-    if isinstance(optimizer, SGD) and isinstance(momentum, torch.Tensor):
-        return _sum_groups(momentum.square(), record) * (1.0 - settings["momentum"]) ** 2, True
-    return (None, False) if param.grad is None else (_sum_groups(param.grad.square(), record), False)
+        return (mean / (1.0 - beta1**step)).square() / (rms + settings.get("eps", 1e-8))
+    if isinstance(optimizer, SGD) and isinstance(mean, torch.Tensor):
+        return mean.square() * (1.0 - settings["momentum"]) ** 2
+    return None
 
 
 def _sum_groups(values: torch.Tensor, record: Tracked) -> torch.Tensor:
@@ -99,9 +104,9 @@ def _sum_groups(values: torch.Tensor, record: Tracked) -> torch.Tensor:
     return torch.nn.functional.pad(by_row, (0, record.groups * block - rows)).view(-1, block).sum(1)
 
 
-def _learn(record: Tracked, fresh: np.ndarray, sampled: np.ndarray | None) -> None:
-    """Take over a reading; `sampled` says which groups' gradients were computed, None that all values are averages."""
-    state = record.state
+def learn(record: Tracked, scores: Scores) -> None:
+    """Take a reading over into the record's state."""
+    state, fresh, sampled = record.state, scores.values(), scores.sampled
     if sampled is not None:
         # one noisy sample; an output that is not used gives a gradient of zeros, which says nothing
         before = np.where(np.isfinite(state.score), state.score, fresh)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from .estimate import fill_skipped
 from .mask import draw, generator
-from .monitor import Reading, settings_by_param
+from .monitor import learn, read_scores, settings_by_param
 from .policy import keep_probabilities
 from .tracked import GroupState, Tracked, registry
 
@@ -24,7 +24,6 @@ class Scope:
         self.state = GroupState.joined([record.state for record in self.tracked])
         self._flops = np.concatenate([record.flops for record in self.tracked])
         self._family = np.repeat(np.arange(len(self.tracked)), [record.groups for record in self.tracked])
-        self._reading: Reading | None = None
 
     @property
     def valid(self) -> bool:
@@ -67,13 +66,11 @@ class Scope:
             registry.epoch += 1
 
     def _monitor(self, optimizer: Optimizer | None) -> None:
-        """Use the last reading, or this one if it needed no waiting: always the same one, so that ranks agree."""
-        reading = Reading(self.tracked, optimizer)
-        due = reading if reading.immediate else self._reading
-        self._reading = reading
-        if due is None:
-            return
-        due.apply()
+        """Use each last reading, or this one if it needs no waiting: always the same one, so that ranks agree."""
+        for record, scores in read_scores(self.tracked, optimizer):
+            due, record.awaited = (scores, None) if scores.event is None else (record.awaited, scores)
+            if due is not None:
+                learn(record, due)
         rates = settings_by_param(optimizer)
         rate = [_rate(rates.get(id(record.ref()), {}).get("lr", 1.0)) for record in self.tracked]
         descent = self.state.score * np.array(rate)[self._family]

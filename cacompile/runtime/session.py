@@ -13,10 +13,10 @@ from cacompile.config import Config
 from cacompile.errors import ConvAwareError, unknown
 
 from .instance import Instance, instances_of
+from .saved import FORMAT, check_state
 from .stepping import Scopes
 from .tracked import Pin, Tracked, registry
 
-_FORMAT = 1
 _TOO_EARLY = " (groups are known after the first forward pass)"
 _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
 
@@ -107,6 +107,8 @@ class Session:
     ) -> None:
         """Hold the mask fixed until `unpin`, for experiments, benchmarks and debugging.
 
+        Change pins between steps: what a pin skipped gets its estimate in the next step unless gradients are None.
+
         mask: bool for each of `groups`, or {group or parameter name: bool} with all others on; or
         keep, seed: draw it once, every group kept with probability `keep`.
         """
@@ -124,7 +126,7 @@ class Session:
             record.apply_pin()
 
     def unpin(self) -> None:
-        """End `pin`: all groups are on until the next optimizer step draws."""
+        """End `pin`: all groups are on until scores are read and a mask is drawn again."""
         for record in self.tracked.values():
             record.pin = None
             record.apply_pin()
@@ -138,7 +140,7 @@ class Session:
         """All that later masks depend on, for `torch.save`; names are those of the model's parameters."""
         tracked = self.tracked
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "flops": self.flops,
             "parameters": {name: record.to_dict() for name, record in tracked.items()},
         }
@@ -149,33 +151,12 @@ class Session:
         May be called before the first forward pass.
         """
         tracked = self.tracked
-        _check_state(state, tracked)
+        check_state(state, tracked)
         for name, entry in state["parameters"].items():
             tracked[name].load(entry)
         self._carried = (0.0, 0.0)
         total, saved = self.flops
         self._carried = state["flops"][0] - total, state["flops"][1] - saved
-
-
-def _check_state(state: Any, tracked: Mapping[str, Tracked]) -> None:
-    if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
-        got = state.get("format") if isinstance(state, Mapping) else type(state).__name__
-        raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {_FORMAT}, got {got!r}")
-    if lost := {"flops", "parameters"} - state.keys():
-        raise ConvAwareError(f"state_dict lacks {', '.join(sorted(lost))}")
-    saved = state["parameters"]
-    for name, entry in saved.items():
-        if name not in tracked:
-            raise unknown("parameter in state_dict:", name, tracked)
-        if lost := tracked[name].to_dict().keys() - entry.keys():
-            raise ConvAwareError(f"state_dict entry {name!r} lacks {', '.join(sorted(lost))}")
-        if tuple(entry["shape"]) != tracked[name].shape:
-            raise ConvAwareError(
-                f"state_dict entry {name!r} is for shape {tuple(entry['shape'])}, "
-                f"the model's parameter has {tracked[name].shape}"
-            )
-    if missing := [name for name in tracked if name not in saved]:
-        raise ConvAwareError(f"state_dict lacks {len(missing)} of the model's parameters, first {missing[0]!r}")
 
 
 def _group_names(owner: str, record: Tracked) -> list[str]:

@@ -89,6 +89,31 @@ class Partition:
 
 
 @dataclass(slots=True)
+class Scores:
+    """One reading of one parameter's groups, maybe still on its way to the host."""
+
+    host: torch.Tensor
+    """float [G] on the host; complete once `event` has passed."""
+    event: torch.cuda.Event | None
+    sampled: np.ndarray | None
+    """bool [G]: the groups whose gradient was computed; None if the values are averages that any step may read."""
+
+    def values(self) -> np.ndarray:
+        """float64 [G]. Waits only if it is called sooner than the copy takes."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.double().numpy()
+
+    def to_dict(self) -> dict[str, torch.Tensor | None]:
+        sampled = None if self.sampled is None else torch.from_numpy(self.sampled.copy())
+        return {"values": torch.from_numpy(self.values()).clone(), "sampled": sampled}
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Scores:
+        return cls(saved["values"], None, None if saved["sampled"] is None else saved["sampled"].numpy())
+
+
+@dataclass(slots=True)
 class Spent:
     """dW FLOPs of one graph with one set of parameters so far; outlives the graph in the parameters' records."""
 
@@ -117,6 +142,8 @@ class Tracked:
         self.step = 0
         """Optimizer steps seen."""
         self.pin: Pin | None = None
+        self.awaited: Scores | None = None
+        """A reading that is taken over at the next one, when its copy from the device is surely complete."""
         self.pending: dict[str, Any] | None = None
         """Saved state that waits for the partition to be known."""
 
@@ -146,6 +173,9 @@ class Tracked:
     def apply_pin(self) -> None:
         """Let a pin, or its end, take effect at once."""
         if self.groups:
+            param = self.ref()
+            if param is None or param.grad is None:  # what was skipped under the pin before is gone
+                self.skipped[:] = False
             self.state.on[:] = True if self.pin is None else self.pin.mask_of(self)
             self.state.keep[:] = 1.0 if self.pin is None else self.pin.keep_of(self)
             registry.epoch += 1
@@ -161,12 +191,14 @@ class Tracked:
                 "groups": self.state.to_dict(),
             }
         pin = None if self.pin is None else astuple(self.pin)
-        return {"shape": self.shape, "key": self.key, "step": self.step, "pin": pin, **groups}
+        awaited = None if self.awaited is None else self.awaited.to_dict()
+        return {"shape": self.shape, "key": self.key, "step": self.step, "pin": pin, "awaited": awaited, **groups}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Take over a saved state; what it says of groups waits until the partition is known."""
         self.key, self.step = saved["key"], saved["step"]
         self.pin = None if saved["pin"] is None else Pin(*saved["pin"])
+        self.awaited = None if saved["awaited"] is None else Scores.of(saved["awaited"])
         self.pending = saved
         registry.generation += 1
         self._take_groups()
@@ -217,7 +249,7 @@ class _Registry:
         self._records = WeakTensorKeyDictionary()
         self._names: Counter[str] = Counter()
         self.generation = 0
-        """Grows when a parameter or a partition is added: what was collected before may be incomplete."""
+        """Grows when a parameter gets groups or others: what was collected before may be incomplete."""
         self.epoch = 0
         """Grows when any mask changes: what was derived from masks before is stale."""
 
@@ -228,7 +260,6 @@ class _Registry:
         record = self._records.get(param)
         if record is None:
             record = self._records[param] = Tracked(param, name)
-            self.generation += 1
         return record
 
     def new_key(self, name: str) -> int:

@@ -49,6 +49,17 @@ def test_all_on_is_bit_for_bit_the_library(dtype, dim):
     assert torch.equal(masked_bmm(a, b, flags, SLOT, 1, dim), torch.bmm(a, b))
 
 
+@pytest.mark.parametrize("dim", (0, 1, 2))
+def test_a_backward_under_autocast_keeps_its_dtype(dim, pattern, make_flags):
+    a, b = operands(5, 5, 5, 63)
+    flags = make_flags(pattern, 5)
+    expected = masked_bmm_reference(a, b, flags, SLOT, 1, dim)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = masked_bmm(a, b, flags, SLOT, 1, dim)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("e, m, n, k", ((4, 6, 5, 0), (0, 6, 3, 2), (4, 0, 3, 2), (4, 3, 0, 2)))
 @pytest.mark.parametrize("dim", (0, 1, 2))
 def test_empty_sizes(device, e, m, n, k, dim, pattern, make_flags):

@@ -159,6 +159,16 @@ def test_all_on_is_bit_for_bit_the_library(conv, dtype, layout):
     assert torch.equal(conv.masked(grad_out, x, weight, torch.ones(99, dtype=torch.uint8)), expected)
 
 
+def test_a_backward_under_autocast_keeps_its_dtype(conv, pattern, make_flags):
+    grad_out, x, weight = conv.operands(torch.float32)
+    flags = make_flags(pattern, conv.blocks(weight))
+    expected = conv.masked(grad_out, x, weight, flags, masked_conv_dw_reference)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = conv.masked(grad_out, x, weight, flags)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("name, channels", (("2d", 8), ("grouped", 15), ("transposed", 6), ("depthwise", 8)))
 def test_only_live_channels_reach_the_library(name, channels, make_flags):
     conv = CONVS[name]

@@ -61,6 +61,19 @@ def test_all_on_is_bit_for_bit_the_library(dtype, dim):
     assert torch.equal(masked_mm(a, b, flags, SLOT, 64, dim), torch.mm(a, b))
 
 
+@pytest.mark.parametrize("block", (8, 256))  # put side by side; one product a run
+@pytest.mark.parametrize("dim", (0, 1))
+def test_a_backward_under_autocast_keeps_its_dtype(dim, block, pattern, make_flags):
+    a, b = operands(5 * block, 5 * block, 63)
+    flags = make_flags(pattern, 5)
+    expected = masked_mm_reference(a, b, flags, SLOT, block, dim)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = masked_mm(a, b, flags, SLOT, block, dim)
+        assert torch.mm(a, b).dtype == torch.bfloat16, "autocast goes on after it"
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("m, n, k", ((4, 6, 0), (0, 6, 3), (4, 0, 3), (0, 0, 0)))
 @pytest.mark.parametrize("dim", (0, 1))
 def test_empty_sizes(device, m, n, k, dim, pattern, make_flags):

@@ -166,10 +166,12 @@ def test_product_with_another_use_stays_and_keeps_its_share_of_flops() -> None:
     product = tiny.mm(tiny.input("a", 48, 8), tiny.input("b", 8, 32))
     tiny.call(aten.exp.default, product)
     plan = located(product)
-    assert "2 users" in reason(plan) and plan.flops == 2 * 48 * 8 * 32 and plan.skips[0].kind == "linear"
+    assert "used 2 times" in reason(plan) and plan.flops == 2 * 48 * 8 * 32 and plan.skips[0].kind == "linear"
 
 
-@pytest.mark.parametrize(("second", "why"), [("xpu", "no masked operation"), ("cuda:1", "first weights on cuda:0")])
+@pytest.mark.parametrize(
+    ("second", "why"), [("xpu", "no masked operation"), ("cuda:1", "flags of this graph on cuda:0")]
+)
 def test_weight_on_another_device_stays_dense(second: str, why: str) -> None:
     """One tensor of flags serves a graph, so its guarded weights live together."""
     tiny, params = Tiny(), []
@@ -182,3 +184,15 @@ def test_weight_on_another_device_stays_dense(second: str, why: str) -> None:
     plan = locate(Plan(params=tuple(params)))
     assert [grad.param.name for grad in plan.grads] == ["w0"]
     assert [skip.param for skip in plan.skips] == ["w1"] and why in plan.skips[0].reason
+
+
+@pytest.mark.parametrize(("dtype", "dense"), [(torch.bfloat16, False), (torch.float64, True)])
+def test_what_has_no_kernel_on_a_gpu_stays_dense_there(dtype: torch.dtype, dense: bool) -> None:
+    tiny = Tiny()
+    dw = tiny.mm(tiny.input("a", 48, 8, dtype=dtype), tiny.input("b", 8, 32, dtype=dtype))
+    placeholder = tiny.input("w", 48, 32)
+    placeholder.meta["val"] = SimpleNamespace(device=torch.device("cuda:0"))
+    tiny.returns(dw)
+    plan = locate(Plan(params=(Param("w", 0, (48, 32), placeholder, dw),)))
+    assert bool(plan.grads) != dense
+    assert not dense or "no kernel on GPUs for torch.float64" in plan.skips[0].reason

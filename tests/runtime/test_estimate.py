@@ -119,6 +119,51 @@ def test_decay_that_an_unknown_optimizer_applies_itself_is_left_to_it(make: Any,
     assert torch.equal(param.grad[rows(record, ~ON)], moment[rows(record, ~ON)])
 
 
+@pytest.mark.parametrize("base", [optim.Optimizer, optim.SGD])
+def test_what_an_unknown_optimizer_calls_exp_avg_is_not_used(base: type, make: Any, rows: Any):
+    Prodigious = type("Prodigious", (base,), {})
+    param, record = make(9, 4)
+    optimizer = Prodigious([param], *([{"lr": 0.1}] if base is optim.Optimizer else []))
+    optimizer.state[param]["exp_avg"] = torch.randn_like(param)
+    param.grad = torch.randn_like(param)
+    record.skipped[:] = ~ON
+    fill(optimizer, param, record)
+    assert not param.grad[rows(record, ~ON)].any() and param.grad[rows(record, ON)].all()
+
+
+def test_a_state_that_cannot_be_used_gives_zeros_and_one_warning(
+    make: Any, rows: Any, followed: None, caplog: pytest.LogCaptureFixture
+):
+    class Packed(torch.Tensor):
+        """A moment in some format of its own."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.narrow:
+                raise NotImplementedError("of all things")
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    class PackedAdam(optim.Adam):
+        """Steps as SGD does."""
+
+        def step(self) -> None:
+            with torch.no_grad():
+                param.sub_(param.grad, alpha=0.1)
+
+    param, record = make(9, 4, warmup_steps=100)
+    optimizer = PackedAdam([param])
+    optimizer.state[param]["exp_avg"] = torch.ones(9, 4).as_subclass(Packed)
+    for _ in range(3):
+        before = param.detach().clone()
+        param.grad = torch.ones_like(param)
+        record.skipped[:] = ~ON
+        optimizer.step()
+        assert torch.equal(param[rows(record, ~ON)], before[rows(record, ~ON)])
+        assert (param != before)[rows(record, ON)].all()
+    (said,) = (entry for entry in caplog.records if "PackedAdam" in entry.getMessage())
+    assert "zeros" in said.getMessage() and said.exc_info is not None
+
+
 def test_nothing_happens_without_a_gradient(make: Any):
     param, record = make(9, 4)
     record.skipped[:] = True

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn, optim
 
-from cacompile.runtime.monitor import SMOOTHING, Reading
+from cacompile.runtime.monitor import SMOOTHING, learn, read_scores
 
 SIZE = 9
 
 
 def read(records: list[Any], optimizer: optim.Optimizer | None) -> None:
-    reading = Reading(records, optimizer)
-    assert reading.immediate
-    reading.apply()
+    for record, scores in read_scores(records, optimizer):
+        assert scores.event is None
+        learn(record, scores)
 
 
 def by_group(values: np.ndarray, dim: int) -> np.ndarray:
@@ -100,6 +100,33 @@ def test_a_hand_written_optimizer_is_read_from_its_gradients(make: Any):
     param.grad = torch.randn_like(param)
     read([record], None)
     assert record.state.score == pytest.approx(by_group(param.grad.double().numpy() ** 2, 0), rel=1e-5)
+
+
+def test_the_state_of_an_unknown_optimizer_is_not_read(make: Any):
+    class Adammy(optim.Optimizer):
+        pass
+
+    param, record = make(SIZE, 3)
+    optimizer = Adammy([param], {})
+    optimizer.state[param].update(exp_avg=torch.ones_like(param), exp_avg_sq=torch.ones_like(param), step=1)
+    param.grad = torch.randn_like(param)
+    read([record], optimizer)
+    assert record.state.score == pytest.approx(by_group(param.grad.double().numpy() ** 2, 0), rel=1e-5)
+
+
+def test_a_state_that_cannot_be_read_gives_own_statistics_and_one_warning(make: Any, caplog: pytest.LogCaptureFixture):
+    class OddAdam(optim.Adam):
+        pass
+
+    param, record = make(SIZE, 3)
+    optimizer = OddAdam([param])
+    optimizer.state[param].update(exp_avg=torch.ones_like(param), exp_avg_sq=torch.ones_like(param), step="third")
+    param.grad = torch.randn_like(param)
+    for _ in range(3):
+        read([record], optimizer)
+        assert record.state.score == pytest.approx(by_group(param.grad.double().numpy() ** 2, 0), rel=1e-5)
+    (said,) = (entry for entry in caplog.records if "OddAdam" in entry.getMessage())
+    assert "gradients of one step" in said.getMessage() and said.exc_info is not None
 
 
 def test_several_parameters_keep_their_own_scores(make: Any):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import optim
 
+from cacompile.runtime import monitor
 from cacompile.runtime.scope import Scope
 from cacompile.runtime.tracked import Pin, registry
 
@@ -139,3 +140,50 @@ def test_a_scope_ends_when_another_takes_over_one_of_its_parameters(make: Any):
     assert records[1].state.score.tolist() == [5.0] * 4
     second.state.score[:] = 6.0
     assert (records[0].state.score == 5.0).all() and (records[1].state.score == 6.0).all()
+
+
+class Copying:
+    """In place of a device's event: notes that somebody has waited for the copy."""
+
+    waited = 0
+
+    def synchronize(self) -> None:
+        Copying.waited += 1
+
+
+@pytest.fixture
+def slow_device(monkeypatch: pytest.MonkeyPatch) -> type[Copying]:
+    """Scores come to the host as from a GPU: under way when they are read."""
+    monkeypatch.setattr(monitor, "_fetch", lambda sums: (sums.cpu(), Copying()))
+    monkeypatch.setattr(Copying, "waited", 0)
+    return Copying
+
+
+def test_scores_under_way_are_waited_for_one_reading_later(make: Any, slow_device: type[Copying]):
+    param, record = make(8, 2, monitor_every=2)
+    scope, seen = Scope([record]), []
+    for step in range(1, 7):
+        param.grad = torch.full_like(param, float(step))
+        scope.advance(None)
+        seen.append(float(record.state.score[0]))
+    assert np.isnan(seen[:3]).all() and slow_device.waited == 2
+    # two rows of two: the reading of step 2 arrives at step 4, that of step 4, averaged with it, at step 6
+    assert seen[3] == 4 * 2.0**2 and seen[5] == (4 * 2.0**2 + 4 * 4.0**2) / 2
+
+
+def test_scores_under_way_survive_new_scopes_and_saving(make: Any, slow_device: type[Copying]):
+    param, record = make(8, 2, monitor_every=2)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        Scope([record]).advance(None)
+    saved = record.to_dict()
+    record.awaited = None
+    record.load(saved)
+    param.grad = None
+    for _ in range(2):
+        Scope([record]).advance(None)
+    assert np.isnan(record.state.score).all(), "without a new reading the old one keeps waiting"
+    param.grad = torch.ones_like(param)
+    for _ in range(2):
+        Scope([record]).advance(None)
+    assert (record.state.score == 4.0).all()

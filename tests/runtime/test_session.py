@@ -228,6 +228,9 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
         (lambda s: {**s, "format": 7}, ["format 1", "got 7"]),
         (lambda s: {"weight": torch.ones(2)}, ["format 1", "got None"]),
         (lambda s: without(s, "flops"), ["lacks flops"]),
+        (lambda s: {**s, "flops": None}, ["flops", "two finite numbers", "got None"]),
+        (lambda s: {**s, "flops": (1.0, "2")}, ["flops", "two finite numbers", "'2'"]),
+        (lambda s: {**s, "parameters": None}, ["parameters", "mapping", "None"]),
         (lambda s: {**s, "parameters": without(s["parameters"], "2.weight")}, ["lacks 1", "'2.weight'"]),
         (lambda s: {**s, "parameters": {**s["parameters"], "3.weight": {}}}, ["unknown", "'3.weight'", "'2.weight'"]),
         (

@@ -1,0 +1,123 @@
+"""A saved state, checked whole before anything takes it over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from cacompile.errors import ConvAwareError, unknown
+
+from .tracked import GroupState, Partition, Tracked
+
+FORMAT = 1
+ENTRY = "state_dict entry "
+
+
+def check_state(state: Any, tracked: Mapping[str, Tracked]) -> None:
+    """Raise a ConvAwareError that names what is wrong, its value and what is allowed; nothing else can fail later."""
+    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+        got = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+        raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {FORMAT}, got {got!r}")
+    _keys(state, {"flops", "parameters"}, "state_dict")
+    flops, saved = state["flops"], state["parameters"]
+    _must(_is_row(flops) and len(flops) == 2 and all(map(_is_number, flops)), "flops", flops, "two finite numbers")
+    _must(isinstance(saved, Mapping), "parameters", saved, "a mapping of names to entries")
+    for name, entry in saved.items():
+        if name not in tracked:
+            raise unknown("parameter in state_dict:", name, tracked)
+        _keys(entry, tracked[name].to_dict().keys(), f"{ENTRY}{name!r}")
+        _check_entry(name, entry, tracked[name])
+    if missing := [name for name in tracked if name not in saved]:
+        raise ConvAwareError(f"state_dict lacks {len(missing)} of the model's parameters, first {missing[0]!r}")
+
+
+def _check_entry(name: str, entry: Mapping[str, Any], record: Tracked) -> None:
+    def must(ok: bool, field: str, value: Any, allowed: str) -> None:
+        _must(ok, f"{name!r}: {field}", value, allowed)
+
+    shape, key, step, pin = entry["shape"], entry["key"], entry["step"], entry["pin"]
+    must(_is_row(shape) and all(map(_is_count, shape)), "shape", shape, "a tuple of sizes")
+    if tuple(shape) != record.shape:
+        raise ConvAwareError(f"{ENTRY}{name!r} is for shape {tuple(shape)}, the model's parameter has {record.shape}")
+    must(key is None or _is_count(key), "key", key, "an int >= 0 or None")
+    must(_is_count(step), "step", step, "an int >= 0")
+    groups = _check_partition(entry["partition"], record.shape, must)
+    must(_is_array(entry["skipped"], torch.bool, groups), "skipped", entry["skipped"], f"bool [{groups}] on the host")
+    _keys(entry["groups"], {f.name for f in fields(GroupState)}, f"{ENTRY}{name!r}: groups")
+    for field, like in GroupState.fresh(0).to_dict().items():
+        array, allowed = entry["groups"][field], f"{str(like.dtype).removeprefix('torch.')} [{groups}] on the host"
+        must(_is_array(array, like.dtype, groups), f"groups[{field!r}]", array, allowed)
+    keep = entry["groups"]["keep"]
+    must(bool(((keep >= 0) & (keep <= 1)).all()), "groups['keep']", keep.tolist(), "between 0 and 1")
+    _check_pin(pin, groups, must)
+    if (awaited := entry["awaited"]) is not None:
+        _keys(awaited, {"values", "sampled"}, f"{ENTRY}{name!r}: awaited")
+        values, sampled = awaited["values"], awaited["sampled"]
+        ok = isinstance(values, torch.Tensor) and values.is_floating_point() and _is_array(values, values.dtype, groups)
+        must(ok, "awaited['values']", values, f"floats [{groups}] on the host")
+        ok = sampled is None or _is_array(sampled, torch.bool, groups)
+        must(ok, "awaited['sampled']", sampled, f"bool [{groups}] on the host or None")
+
+
+def _check_partition(partition: Any, shape: tuple[int, ...], must: Callable[..., None]) -> int:
+    """The number of groups that it makes."""
+    if partition is None:
+        return 0
+    ok = _is_row(partition) and len(partition) == 3 and all(map(_is_count, partition))
+    must(ok, "partition", partition, "(dim, block, rows) or None")
+    dim, block, rows = partition
+    ok = dim < len(shape) and block >= 1 and rows == shape[dim]
+    must(ok, "partition", partition, f"(dim, block >= 1, rows) of a parameter of shape {shape}")
+    return Partition(dim, block, rows).groups
+
+
+def _check_pin(pin: Any, groups: int, must: Callable[..., None]) -> None:
+    if pin is None:
+        return
+    must(_is_row(pin) and len(pin) == 3, "pin", pin, "(mask, keep, seed) or None")
+    mask, keep, seed = pin
+    ok = mask is None or (_is_row(mask) and len(mask) == groups and all(isinstance(on, bool) for on in mask))
+    must(ok, "pin's mask", mask, f"{groups} bools or None")
+    must(_is_number(keep) and 0.0 <= keep <= 1.0, "pin's keep", keep, "between 0 and 1")
+    must(_is_count(seed), "pin's seed", seed, "an int >= 0")
+
+
+def _must(ok: bool, what: str, value: Any, allowed: str) -> None:
+    if ok:
+        return
+    if isinstance(value, torch.Tensor):
+        value = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    raise ConvAwareError(f"{ENTRY}{what} must be {allowed}, got {value!r}")
+
+
+def _keys(value: Any, wanted: Any, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ConvAwareError(f"{where} must be a mapping, got {type(value).__name__}")
+    if lost := set(wanted) - value.keys():
+        raise ConvAwareError(f"{where} lacks {', '.join(sorted(lost))}")
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_array(value: Any, dtype: torch.dtype, groups: int) -> bool:
+    """Whether it can be taken over as one value a group."""
+    return (
+        isinstance(value, torch.Tensor)
+        and (value.device.type, value.layout) == ("cpu", torch.strided)
+        and (value.dtype, tuple(value.shape)) == (dtype, (groups,))
+        and not value.requires_grad
+    )
