@@ -92,9 +92,10 @@ def linearity(shares: list[float], times: list[float]) -> tuple[float, float]:
 
 
 def verdict(spread: Spread, goal: float) -> str:
-    if spread.median <= goal:
-        return f"meets <= {goal}"
-    return f"not told apart from {goal}" if spread.lower <= goal else f"misses <= {goal}"
+    """What the rounds say about a goal for a ratio, and whether they tell the two sides apart at all."""
+    apart = "cannot be told apart" if spread.lower <= 1.0 <= spread.upper else "can be told apart"
+    met = "meets" if spread.median <= goal else "misses"
+    return f"{spread}, median {met} <= {goal}; the two {apart} (quartiles)"
 
 
 def main(argv: list[str] | None = None) -> list[tuple[str, str, str, str, Spread]]:
