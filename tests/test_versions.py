@@ -70,6 +70,7 @@ def in_threads(count: int, call: Any) -> list[Any]:
     return found
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="Inductor's settings are the process's own in torch 2.11")
 @pytest.mark.usefixtures("spied")
 def test_config_of_the_main_thread_is_seen_from_another() -> None:
     model, x = Block(), [torch.randn(8, 32)]
