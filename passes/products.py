@@ -53,7 +53,7 @@ def hint(size: Any) -> int:
 
 def uses(node: fx.Node) -> int:
     """How often a node is used; `node.users` counts an output that returns it in two places once."""
-    return sum(sum(arg is node for arg in _flat(user)) for user in node.users)
+    return sum(_times(node, user) for user in node.users)
 
 
 def exits(node: fx.Node) -> int:
@@ -63,15 +63,17 @@ def exits(node: fx.Node) -> int:
         now = waiting.pop()
         for user in now.users:
             if user.op == "output":
-                found += sum(arg is now for arg in _flat(user))
+                found += _times(now, user)
             elif user not in seen:
                 seen.add(user)
                 waiting.append(user)
     return found
 
 
-def _flat(user: fx.Node) -> list[Any]:
-    return tree_leaves((user.args, user.kwargs))
+def _times(node: fx.Node, user: fx.Node) -> int:
+    if user.op == "output":  # flat in the graphs of AOTAutograd, and long: not leaf by leaf
+        return list(user.args[0]).count(node)
+    return tree_leaves((user.args, user.kwargs)).count(node)
 
 
 def _numel(node: Any) -> int:

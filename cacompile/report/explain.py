@@ -23,7 +23,7 @@ from cacompile.errors import ConvAwareError
 from cacompile.joint import has_trainable
 from cacompile.plan import Plan, WeightGrad
 from cacompile.region import Region, compile_region
-from cacompile.runtime.session import session
+from cacompile.runtime.session import named_parameters, session
 
 _OPERATION = {"linear": "masked_mm", "batched": "masked_bmm", "convolution": "masked_conv_dw"}
 _CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # in newer torch only
@@ -117,7 +117,7 @@ _Run = tuple[Plan, Mapping[str, torch.Tensor]]
 
 
 def _explanation(runs: Sequence[_Run], model: torch.nn.Module) -> Explanation:
-    names = {id(param): name.replace("_orig_mod.", "") for name, param in model.named_parameters()}
+    names = {id(param): name for name, param in named_parameters(model)}
     total = sum(plan.flops for plan, _ in runs) or 1
     rows = []
     for number, (plan, params) in enumerate(runs):

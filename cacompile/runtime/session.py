@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,12 @@ def session(model: torch.nn.Module) -> Session:
     return _sessions[model]
 
 
+def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """As the module has them, without what torch.compile adds to the names."""
+    for name, param in model.named_parameters():
+        yield name.replace("_orig_mod.", ""), param
+
+
 class Session:
     """A view of the records of one model's parameters, under the names they have in that model."""
 
@@ -46,9 +52,9 @@ class Session:
     def tracked(self) -> dict[str, Tracked]:
         """Parameter name -> record, for the trainable parameters the model has now, in its order."""
         model = self._model()
-        named = model.named_parameters() if model is not None else ()
+        named = named_parameters(model) if model is not None else ()
         return {
-            (clean := name.replace("_orig_mod.", "")): registry.track(param, clean)
+            name: registry.track(param, name)
             for name, param in named
             if param.requires_grad or registry.find(param) is not None
         }

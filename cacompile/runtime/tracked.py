@@ -213,6 +213,7 @@ class Tracked:
         else:
             self.state.load(GroupState.fresh(self.groups).to_dict())
             self.skipped[:] = False
+            self.awaited = None
             if saved["partition"] is not None:
                 log.warning(
                     "%s: saved for blocks of %d rows, now cut into blocks of %d; its groups start anew",

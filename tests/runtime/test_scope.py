@@ -187,3 +187,12 @@ def test_scores_under_way_survive_new_scopes_and_saving(make: Any, slow_device: 
     for _ in range(2):
         Scope([record]).advance(None)
     assert (record.state.score == 4.0).all()
+
+
+def test_scores_of_other_groups_are_not_waited_for(make: Any, slow_device: type[Copying]):
+    param, record = make(8, 2, monitor_every=1)
+    param.grad = torch.ones_like(param)
+    Scope([record]).advance(None)
+    other = make(8, 2, block=4)[1]
+    other.load(record.to_dict())
+    assert record.awaited is not None and other.awaited is None
