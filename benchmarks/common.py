@@ -44,7 +44,30 @@ class Spread(NamedTuple):
         return f"{self.median:.3f} [{self.lower:.3f}, {self.upper:.3f}]"
 
 
-def interleave(arms: Mapping[str, Callable[[], None]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
+def wall_clock(call: Callable[[], object]) -> float:
+    """Seconds that a call took."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def gpu_clock(call: Callable[[], object]) -> float:
+    """Seconds that a GPU worked on what a call launched; it sleeps first, so that the host is ahead, as in training."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)  # cycles: about a millisecond
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleave(
+    arms: Mapping[str, Callable[[], object]],
+    rounds: int,
+    seed: int = 0,
+    clock: Callable[[Callable[[], object]], float] = wall_clock,
+) -> dict[str, list[float]]:
     """Seconds that each arm took in each round; within a round all arms run once, in random order."""
     order, shuffle = list(arms), random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -54,9 +77,7 @@ def interleave(arms: Mapping[str, Callable[[], None]], rounds: int, seed: int = 
         for _ in range(rounds):
             shuffle.shuffle(order)
             for name in order:
-                begin = time.perf_counter()
-                arms[name]()
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock(arms[name]))
     finally:
         gc.enable()
     return seconds
@@ -67,10 +88,13 @@ def ratios(over: list[float], under: list[float]) -> Spread:
     return Spread.of(a / b for a, b in zip(over, under, strict=True))
 
 
-def write_rows(file: Path, benchmark: str, rows: Iterable[tuple[str, str, str, str, Spread]]) -> None:
+def write_rows(
+    file: Path, benchmark: str, rows: Iterable[tuple[str, str, str, str, Spread]], device: str | None = None
+) -> None:
     """Write (case, arm, measure, unit, spread) rows with date and versions; replaces the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+    if device is None:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
     stamp = (datetime.date.today().isoformat(), torch.__version__, platform.python_version(), device)
     with open(file, "w", newline="") as out:
         lines = csv.writer(out, lineterminator="\n")

@@ -82,7 +82,11 @@ class Region:
     def joint_pass(self, gm: fx.GraphModule, joint_inputs: Any) -> fx.GraphModule:
         """Hook 1, on the joint graph before the partitioner: find the weight gradients, have the handle saved."""
         try:
-            plan = make_plan(find_params(gm.graph, self.inputs), block_rows=self.config.block_rows)
+            plan = make_plan(
+                find_params(gm.graph, self.inputs),
+                block_rows=self.config.block_rows,
+                graphs=inductor_config.triton.cudagraphs,
+            )
             if plan.grads:
                 mark_products(plan)
                 save_handle(gm, self.inputs)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._guards import CompileContext, TracingContext, compile_context, detect_fake_mode, tracing
 
-from .passes.guard import FLAGS, guard_weight_grads
+from .passes.guard import FLAGS, HOST_FLAGS, guard_weight_grads
 from .passes.verify import Broken, verify
 from .plan import Plan, Skip
 from .runtime.instance import find_instance
@@ -30,6 +30,8 @@ class Guarded(NamedTuple):
 
     run: Callable[[list[Any]], Any]
     masked: frozenset[str]
+    host: bool
+    """Whether it takes the flags in CPU memory too."""
 
 
 class BackwardVersions:
@@ -37,6 +39,7 @@ class BackwardVersions:
 
     dense:   the graph as it came, without our handle: Inductor's own. Runs whenever all groups are on.
     guarded: products replaced by masked ones, with one more input, the flags. Compiled the first time a group is off.
+             On a GPU the flags come twice, so that the host may choose how to compute; under CUDA graphs it may not.
     """
 
     def __init__(
@@ -77,6 +80,8 @@ class BackwardVersions:
             instance.count_backward()
             if instance.wants_guarded() and (guarded := self.guarded()):
                 args.append(instance.flags(guarded.masked))
+                if guarded.host:
+                    args.append(instance.host_flags)
                 run = guarded.run
         grads = list(run(args))
         if self._slot is not None:
@@ -91,16 +96,18 @@ class BackwardVersions:
             with compile_lock:  # one thread makes it, the others wait; no lock of our own, which could cross with this
                 if self._source is not None:
                     source, self._source = self._source, None
-                    plan, run = self._build_guarded(source)
+                    host = self._wants_host()
+                    plan, run = self._build_guarded(source, host)
                     self._on_guarded(plan)
-                    self._guarded = Guarded(run, frozenset(plan.guarded or ())) if run is not None else None
+                    masked = frozenset(plan.guarded or ())
+                    self._guarded = Guarded(run, masked, host) if run is not None else None
                     self._settled = True
         return self._guarded
 
-    def _build_guarded(self, gm: fx.GraphModule) -> tuple[Plan, Callable[[list[Any]], Any] | None]:
+    def _build_guarded(self, gm: fx.GraphModule, host: bool) -> tuple[Plan, Callable[[list[Any]], Any] | None]:
         before = copy.deepcopy(gm.graph)
         try:
-            plan = guard_weight_grads(gm, self._plan)
+            plan = guard_weight_grads(gm, self._plan, host=host)
             verify(before, gm.graph, plan.guarded or ())
         except Broken as broken:
             log.warning("a rewrite of the backward graph broke its promise, so it stays dense: %s", broken)
@@ -112,23 +119,33 @@ class BackwardVersions:
             log.warning("no weight gradient of this graph can be skipped; it stays dense. cacompile.explain says why")
             return plan, None
         log.debug("guard: %d of %d gradients guarded", len(plan.guarded), len(plan.grads))
-        flags = gm.graph.find_nodes(op="placeholder", target=FLAGS)[0]
-        flags.meta["val"] = self._fake_flags()
+        flags = self._fake_flags(gm)
         try:
-            return plan, self._overrides.copy().run(self._compile_guarded, gm, flags.meta["val"])
+            return plan, self._overrides.copy().run(self._compile_guarded, gm, flags)
         except Exception:
             log.warning("the guarded backward could not be compiled, so this graph stays dense", exc_info=True)
             return _all_dense(plan), None
 
-    def _compile_guarded(self, gm: fx.GraphModule, flags: torch.Tensor) -> Callable[[list[Any]], Any]:
+    def _compile_guarded(self, gm: fx.GraphModule, flags: list[torch.Tensor]) -> Callable[[list[Any]], Any]:
         with torch.no_grad(), self._compiling(), _donating(self._context, self._donated):
-            return self._compile(gm, [*self._inputs, flags], **self._settings)
+            return self._compile(gm, [*self._inputs, *flags], **self._settings)
 
-    def _fake_flags(self) -> torch.Tensor:
-        device = next(g.param.placeholder.meta["val"].device for g in self._plan.grads)
-        fake_mode = detect_fake_mode(self._inputs)
-        with fake_mode or contextlib.nullcontext():
-            return torch.empty(len(self._plan.groups), dtype=torch.uint8, device=device)
+    def _device(self) -> torch.device:
+        return next(g.param.placeholder.meta["val"].device for g in self._plan.grads)
+
+    def _wants_host(self) -> bool:
+        """A CUDA graph would freeze what the host decides, and Inductor makes none where an input is on the CPU."""
+        return bool(self._plan.grads) and self._device().type == "cuda" and not self._settings.get("cudagraphs", True)
+
+    def _fake_flags(self, gm: fx.GraphModule) -> list[torch.Tensor]:
+        """Values for compiling, of the inputs that guarding has added."""
+        fakes = []
+        for name, device in ((FLAGS, self._device()), (HOST_FLAGS, torch.device("cpu"))):
+            for node in gm.graph.find_nodes(op="placeholder", target=name):
+                with detect_fake_mode(self._inputs) or contextlib.nullcontext():
+                    node.meta["val"] = torch.empty(len(self._plan.groups), dtype=torch.uint8, device=device)
+                fakes.append(node.meta["val"])
+        return fakes
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:

@@ -13,6 +13,6 @@ from .verify import Broken, verify
 __all__ = ["Broken", "group", "guard_weight_grads", "locate", "make_plan", "mark_products", "verify"]
 
 
-def make_plan(params: tuple[Param, ...], *, block_rows: int) -> Plan:
-    """What can be skipped in one joint graph: locate -> group. Changes nothing."""
-    return group(locate(Plan(params=params)), block_rows=block_rows)
+def make_plan(params: tuple[Param, ...], *, block_rows: int, graphs: bool = False) -> Plan:
+    """What can be skipped in one joint graph: locate -> group. Changes nothing. graphs: see `locate`."""
+    return group(locate(Plan(params=params), graphs=graphs), block_rows=block_rows)

@@ -22,19 +22,38 @@ MARK = "convaware"
 FLAGS = "convaware_flags"
 """Name of the extra graph input: one uint8 for each block of the graph, 0 = skip."""
 
+HOST_FLAGS = "convaware_host_flags"
+"""Name of a second extra input, where asked for: the same flags in CPU memory."""
+
+Extra = tuple[fx.Node, fx.Node | None]
+"""The flags, and the flags in CPU memory or None: arguments of every masked operation."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mark:
     """What a product needs to know to become its masked twin."""
 
     param: str
-    slot: int
-    block: int
-    dim: int
+    slots: tuple[int, ...]
+    """For each dimension of the product's result, its first block among the flags."""
+    blocks: tuple[int, ...]
+    """For each dimension, entries a block; 0 where it is not masked."""
 
     @classmethod
     def of(cls, grad: WeightGrad, product: Product) -> Mark:
-        return cls(grad.param.name, grad.slot + product.lo // grad.block, grad.block * product.inner, product.dim)
+        slot, block = grad.slot + product.lo // grad.block, grad.block * product.inner
+        here = [dim == product.dim for dim in range(3 if product.kind == "batched" else 2)]
+        return cls(grad.param.name, tuple(slot * on for on in here), tuple(block * on for on in here))
+
+    @property
+    def only(self) -> tuple[int, int, int]:
+        """(slot, block, dimension) of the one dimension that is masked."""
+        [dim] = (dim for dim, block in enumerate(self.blocks) if block)
+        return self.slots[dim], self.blocks[dim], dim
+
+    def arguments(self) -> tuple[list[int], list[int]]:
+        """slots and blocks, as an operation takes them."""
+        return list(self.slots), list(self.blocks)
 
 
 def mark_products(plan: Plan) -> None:
@@ -44,11 +63,14 @@ def mark_products(plan: Plan) -> None:
             product.node.meta[MARK] = Mark.of(grad, product)
 
 
-def guard_weight_grads(gm: fx.GraphModule, plan: Plan) -> Plan:
+def guard_weight_grads(gm: fx.GraphModule, plan: Plan, host: bool = False) -> Plan:
     """Swap each marked product of a backward graph for its masked twin.
 
     Before:  dw = mm(dy_t, x)
-    After:   dw = masked_mm(dy_t, x, flags, slot, block, dim)     # zeros where flags[slot + row // block] == 0
+    After:   dw = masked_mm(dy_t, x, flags, host, [slot, 0], [block, 0])   # zeros where flags[slot + row // block] == 0
+
+    The flags are one more input. host: they are two, the second being the flags in CPU memory; otherwise that argument
+    is None, as it must be in a graph that is captured (CUDA graphs) or on CPUs, where the flags are in CPU memory.
 
     A convolution's backward is split: the data gradient stays with it, the weight gradient leaves, the bias gradient
     becomes a sum, because CPU libraries compute the whole weight gradient whenever they are asked for that of the bias.
@@ -59,15 +81,15 @@ def guard_weight_grads(gm: fx.GraphModule, plan: Plan) -> Plan:
         if mark := node.meta.get(MARK):
             marked.setdefault(mark.param, []).append(node)
     guarded, skips = [], []
-    flags = None
+    extra: Extra | None = None
     for grad in plan.grads:
         nodes = marked.get(grad.param.name, [])
         if reason := _why_not(grad, nodes):
             skips.append(Skip(grad.param.name, grad.kind, reason, grad.flops))
             continue
-        flags = flags or _flags_input(gm.graph)
+        extra = extra or (_input(gm.graph, FLAGS), _input(gm.graph, HOST_FLAGS) if host else None)
         for node in nodes:
-            _MASK[node.target](node, flags, node.meta[MARK])
+            _MASK[node.target](node, extra, node.meta[MARK])
         guarded.append(grad.param.name)
     if guarded:
         gm.graph.lint()
@@ -87,9 +109,9 @@ def _why_not(grad: WeightGrad, nodes: list[fx.Node]) -> str | None:
     return None
 
 
-def _flags_input(graph: fx.Graph) -> fx.Node:
+def _input(graph: fx.Graph, name: str) -> fx.Node:
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-        return graph.placeholder(FLAGS)
+        return graph.placeholder(name)
 
 
 def _replace(old: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
@@ -100,24 +122,24 @@ def _replace(old: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
     old.graph.erase_node(old)
 
 
-def _mask_mm(node: fx.Node, flags: fx.Node, mark: Mark) -> None:
-    _replace(node, masked_mm, (*node.args, flags, mark.slot, mark.block, mark.dim))
+def _mask_mm(node: fx.Node, extra: Extra, mark: Mark) -> None:
+    _replace(node, masked_mm, (*node.args, *extra, *mark.arguments()))
 
 
-def _mask_bmm(node: fx.Node, flags: fx.Node, mark: Mark) -> None:
-    _replace(node, masked_bmm, (*node.args, flags, mark.slot, mark.block, mark.dim))
+def _mask_bmm(node: fx.Node, extra: Extra, mark: Mark) -> None:
+    _replace(node, masked_bmm, (*node.args, *extra, *mark.arguments()))
 
 
 def _output(conv: fx.Node, index: int) -> fx.Node | None:
     return next((user for user in conv.users if user.target is operator.getitem and user.args[1] == index), None)
 
 
-def _mask_convolution(conv: fx.Node, flags: fx.Node, mark: Mark) -> None:
+def _mask_convolution(conv: fx.Node, extra: Extra, mark: Mark) -> None:
     grad_out, x, weight, bias_sizes, *settings, (needs_dx, _, _) = conv.args
     dw, db = _output(conv, 1), _output(conv, 2)
     assert dw is not None
     dw.meta[MARK] = mark
-    _replace(dw, masked_conv_dw, (grad_out, x, weight, flags, mark.slot, mark.block, mark.dim, *settings))
+    _replace(dw, masked_conv_dw, (grad_out, x, weight, *extra, *mark.only, *settings))
     if db is not None:
         _replace(db, aten.sum.dim_IntList, (grad_out, sites(grad_out)))
     if needs_dx:

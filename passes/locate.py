@@ -54,26 +54,29 @@ class _Rows:
     hi: int
 
 
-def locate(plan: Plan) -> Plan:
-    """Fill `grads` with what can be masked and `skips` with what cannot, and why."""
+def locate(plan: Plan, *, graphs: bool = False) -> Plan:
+    """Fill `grads` with what can be masked and `skips` with what cannot, and why.
+
+    graphs: the backward will be captured in a CUDA graph, so that no host can choose slices for the library.
+    """
     grads: list[WeightGrad] = []
     skips: list[Skip] = []
     for param in plan.params:
         found = _locate(param)
-        if isinstance(found, WeightGrad) and (reason := _no_operation(found, grads)):
+        if isinstance(found, WeightGrad) and (reason := _no_operation(found, grads, graphs)):
             found = Skip(param.name, found.kind, reason, found.flops)
         (grads if isinstance(found, WeightGrad) else skips).append(found)  # type: ignore[arg-type]
     return replace(plan, grads=tuple(grads), skips=(*plan.skips, *skips))
 
 
-def _no_operation(grad: WeightGrad, others: list[WeightGrad]) -> str | None:
+def _no_operation(grad: WeightGrad, others: list[WeightGrad], graphs: bool) -> str | None:
     """Why no masked operation saves work here, for a gradient that could be masked."""
     device = grad.param.placeholder.meta["val"].device
     if device.type not in DEVICES:
         return f"lives on {device}, where no masked operation exists"
     if others and device != (home := others[0].param.placeholder.meta["val"].device):
         return f"lives on {device}, the flags of this graph on {home}"
-    return next(filter(None, map(no_kernel, grad.products)), None) if device.type == "cuda" else None
+    return next(filter(None, map(no_kernel, grad.products)), None) if graphs and device.type == "cuda" else None
 
 
 def _locate(param: Param) -> WeightGrad | Skip:

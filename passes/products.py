@@ -31,14 +31,14 @@ def kind_and_flops(result: fx.Node) -> tuple[str, int] | None:
 
 
 def no_kernel(product: Product) -> str | None:
-    """Why this product has no kernel on a GPU that skips; its operation would compute everything there, then mask."""
+    """Why this product has no kernel that skips by the flags on a GPU alone; there it would be computed, then masked."""
     value = product.node.meta["val"]
     if product.kind == "convolution":
-        _, x, *_, transposed, _output_padding, groups, _mask = product.node.args
+        _, x, *_, transposed, _output_padding, _groups, _mask = product.node.args
         value = value[1]
-        if transposed or groups != 1 or len(sizes(x)) > 4:
-            return "no kernel on GPUs yet for transposed, grouped or 3-D convolutions"
-    return None if value.dtype in KERNEL_DTYPES else f"no kernel on GPUs for {value.dtype}"
+        if transposed or len(sizes(x)) > 4:
+            return "no kernel under CUDA graphs for transposed or 3-D convolutions"
+    return None if value.dtype in KERNEL_DTYPES else f"no kernel under CUDA graphs for {value.dtype}"
 
 
 def sizes(node: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch import fx
 
 from cacompile.kernels import masked_bmm, masked_conv_dw, masked_mm
 
-from .guard import FLAGS, MARK, sites
+from .guard import FLAGS, HOST_FLAGS, MARK, sites
 
 aten = torch.ops.aten
 _TWIN = {aten.mm.default: masked_mm, aten.bmm.default: masked_bmm}
@@ -25,14 +25,18 @@ def verify(before: fx.Graph, after: fx.Graph, guarded: tuple[str, ...]) -> None:
 
     Both graphs are walked side by side. Every node must meet its equal (same operation, same arguments up to what was
     already matched), a planned product its masked twin on the same operands; nothing may be added, lost or reordered
-    beyond the one input for the flags.
+    beyond the input for the flags, which comes last, or the two for flags on the device and on the host.
     """
     names = set(guarded)
     image: dict[fx.Node, fx.Node | tuple[fx.Node, ...]] = {}
-    rest = iter([node for node in after.nodes if node.name != FLAGS and node.target != FLAGS])
-    flags = next((node for node in after.find_nodes(op="placeholder") if node.target == FLAGS), None)
-    if (flags is None) != (not names):
-        raise Broken(f"flags input is {'missing' if flags is None else 'not wanted'}")
+    inputs = after.find_nodes(op="placeholder")
+    added = [node for node in inputs if node.target in (FLAGS, HOST_FLAGS)]
+    if [node.target for node in added] not in ([[FLAGS], [FLAGS, HOST_FLAGS]] if names else [[]]):
+        raise Broken(f"flags input is {'not wanted' if added and not names else 'missing'}")
+    if added != inputs[len(inputs) - len(added) :]:
+        raise Broken("flags are not the last inputs")
+    given = (*added, None)[:2]  # what masked operations get: flags, flags on the host
+    rest = iter([node for node in after.nodes if node not in added])
 
     def mapped(arg: Any) -> Any:
         return fx.map_arg(arg, image.get)
@@ -53,9 +57,10 @@ def verify(before: fx.Graph, after: fx.Graph, guarded: tuple[str, ...]) -> None:
             same = new.target is aten.sum.dim_IntList and new.args == (mapped(grad_out), sites(grad_out))
         elif _is_output(old, splits, 1):
             grad_out, x, weight, _, *settings = mapped(old.args[0].args[:-1])
-            same = _is_masked(new, masked_conv_dw, old.args[0].meta[MARK], (grad_out, x, weight), flags, settings)
+            mark = old.args[0].meta[MARK]
+            same = _is_call(new, masked_conv_dw, (grad_out, x, weight, *given, *mark.only, *settings))
         elif _is_planned(old, names):
-            same = _is_masked(new, _TWIN.get(old.target), old.meta[MARK], mapped(old.args), flags, [])
+            same = _is_call(new, _TWIN.get(old.target), (*mapped(old.args), *given, *old.meta[MARK].arguments()))
         else:
             same = (new.op, new.target, new.args, new.kwargs) == (
                 old.op, old.target, mapped(old.args), mapped(old.kwargs))  # fmt: skip
@@ -74,6 +79,5 @@ def _is_output(node: fx.Node, splits: set[fx.Node], index: int) -> bool:
     return node.target is operator.getitem and node.args[0] in splits and node.args[1] == index
 
 
-def _is_masked(new: fx.Node, target: Any, mark: Any, operands: tuple, flags: fx.Node | None, settings: list) -> bool:
-    expected = (*operands, flags, mark.slot, mark.block, mark.dim, *settings)
-    return target is not None and new.target is target and tuple(new.args) == expected
+def _is_call(new: fx.Node, target: Any, arguments: tuple[Any, ...]) -> bool:
+    return target is not None and new.target is target and tuple(new.args) == arguments

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Block, assert_masked, compile_all, masks, pin_mixed, train_step
+from helpers import Block, assert_masked, compare, compile_all, masks, pin_mixed, train_step
 from torch import fx
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
+from torch._inductor.utils import BoxedBool
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cacompile
 from cacompile import region, versions
+from cacompile.kernels import masked_mm
+from cacompile.passes import group, guard_weight_grads, locate, mark_products
+from cacompile.plan import Param, Plan
 from cacompile.versions import BackwardVersions, Guarded
 
 
@@ -101,6 +106,73 @@ def test_two_threads_get_one_version_whole() -> None:
     one, other = in_threads(2, made.guarded)
     assert one is other and isinstance(one, Guarded) and one.masked
     assert len(made.seen) == 2, "dense and guarded, each compiled once"
+
+
+def planned_on(device: str, settings: dict[str, Any]) -> tuple[BackwardVersions, fx.GraphModule]:
+    """Versions of a graph of one masked product on a device that need not be there, and that graph with its marks."""
+    graph = fx.Graph()
+    dy_t, x = graph.placeholder("dy_t"), graph.placeholder("x")
+    dw = graph.call_function(torch.ops.aten.mm.default, (dy_t, x))
+    graph.output((dw,))
+    with FakeTensorMode():
+        for node, shape in {dy_t: (64, 8), x: (8, 32), dw: (64, 32)}.items():
+            node.meta["val"] = torch.empty(shape, device=device)
+    gm = fx.GraphModule({}, graph)
+    plan = group(locate(Plan(params=(Param("w", 0, (64, 32), dw, dw),))), block_rows=16)
+    mark_products(plan)
+    made = BackwardVersions.__new__(BackwardVersions)
+    made._plan, made._settings, made._inputs = plan, settings, [dy_t.meta["val"], x.meta["val"]]
+    return made, gm
+
+
+@pytest.mark.parametrize(
+    "device, settings, wanted",
+    (
+        ("cuda", {}, False),
+        ("cuda", {"cudagraphs": BoxedBool(False)}, True),
+        ("cuda", {"cudagraphs": BoxedBool(True)}, False),
+        ("cpu", {"cudagraphs": BoxedBool(False)}, False),
+    ),
+)
+def test_the_host_reads_flags_on_a_gpu_without_cuda_graphs(device: str, settings: dict[str, Any], wanted: bool) -> None:
+    made, gm = planned_on(device, settings)
+    assert made._wants_host() == wanted
+    guard_weight_grads(gm, made._plan, host=made._wants_host())
+    fakes = made._fake_flags(gm)
+    assert [fake.device.type for fake in fakes] == [device, "cpu"][: 1 + wanted]
+    assert all(fake.shape == (4,) and fake.dtype == torch.uint8 for fake in fakes)
+    assert [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")[2:]] == fakes
+
+
+def test_flags_on_the_host_reach_the_masked_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BackwardVersions, "_wants_host", lambda self: True)
+    made: list[fx.GraphModule] = []
+
+    def note(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Plan:
+        plan = guard_weight_grads(gm, *args, **kwargs)
+        made.append(gm)
+        return plan
+
+    monkeypatch.setattr(versions, "guard_weight_grads", note)
+    compare(Block, lambda: [torch.randn(8, 32)])
+    (gm,) = made
+    flags, host = gm.graph.find_nodes(op="placeholder")[-2:]
+    assert {node.args[2:4] for node in gm.graph.find_nodes(op="call_function", target=masked_mm)} == {(flags, host)}
+
+
+def test_flags_given_to_a_backward_never_change() -> None:
+    model = Block()
+    train_step((model, compile_all(model, "convaware")), [torch.randn(8, 32)])
+    session = cacompile.session(model)
+    (instance,) = session.instances
+    pin_mixed(session)
+    assert instance.wants_guarded()
+    flags, host = instance.flags(("up.weight", "down.weight")), instance.host_flags
+    before = host.clone()
+    assert torch.equal(flags, host) and not host.all() and host.any()
+    session.pin(keep=0.0)
+    assert instance.wants_guarded() and not instance.host_flags.any()
+    assert torch.equal(host, before) and torch.equal(flags, before)
 
 
 def test_output_loses_its_description_with_the_handle() -> None:

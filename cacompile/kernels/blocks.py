@@ -1,7 +1,7 @@
 """Blocks of a dimension: which of them are on, and work done on those alone.
 
 A dimension of `size` rows (or columns, channels, experts) is cut into ceil(size / block) blocks, the last one smaller
-where it must be; block i is on when `flags[slot + i] != 0`.
+where it must be; block i is on when `flags[slot + i] != 0`. A block of 0 means that this dimension is not masked.
 """
 
 import functools
@@ -11,26 +11,35 @@ import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the Triton kernels take; on a GPU everything else goes through the library and `zero_off_blocks`."""
+"""What the Triton kernels take; on a GPU everything else goes through the library."""
 
 Run = tuple[int, int]
 """[start, stop) of one stretch of neighbouring live blocks, in rows, not blocks."""
 
-LONG_RUN = 256
-"""Mean length from which every run gets a product of its own (see `multiply_runs`)."""
 
-
-def without_autocast(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def without_autocast(device: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Products in the operands' own dtype, as Inductor's are, when a backward runs under autocast; 0.2 us otherwise."""
 
-    @functools.wraps(implementation)
-    def run(*args: object) -> Tensor:
-        if not torch.is_autocast_enabled("cpu"):
-            return implementation(*args)
-        with torch._C._DisableAutocast():
-            return implementation(*args)
+    def wrap(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(implementation)
+        def run(*args: object) -> Tensor:
+            if not torch.is_autocast_enabled(device):
+                return implementation(*args)
+            with torch._C._DisableAutocast():
+                return implementation(*args)
 
-    return run
+        return run
+
+    return wrap
+
+
+def readable(host: Tensor | None, operand: Tensor) -> bool:
+    """Whether the host may decide: it has flags, and no CUDA graph is being captured that would freeze what it says."""
+    return host is not None and not (operand.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def block_count(block: int, size: int) -> int:
+    return -(-size // block) if block else 1
 
 
 def block_flags(flags: Tensor, slot: int, block: int, size: int) -> Tensor:
@@ -38,24 +47,47 @@ def block_flags(flags: Tensor, slot: int, block: int, size: int) -> Tensor:
     return flags.narrow(0, slot, -(-size // block))
 
 
+def read_flags(flags: Tensor, slot: int, block: int, size: int) -> bytes:
+    """The flags of one dimension from CPU memory, one byte per block: in a third of the time of narrow and tolist."""
+    count = -(-size // block)
+    read = flags.numpy()[slot : slot + count].tobytes()
+    if len(read) != count:
+        raise ValueError(f"{count} blocks from slot {slot} on, but {flags.numel()} flags")
+    return read
+
+
+def all_on(flags: Tensor, slots: Sequence[int], blocks: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Reads CPU flags, quickly: it is asked before every product."""
+    for slot, block, size in zip(slots, blocks, sizes):
+        if block and 0 in read_flags(flags, slot, block, size):
+            return False
+    return True
+
+
 def live_runs(flags: Tensor, slot: int, block: int, size: int) -> list[Run]:
     """Reads CPU flags; everything on gives exactly `[(0, size)]`, everything off gives `[]`."""
-    on = block_flags(flags, slot, block, size).tolist()
-    if 0 not in on:
+    if not block:
         return [(0, size)]
     runs: list[Run] = []
-    for i, flag in enumerate(on):
+    for i, flag in enumerate(read_flags(flags, slot, block, size)):
         if flag:
             start, stop = i * block, min(i * block + block, size)
             runs.append((runs.pop()[0] if runs and runs[-1][1] == start else start, stop))
     return runs
 
 
-def zero_off_blocks(full: Tensor, flags: Tensor, slot: int, block: int, dim: int) -> Tensor:
-    """`full` with its off blocks along `dim` set to zero, in place: on any device, without a host sync."""
-    size = full.shape[dim]
-    off = block_flags(flags, slot, block, size).eq(0).repeat_interleave(block)[:size]
-    return full.masked_fill_(off.view(-1, *[1] * (full.dim() - 1 - dim)), 0)
+def length(runs: Sequence[Run]) -> int:
+    """Rows of all runs together."""
+    return sum(hi - lo for lo, hi in runs)
+
+
+def zero_off_blocks(full: Tensor, flags: Tensor, slots: Sequence[int], blocks: Sequence[int]) -> Tensor:
+    """`full` with the off blocks of its first dimensions set to zero, in place: on any device, without a host sync."""
+    for dim, (slot, block, size) in enumerate(zip(slots, blocks, full.shape)):
+        if block:
+            off = block_flags(flags, slot, block, size).eq(0).repeat_interleave(block)[:size]
+            full = full.masked_fill_(off.view(-1, *[1] * (full.dim() - 1 - dim)), 0)
+    return full
 
 
 def clear_gaps(out: Tensor, runs: Sequence[Run], dim: int) -> None:
@@ -76,29 +108,62 @@ def spread(packed: Tensor, out: Tensor, runs: Sequence[Run], dim: int) -> None:
         part.copy_(chunk)
 
 
-def pack(parts: Sequence[Tensor], axis: int) -> Tensor:
-    """Matrices side by side along `axis` (-2 or -1), in the memory order they come in: torch.cat alone transposes."""
-    if parts[0].stride(-2) < parts[0].stride(-1):
+def pack(matrix: Tensor, runs: Sequence[Run], axis: int) -> Tensor:
+    """Runs of a matrix side by side along `axis` (-2 or -1), in its own memory order: torch.cat alone transposes."""
+    parts = slices(matrix, runs, axis)
+    if len(parts) == 1:
+        return parts[0]
+    if matrix.stride(-2) < matrix.stride(-1):
         return torch.cat([part.mT for part in parts], -3 - axis).mT
-    return torch.cat(list(parts), axis)
+    return torch.cat(parts, axis)
+
+
+def bundles(runs: Sequence[Run], long_run: float) -> list[Sequence[Run]]:
+    """What one call of the library computes: a run each where they are long on average, else all side by side."""
+    return [[run] for run in runs] if length(runs) >= long_run * len(runs) else [runs]
 
 
 @torch.no_grad()  # slices of the output are written in place
-def multiply_runs(product: Callable[..., Tensor], a: Tensor, b: Tensor, runs: Sequence[Run], axis: int) -> Tensor:
-    """`product(a, b)`, torch.mm or torch.bmm, for `runs` of its rows (axis -2) or columns (axis -1); zeros elsewhere.
+def multiply_runs(
+    product: Callable[..., Tensor], a: Tensor, b: Tensor, runs: Sequence[Sequence[Run]], long_run: float
+) -> Tensor:
+    """`product(a, b)`, torch.mm or torch.bmm, where a run of each dimension of the result meets; zeros elsewhere.
 
-    CPU. Long runs are multiplied straight into their slice of the output; short ones are put side by side first. At
-    half density and blocks of 128, either way takes 0.57 to 0.67 of the library's time; at blocks of 16 a product a run
-    takes 0.75 to 1.05 and side by side 0.56 to 0.83 (512..2048 squared, K 512..4096, fp32 and bf16, 2 cores, medians of
-    interleaved ratios; gathering rows by index instead takes up to 1.3).
+    runs: of ([batch,] rows, columns). The multiplications done are those of the live entries and no more. Experts are
+    never put side by side first: their products lie in slices of the output whatever their number.
     """
     out = a.new_empty(*a.shape[:-1], b.shape[-1])
-    clear_gaps(out, runs, axis)
-    live = slices(a if axis == -2 else b, runs, axis)
-    if len(runs) <= 1 or sum(hi - lo for lo, hi in runs) >= LONG_RUN * len(runs):
-        for part, piece in zip(slices(out, runs, axis), live, strict=True):
-            product(*((piece, b) if axis == -2 else (a, piece)), out=part)
-    else:
-        packed = pack(live, axis)
-        spread(product(*((packed, b) if axis == -2 else (a, packed))), out, runs, axis)
+    *batch, rows, columns = runs
+    if not batch:
+        _fill(out, product, a, b, rows, columns, long_run)
+        return out
+    clear_gaps(out, batch[0], 0)
+    for part, a_live, b_live in zip(*(slices(t, batch[0], 0) for t in (out, a, b)), strict=True):
+        _fill(part, product, a_live, b_live, rows, columns, long_run)
     return out
+
+
+def _fill(
+    out: Tensor,
+    product: Callable[..., Tensor],
+    a: Tensor,
+    b: Tensor,
+    rows: Sequence[Run],
+    columns: Sequence[Run],
+    long_run: float,
+) -> None:
+    """Every bundle of rows with every bundle of columns, straight into its slice of the output where it is one run."""
+    clear_gaps(out, rows, -2)
+    right = [(bundle, pack(b, bundle, -1)) for bundle in bundles(columns, long_run)]
+    for bundle in bundles(rows, long_run):
+        alone = len(bundle) == 1
+        left = pack(a, bundle, -2)
+        wide = slices(out, bundle, -2)[0] if alone else out.new_empty(*left.shape[:-1], b.shape[-1])
+        clear_gaps(wide, columns, -1)
+        for narrow, piece in right:
+            if len(narrow) == 1:
+                product(left, piece, out=slices(wide, narrow, -1)[0])
+            else:
+                spread(product(left, piece), wide, narrow, -1)
+        if not alone:
+            spread(wide, out, bundle, -2)

@@ -3,111 +3,182 @@
 _, dw, _ = convolution_backward(dy, x, w, ..., [False, True, False])  ->  dw = masked_conv_dw(dy, x, w, flags, ...)
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .blocks import KERNEL_DTYPES, Run, clear_gaps, live_runs, slices, spread, without_autocast, zero_off_blocks
+from .blocks import (
+    KERNEL_DTYPES,
+    Run,
+    bundles,
+    clear_gaps,
+    length,
+    live_runs,
+    read_flags,
+    readable,
+    slices,
+    spread,
+    without_autocast,
+    zero_off_blocks,
+)
+from .dispatch import choose
 
 _LIBRARY = torch.library.Library("cacompile", "FRAGMENT")
 # the strides of the result follow those of the operands, so Inductor must keep them, as it does for the library's own
 _LIBRARY.define(
-    "masked_conv_dw(Tensor grad_out, Tensor x, Tensor weight, Tensor flags, int slot, int block, int dim,"
+    "masked_conv_dw(Tensor grad_out, Tensor x, Tensor weight, Tensor flags, Tensor? host, int slot, int block, int dim,"
     " SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups)"
     " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 masked_conv_dw = torch.ops.cacompile.masked_conv_dw.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
+_WEIGHT_ONLY = [False, True, False]
 
 
 def _library(grad_out: Tensor, x: Tensor, weight: Tensor, *conv: Any) -> Tensor:
     """The weight gradient as PyTorch has it; `conv`: stride, padding, dilation, transposed, output_padding, groups."""
-    return _convolution_backward(grad_out, x, weight, None, *conv, (False, True, False))[1]
+    return _convolution_backward(grad_out, x, weight, None, *conv, _WEIGHT_ONLY)[1]
 
 
 def _promised(grad_out: Tensor, x: Tensor, weight: Tensor, *conv: Any) -> tuple[int, ...]:
     """The strides of the weight gradient that the compiler takes for granted: those of the library's fake."""
-    operands = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in (grad_out, x, weight))
-    return _promised_for(operands, tuple(tuple(c) if isinstance(c, list) else c for c in conv))
+    stride, padding, dilation, transposed, output_padding, groups = conv
+    return _promised_for(
+        grad_out.shape, grad_out.stride(), x.shape, x.stride(), weight.shape, weight.stride(), x.dtype, x.device,
+        *stride, *padding, *dilation, transposed, *output_padding, groups)  # fmt: skip
 
 
-@lru_cache(
-    maxsize=1024
-)  # the rules for a convolution's memory format are torch's and many: ask it, 0.7 ms, once a shape
-def _promised_for(operands: tuple[tuple[Any, ...], ...], conv: tuple[Any, ...]) -> tuple[int, ...]:
+# the rules for a convolution's memory format are torch's and many: ask it, 0.7 ms, once a shape
+@lru_cache(maxsize=1024)
+def _promised_for(*key: Any) -> tuple[int, ...]:
+    """One flat key, which is quick to make: shape and strides of the operands, dtype, device, each item of `conv`."""
+    layouts, dtype, device, conv = key[:6], key[6], key[7], iter(key[8:])
+    n = len(layouts[0]) - 2
+    stride, padding, dilation = ([*islice(conv, n)] for _ in range(3))
+    transposed, *output_padding, groups = conv
     with FakeTensorMode():
-        fakes = (torch.empty_strided(*layout, dtype=dtype, device=device) for *layout, dtype, device in operands)
-        return _library(*fakes, *conv).stride()
+        fakes = [torch.empty_strided(*each, dtype=dtype, device=device) for each in zip(layouts[::2], layouts[1::2])]
+        return _library(*fakes, stride, padding, dilation, transposed, output_padding, groups).stride()
 
 
 def _whole(grad_out: Tensor, x: Tensor, weight: Tensor, *conv: Any) -> Tensor:
-    """The library's gradient, copied where its strides are not the promised ones (a batch of one or none)."""
-    dw, strides = _library(grad_out, x, weight, *conv), _promised(grad_out, x, weight, *conv)
+    """The library's gradient, copied where its strides are not the promised ones."""
+    return _as_promised(_library(grad_out, x, weight, *conv), grad_out, x, weight, *conv)
+
+
+def _as_promised(dw: Tensor, grad_out: Tensor, x: Tensor, weight: Tensor, *conv: Any) -> Tensor:
+    if x.is_cpu and x.shape[0] > 1 and weight.shape[2:].numel() > 1:
+        return dw  # on CPUs only 1x1 filters, and a batch of one or none, can be taken for another format
+    strides = _promised(grad_out, x, weight, *conv)
     return dw if dw.stride() == strides else dw.new_empty_strided(dw.shape, strides).copy_(dw)
 
 
 def masked_conv_dw_reference(
-    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, slot: int, block: int, dim: int, *conv: Any
-) -> Tensor:
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, slot: int, block: int, dim: int,
+    *conv: Any,
+) -> Tensor:  # fmt: skip
     """The weight gradient with exact zeros where the block of an index of weight dim `dim` is off.
 
     Operands and `conv` (stride, padding, dilation, transposed, output_padding, groups) as for convolution_backward, in
-    1, 2 or 3 dimensions; flags: 1-D uint8 on the same device. dim 0 of an ordinary and dim 1 of a transposed
-    convolution are the output channels. The result has weight's shape and the strides convolution_backward would give.
+    1, 2 or 3 dimensions; flags: 1-D uint8 on the same device; host: as for masked_mm. dim 0 of an ordinary and dim 1
+    of a transposed convolution are the output channels. The result has weight's shape and the strides
+    convolution_backward would give.
     """
-    return zero_off_blocks(_whole(grad_out, x, weight, *conv), flags, slot, block, dim)
+    full = _whole(grad_out, x, weight, *conv)
+    return zero_off_blocks(full, flags, (0,) * dim + (slot,), (0,) * dim + (block,))
 
 
 @torch.library.register_fake("cacompile::masked_conv_dw", lib=_LIBRARY)
 def _fake(
-    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, slot: int, block: int, dim: int, *conv: Any
-) -> Tensor:
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, slot: int, block: int, dim: int,
+    *conv: Any,
+) -> Tensor:  # fmt: skip
     return _library(grad_out, x, weight, *conv)
 
 
-@without_autocast
 def _cpu(
-    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, slot: int, block: int, dim: int, *conv: Any
-) -> Tensor:
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, slot: int, block: int, dim: int,
+    stride: list[int], padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int],
+    groups: int,
+) -> Tensor:  # fmt: skip
+    if 0 in read_flags(flags, slot, block, weight.shape[dim]) or torch.is_autocast_enabled("cpu"):
+        return _mixed(
+            grad_out, x, weight, flags, flags, slot, block, dim,
+            stride, padding, dilation, transposed, output_padding, groups)  # fmt: skip
+    # all on: bit for bit what this op stands in for. Spelled out, for layers and stars take a third of its overhead
+    conv = stride, padding, dilation, transposed, output_padding, groups
+    dw = _convolution_backward._op(grad_out, x, weight, None, *conv, _WEIGHT_ONLY)[1]
+    return dw if x.shape[0] > 1 and weight.shape[2:].numel() > 1 else _as_promised(dw, grad_out, x, weight, *conv)
+
+
+@without_autocast("cuda")
+def _cuda(
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, slot: int, block: int, dim: int,
+    *conv: Any,
+) -> Tensor:  # fmt: skip
+    if readable(host, x):
+        return _mixed(grad_out, x, weight, flags, host, slot, block, dim, *conv)
+    if has_tiles(grad_out, x, dim, *conv):
+        return convolve_tiles(grad_out, x, weight, flags, slot, block, dim, *conv)
+    # no kernel of ours: correct and without a sync, but the off filters are computed and thrown away
+    return masked_conv_dw_reference(grad_out, x, weight, flags, None, slot, block, dim, *conv)
+
+
+@without_autocast("cpu")
+def _mixed(
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor, slot: int, block: int, dim: int,
+    *conv: Any,
+) -> Tensor:  # fmt: skip
+    """`host` are the flags in CPU memory, by which the way is chosen; all on, it is the library's."""
     size = weight.shape[dim]
-    runs = live_runs(flags, slot, block, size)
+    runs = live_runs(host, slot, block, size)
     if runs == [(0, size)]:
-        return _whole(grad_out, x, weight, *conv)  # all on: bit for bit what this op stands in for
+        return _whole(grad_out, x, weight, *conv)
+    if not runs:
+        return grad_out.new_empty_strided(weight.shape, _promised(grad_out, x, weight, *conv)).zero_()
     *_, transposed, _, groups = conv
+    pixels = (x if transposed else grad_out)[:, 0].numel()
+    choice = choose(x.device, "conv", x.dtype, weight.shape[0], math.prod(weight.shape[1:]), pixels)
+    if choice.tiles_below > length(runs) / size and has_tiles(grad_out, x, dim, *conv):
+        return convolve_tiles(grad_out, x, weight, flags, slot, block, dim, *conv)
     if groups > 1 and (transposed or dim != 0 or block % (size // groups)):
-        return masked_conv_dw_reference(grad_out, x, weight, flags, slot, block, dim, *conv)  # groups cannot be cut
-    return _convolve_runs(grad_out, x, weight, runs, dim, *conv)
+        # a group cannot be cut
+        return masked_conv_dw_reference(grad_out, x, weight, flags, None, slot, block, dim, *conv)
+    return convolve_runs(grad_out, x, weight, runs, choice.long_run, dim, *conv)
 
 
 @torch.no_grad()
-def _convolve_runs(grad_out: Tensor, x: Tensor, weight: Tensor, runs: Sequence[Run], dim: int, *conv: Any) -> Tensor:
-    """The gradient for the `runs` of weight dim `dim`, in one call on their channels put side by side; zeros elsewhere.
+def convolve_runs(
+    grad_out: Tensor, x: Tensor, weight: Tensor, runs: Sequence[Run], long_run: float, dim: int, *conv: Any
+) -> Tensor:
+    """The library's gradient for the `runs` of weight dim `dim`, each bundle of them in one call; zeros elsewhere.
 
-    At half density on 2 cores that takes 0.46 to 0.82 of the library's time where one call a run takes 0.47 to 1.08
-    (medians of interleaved ratios; 16 to 256 channels, 8 blocks, 3x3 and 1x1, fp32 and bf16, channels last or not).
+    With groups, runs must be whole groups of an ordinary convolution, along dim 0.
     """
     out = grad_out.new_empty_strided(weight.shape, _promised(grad_out, x, weight, *conv))
     clear_gaps(out, runs, dim)
-    if not runs:
-        return out
     *shape, transposed, output_padding, groups = conv
-    live = sum(hi - lo for lo, hi in runs)
-    if groups > 1:  # runs are whole groups: their inputs alone
-        outputs, inputs = weight.shape[0] // groups, weight.shape[1]
-        x = _pack(x, [(lo // outputs * inputs, hi // outputs * inputs) for lo, hi in runs])
-        groups = live // outputs
-    if (dim == 0) != transposed:
-        grad_out = _pack(grad_out, runs)
-    else:
-        x = _pack(x, runs)
-    # of the weight, the library reads shape and layout alone
-    small = _library(grad_out, x, weight.narrow(dim, 0, live), *shape, transposed, output_padding, groups)
-    spread(small, out, runs, dim)
+    for bundle in bundles(runs, long_run):
+        some_grad, some_x, some_groups, live = grad_out, x, groups, length(bundle)
+        if groups > 1:  # their inputs alone
+            outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+            some_x = _pack(x, [(lo // outputs * inputs, hi // outputs * inputs) for lo, hi in bundle])
+            some_groups = live // outputs
+        if (dim == 0) != transposed:
+            some_grad = _pack(grad_out, bundle)
+        else:
+            some_x = _pack(x, bundle)
+        # of the weight, the library reads shape and layout alone
+        some_weight = weight.narrow(dim, 0, live)
+        small = _library(some_grad, some_x, some_weight, *shape, transposed, output_padding, some_groups)
+        spread(small, out, bundle, dim)
     return out
 
 
@@ -116,18 +187,38 @@ def _pack(image: Tensor, runs: Sequence[Run]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _cuda(
+def has_tiles(grad_out: Tensor, x: Tensor, dim: int, *conv: Any) -> bool:
+    """Whether a Triton kernel computes this gradient."""
+    *_, transposed, _, _ = conv
+    return grad_out.dtype in KERNEL_DTYPES and x.dim() <= 4 and not transposed and dim == 0
+
+
+def convolve_tiles(
     grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, slot: int, block: int, dim: int, *conv: Any
 ) -> Tensor:
-    *_, transposed, _, groups = conv
-    if grad_out.dtype not in KERNEL_DTYPES or x.dim() > 4 or transposed or groups != 1 or dim != 0:
-        # no kernel of ours: correct and without a sync, but the off filters are computed and thrown away
-        return masked_conv_dw_reference(grad_out, x, weight, flags, slot, block, dim, *conv)
-    from .triton_conv import write_conv_dw  # here, because torch for CPUs comes without triton
+    """The gradient by a Triton kernel, which reads the flags on the device: that of products for 1x1 convolutions."""
+    strides = _promised(grad_out, x, weight, *conv)
+    stride, padding, dilation, _, _, groups = conv
+    if groups == 1 and {*weight.shape[2:], *stride} == {1} and not any(padding):
+        dy, pixels = _pixels(grad_out), _pixels(x)
+        if dy is not None and pixels is not None:
+            from .triton_matmul import masked_matmul  # here, because torch for CPUs comes without triton
 
-    out = grad_out.new_empty_strided(weight.shape, _promised(grad_out, x, weight, *conv))
-    write_conv_dw(out, grad_out, x, flags, slot, block, *conv[:3])
+            dw = masked_matmul(dy.t()[None], pixels[None], flags, (0, slot, 0), (0, block, 0))
+            return dw.as_strided(weight.shape, strides)  # all layouts of 1x1 filters are the same memory
+    from .triton_conv import write_conv_dw
+
+    out = grad_out.new_empty_strided(weight.shape, strides)
+    write_conv_dw(out, grad_out, x, flags, slot, block, stride, padding, dilation, groups)
     return out
+
+
+def _pixels(image: Tensor) -> Tensor | None:
+    """A batch of images seen as one matrix [pixels, channels]; None where it is not one in memory (NCHW, N > 1)."""
+    try:
+        return image.movedim(1, -1).view(-1, image.shape[1])
+    except RuntimeError:
+        return None
 
 
 _LIBRARY.impl("masked_conv_dw", _cpu, "CPU")

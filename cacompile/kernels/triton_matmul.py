@@ -1,119 +1,206 @@
-"""The Triton side of masked_mm and masked_bmm: one kernel, a matrix being a batch of one.
+"""The Triton side of masked_mm and masked_bmm: one persistent kernel, a matrix being a batch of one.
 
 Needs triton, which torch for CPUs comes without: imported at the first call with CUDA tensors.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_flags
-
-AXES = {"batch": 0, "rows": 1, "columns": 2}
-
-
-class Tile(NamedTuple):
-    """One program's share of the output in rows and columns, its step along the reduction in bytes, and its warps."""
-
-    m: int
-    n: int
-    k_bytes: int
-    warps: int
-
-    def meta(self, dtype: torch.dtype) -> dict[str, int]:
-        """The keywords of a launch."""
-        return {
-            "BLOCK_M": self.m,
-            "BLOCK_N": self.n,
-            "BLOCK_K": self.k_bytes // dtype.itemsize,
-            "num_warps": self.warps,
-        }
-
-
-CONFIGS = (  # (smallest M * N of one matrix, tile): the first that fits is taken. Safe, not yet fast
-    (2048 * 2048, Tile(128, 128, 64, 8)),
-    (0, Tile(64, 64, 64, 4)),
+from .triton_boxes import WITH_TMA, boxed, takes_box
+from .triton_matmul_kernels import add_parts_kernel, masked_matmul_kernel
+from .triton_tiles import (
+    ROWS_AT_ONCE,
+    Tile,
+    architecture,
+    cuts,
+    input_precision,
+    list_length,
+    live_tiles,
+    most_cut,
+    multiprocessors,
+    span,
 )
 
+CONFIGS: dict[str, dict[str, Tile]] = {
+    "sm_80": {
+        "wide": Tile(128, 256, 64, 8, 3),
+        "tall": Tile(256, 128, 64, 8, 3),
+        "square": Tile(128, 128, 64, 4, 4),
+        "flat": Tile(64, 256, 64, 4, 4),
+        "slim": Tile(256, 64, 64, 4, 4),
+        "small": Tile(64, 64, 128, 4, 3, 2),
+        "tf32": Tile(128, 128, 64, 8, 3),
+        "float32": Tile(64, 64, 64, 8, 3, 2),
+    },
+    "sm_90": {
+        "wide": Tile(128, 256, 128, 8, 4),
+        "tall": Tile(256, 128, 128, 8, 4),
+        "square": Tile(128, 128, 128, 8, 4),
+        "flat": Tile(64, 256, 128, 4, 4),
+        "slim": Tile(256, 64, 128, 8, 4),
+        "small": Tile(64, 64, 128, 4, 4, 2),
+        "tf32": Tile(128, 128, 128, 8, 4),
+        "float32": Tile(64, 64, 64, 8, 3, 2),
+    },
+    "sm_100": {  # warp-specialized, and then 128 x 256 would spill 32 to 92 bytes (triton 3.7.1, 3.6)
+        "square": Tile(128, 128, 128, 8, 4),
+        "flat": Tile(64, 256, 128, 8, 4),
+        "slim": Tile(256, 64, 128, 8, 4),
+        "small": Tile(64, 64, 128, 8, 4, 2),
+        "tf32": Tile(128, 128, 128, 8, 4),
+        "float32": Tile(64, 64, 64, 8, 3, 2),
+    },
+    "amd": {
+        "wide": Tile(128, 256, 64, 8, 2),
+        "tall": Tile(256, 128, 64, 8, 2),
+        "square": Tile(128, 128, 128, 4, 2),
+        "flat": Tile(64, 256, 64, 4, 2),
+        "slim": Tile(256, 64, 64, 4, 2),
+        "small": Tile(64, 64, 128, 4, 2, 2),
+        "tf32": Tile(128, 128, 128, 4, 2),
+        "float32": Tile(64, 64, 64, 4, 2, 2),
+    },
+}
+"""Architecture -> shape -> tile; `choose_tile` takes the first that fits. 16-bit operands and TF32 on tensor cores."""
 
-def input_precision(dtype: torch.dtype, allowed: str) -> str:
-    """TF32 only for float32, and only where torch's own setting (`fp32_precision`) allows it."""
-    return "tf32" if dtype == torch.float32 and allowed == "tf32" else "ieee"
 
-
-@triton.jit(do_not_specialize=["flags"])  # where a slot starts is no reason to compile again
-def masked_matmul_kernel(
-    a, b, out, flags,
-    M, N, K, block,
-    stride_ae, stride_am, stride_ak,
-    stride_be, stride_bk, stride_bn,
-    AXIS: tl.constexpr, INPUT_PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One program per tile of one matrix of out [E, M, N], contiguous; `flags` starts at the first block's flag."""
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tiles = tl.cdiv(M, BLOCK_M) * tiles_n
-    e = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
-    row0 = tile // tiles_n * BLOCK_M
-    col0 = tile % tiles_n * BLOCK_N
-    rows = row0 + tl.arange(0, BLOCK_M)
-    cols = col0 + tl.arange(0, BLOCK_N)
-    # addresses are 64 bits wide up to the tile's corner and INDEX inside: operands may hold more than 2**31 elements
-    i, j = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
-    ks = tl.arange(0, BLOCK_K).to(INDEX)
-    # a tile may straddle blocks: one flag a row or column, and the reduction is skipped when none of them is on
-    if AXIS == 0:
-        on = tl.load(flags + e // block + tl.zeros_like(rows)[:, None]) != 0
-    elif AXIS == 1:
-        on = (tl.load(flags + rows // block, mask=rows < M, other=0) != 0)[:, None]
+def choose_tile(dtype: torch.dtype, precision: str, sizes: Sequence[int], blocks: Sequence[int], arch: str) -> Tile:
+    """The largest tile for out [E, M, N] that no block ends inside and that is not mostly outside."""
+    tiles = CONFIGS[arch]
+    if dtype == torch.float32:
+        if precision == "ieee":
+            return tiles["float32"]
+        names: tuple[str, ...] = ("tf32",)
     else:
-        on = (tl.load(flags + cols // block, mask=cols < N, other=0) != 0)[None, :]
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if tl.max(tl.max(on.to(tl.int32), 1), 0) != 0:
-        a_corner = a + e.to(tl.int64) * stride_ae + row0.to(tl.int64) * stride_am
-        b_corner = b + e.to(tl.int64) * stride_be + col0.to(tl.int64) * stride_bn
-        a_inside = i[:, None] * stride_am + ks[None, :] * stride_ak
-        b_inside = ks[:, None] * stride_bk + j[None, :] * stride_bn
-        for k in range(0, K, BLOCK_K):
-            in_k = ks < K - k
-            x = tl.load(a_corner + a_inside, mask=(rows < M)[:, None] & in_k[None, :], other=0.0)
-            y = tl.load(b_corner + b_inside, mask=in_k[:, None] & (cols < N)[None, :], other=0.0)
-            acc = tl.dot(x, y, acc, input_precision=INPUT_PRECISION)
-            a_corner += tl.cast(stride_ak, tl.int64) * BLOCK_K
-            b_corner += tl.cast(stride_bk, tl.int64) * BLOCK_K
-    # always stored: an off block reads as zeros, never as what was in memory, and never as NaN * 0
-    acc = tl.where(on, acc, 0.0)
-    corner = out + (e.to(tl.int64) * M + row0) * N + col0
-    inside = i[:, None] * N + j[None, :]
-    tl.store(corner + inside, acc.to(out.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+        names = ("wide", "tall", "square", "flat", "slim")
+    for tile in (tiles[name] for name in names if name in tiles):
+        if all(2 * size > t and block % t == 0 for size, block, t in zip(sizes[1:], blocks[1:], tile)):
+            return tile
+    # blocks that end inside tiles: some rows are computed for nothing, so few, unless blocks are large
+    large = min(*sizes[1:], *(block for block in blocks[1:] if block)) >= 256
+    return tiles[names[-1] if dtype == torch.float32 else "square"] if large else tiles["small"]
 
 
-def masked_matmul(a: Tensor, b: Tensor, flags: Tensor, slot: int, block: int, axis: str) -> Tensor:
-    """`a @ b` with zeros in off blocks of `axis`, "batch", "rows" or "columns"; reads the flags on the device only.
+def masked_matmul(
+    a: Tensor, b: Tensor, flags: Tensor, slots: Sequence[int], blocks: Sequence[int], host: Tensor | None = None
+) -> Tensor:
+    """`a @ b` with zeros in what is off; reads the flags on the device only.
 
-    a [E, M, K] and b [E, K, N], float32, bfloat16 or float16, any strides; accumulates in float32.
+    a [E, M, K] and b [E, K, N], float32, bfloat16 or float16, any strides; accumulates in float32. slots, blocks: of
+    the batch, the rows and the columns; a block of 0: not masked along it. host: the flags in CPU memory, where the
+    launch may look; it then leaves out what has nothing to do.
     """
+    return _launch(a, b, flags, slots, blocks, host, False, None)[0]
+
+
+def masked_matmul_stats(
+    a: Tensor, b: Tensor, flags: Tensor, slots: Sequence[int], blocks: Sequence[int], estimate: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`masked_matmul`, and sums over each block from its accumulators, always in the same order.
+
+    estimate: [E, M, N] of any dtype, or None, where the second half is zeros. Sums are float32 [2, blocks of E, of M,
+    of N], of squares and of products with the estimate; None where blocks end inside tiles.
+    """
+    return _launch(a, b, flags, slots, blocks, None, True, estimate)
+
+
+def _launch(
+    a: Tensor,
+    b: Tensor,
+    flags: Tensor,
+    slots: Sequence[int],
+    blocks: Sequence[int],
+    host: Tensor | None,
+    stats: bool,
+    estimate: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     if a.dtype != b.dtype or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
         raise ValueError(f"masked product of {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
-    (batch, m, k), n = a.shape, b.shape[2]
-    out = a.new_empty(batch, m, n)
-    flags = block_flags(flags, slot, block, out.shape[AXES[axis]])
-    if out.numel() == 0:
-        return out
-    tile = next(tile for least, tile in CONFIGS if m * n >= least)
-    grid = (batch * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
-    far = max(n, *a.stride(), *b.stride()) * max(tile.m, tile.n) >= 2**31
-    with torch.cuda.device_of(a):
-        masked_matmul_kernel[grid](
-            a, b, out, flags,
-            m, n, k, block,
-            *a.stride(), *b.stride(),
-            AXIS=AXES[axis], INPUT_PRECISION=input_precision(a.dtype, torch.backends.cuda.matmul.fp32_precision),
-            INDEX=tl.int64 if far else tl.int32, **tile.meta(a.dtype),
-        )  # fmt: skip
-    return out
+    sizes = (*a.shape[:2], b.shape[2])
+    (e, m, n), k = sizes, a.shape[2]
+    for slot, block, size in zip(slots, blocks, sizes):
+        if block and slot + triton.cdiv(size, block) > flags.numel():
+            raise IndexError(f"{flags.numel()} flags for {triton.cdiv(size, block)} blocks from slot {slot} on")
+    out = a.new_empty(sizes)
+    arch, precision = architecture(a.device), input_precision(a.dtype, torch.backends.cuda.matmul.fp32_precision)
+    tile = choose_tile(a.dtype, precision, sizes, blocks, arch)
+    tiles = (e, triton.cdiv(m, tile.m), triton.cdiv(n, tile.n))
+    stats = stats and all(block % t == 0 for block, t in zip(blocks, (1, tile.m, tile.n)))
+    estimate = None if estimate is None else estimate.contiguous()
+    chunks = tile.m // ROWS_AT_ONCE if stats else 1
+    sums = torch.zeros(2, *tiles, chunks, device=a.device) if stats else None
+    if out.numel():
+        programs = multiprocessors(a.device) * tile.per_sm
+        steps = triton.cdiv(k, tile.k(a.dtype))
+        rest, cut = _rest(sizes, tile, slots, blocks, host, programs, steps)
+        parts = a.new_empty((rest * cut, tile.m, tile.n), dtype=torch.float32)
+        masks = {
+            "E_BLOCK": blocks[0], "M_BLOCK": blocks[1], "N_BLOCK": blocks[2],
+            "M_SPAN": span(tile.m, blocks[1]), "N_SPAN": span(tile.n, blocks[2]),
+            "E_LIST": list_length(e, 1, blocks[0]),
+            "M_LIST": list_length(m, tile.m, blocks[1]), "N_LIST": list_length(n, tile.n, blocks[2]),
+            "STATS": stats, "DOT": stats and estimate is not None, "CHUNKS": chunks,
+        }  # fmt: skip
+        turned = a.stride(1) == 1, b.stride(1) == 1
+        tensor_cores = a.element_size() == 2 or precision == "tf32"
+        tma = arch in WITH_TMA and tensor_cores and takes_box(a, turned[0]) and takes_box(b, turned[1])
+        specialize = (
+            tma and arch == "sm_100" and a.element_size() == 2
+        )  # float32 would crash the compiler, triton 3.7.1
+        far = max(n, *a.stride(), *b.stride()) * max(tile.m, tile.n) >= 2**31
+        meta = tile.meta(a.dtype)
+        with torch.cuda.device_of(a):
+            masked_matmul_kernel[(programs,)](
+                boxed(a, turned[0], (tile.m, meta["BLOCK_K"])) if tma else a,
+                boxed(b, turned[1], (meta["BLOCK_K"], tile.n)) if tma else b,
+                out, flags, parts, sums, estimate,
+                e, m, n, k, *slots, *a.stride(), *b.stride(),
+                A_TURNED=turned[0], B_TURNED=turned[1], TMA=tma, WARP_SPECIALIZE=specialize,
+                INPUT_PRECISION=precision, INDEX=tl.int64 if far else tl.int32, **masks, **meta,
+            )  # fmt: skip
+            if rest:
+                add_parts_kernel[(rest, tile.m // ROWS_AT_ONCE)](
+                    out, flags, parts, sums, estimate, e, m, n, steps, programs, *slots,
+                    BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=ROWS_AT_ONCE, num_warps=4, **masks,
+                )  # fmt: skip
+    if sums is not None:
+        sums = sum_blocks(sums.sum(-1), [block // t for block, t in zip(blocks, (1, tile.m, tile.n))])
+    return out, sums
+
+
+def _rest(
+    sizes: Sequence[int],
+    tile: Tile,
+    slots: Sequence[int],
+    blocks: Sequence[int],
+    host: Tensor | None,
+    programs: int,
+    steps: int,
+) -> tuple[int, int]:
+    """How many tiles are cut at most, and into how many parts each: no more than 2 * programs parts in all."""
+    lengths = (1, tile.m, tile.n)
+    if host is None:
+        return most_cut(math.prod(map(triton.cdiv, sizes, lengths)), programs, steps)
+    live = 1
+    for size, length, slot, block in zip(sizes, lengths, slots, blocks):
+        flags = host[slot : slot + triton.cdiv(size, block)].tolist() if block else []
+        live *= live_tiles(flags, length, block, size)
+    cut = cuts(live, programs, steps)
+    return (live % programs, cut) if cut > 1 else (0, 0)
+
+
+def sum_blocks(values: Tensor, blocks: Sequence[int]) -> Tensor:
+    """[..., E, M, N] summed over each block of its last three dimensions, always in the same order; 0: over all."""
+    for dim, block in zip((-3, -2, -1), blocks):
+        size = values.shape[dim]
+        padding = [0, 0] * (-dim - 1) + [0, -size % (block or size)]
+        padded = torch.nn.functional.pad(values, padding) if padding[-1] else values
+        values = padded.unflatten(dim, (-1, block or size)).sum(dim)
+    return values

@@ -44,7 +44,7 @@ class Instance:
         self._off_flops = 0.0
         self._host = torch.empty(len(plan.groups), dtype=torch.uint8, device="cpu")
         device = inputs[plan.grads[0].param.index].device if plan.grads else torch.device("cpu")
-        self._device = self._host if device.type == "cpu" else torch.empty_like(self._host, device=device)
+        self._device = None if device.type == "cpu" else torch.empty_like(self._host, device=device)
         _alive[int(self.handle)] = self
 
     @property
@@ -82,18 +82,26 @@ class Instance:
                     self._off_flops += float(_flops(self.plan, grad)[~record.state.on].sum())
         self.spent.saved += self._off_flops
         self.guarded_backwards += 1
-        return self._device
+        return self._host if self._device is None else self._device
+
+    @property
+    def host_flags(self) -> torch.Tensor:
+        """The same flags in CPU memory: never written again, so a backward may go on reading those it was given."""
+        return self._host
 
     def _refresh(self) -> None:
         self._epoch = registry.epoch
         self._off_flops = -1.0  # to be noted by the first backward that skips
+        # a new buffer each time: a running backward may still read the old one, and so may a transfer
+        host = torch.ones(len(self.plan.groups), dtype=torch.uint8, device="cpu", pin_memory=self._device is not None)
         for grad, record in zip(self.plan.grads, self._records, strict=True):
-            on: Any = record.state.on if record is not None else np.ones(grad.blocks, bool)
-            self._host[grad.slot : grad.slot + grad.blocks] = torch.from_numpy(on.view(np.uint8))
-        self._any_off = not bool(self._host.all())
-        if self._device is not self._host:
-            # from a fresh pinned copy: the host flags may be rewritten before a late transfer reads them
-            self._device.copy_(self._host.pin_memory(), non_blocking=True)
+            if record is not None:
+                on: Any = record.state.on
+                host[grad.slot : grad.slot + grad.blocks] = torch.from_numpy(on.view(np.uint8))
+        self._host = host
+        self._any_off = not bool(host.all())
+        if self._device is not None:  # one address for ever, as CUDA graphs need; the stream keeps the order
+            self._device.copy_(host, non_blocking=True)
 
 
 def _flops(plan: Plan, grad: WeightGrad) -> np.ndarray:

@@ -1,14 +1,14 @@
 """What every kernel test stands on: poisoned memory, masks, a comparison with float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from masking import SLOT, live_entries
 from torch import Tensor
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 PATTERNS = ("on", "off", "one", "mixed")
-SLOT = 3  # where the flags of a test start, so that reading from 0 shows
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -67,19 +67,16 @@ def make_flags(device: str) -> Callable[[str, int], Tensor]:
 
 @pytest.fixture
 def check() -> Callable[..., None]:
-    """(actual, exact result in float64, flags, block, dim): close where on, exactly zero where off."""
+    """(actual, exact result in float64, flags, slots, blocks): close where on, exactly zero where off."""
 
-    def compare(actual: Tensor, exact: Tensor, flags: Tensor, block: int, dim: int) -> None:
+    def compare(actual: Tensor, exact: Tensor, flags: Tensor, slots: Sequence[int], blocks: Sequence[int]) -> None:
         assert exact.dtype == torch.float64 and actual.shape == exact.shape
-        each = flags.tolist()
-        on = [bool(each[SLOT + i // block]) for i in range(exact.shape[dim])]
-        index = torch.tensor(on, dtype=torch.bool, device=exact.device)
-        live = actual.movedim(dim, 0)[index].double()
+        live = live_entries(exact.shape, flags, slots, blocks)
         # sums of products of unit normals: errors grow with the size of the result, not element by element
         scale = float(exact.abs().max()) if exact.numel() else 1.0
         rounding = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
-        error = float((live - exact.movedim(dim, 0)[index]).abs().max()) if live.numel() else 0.0
+        error = float((actual[live].double() - exact[live]).abs().max()) if live.any() else 0.0
         assert error <= rounding[actual.dtype] * max(scale, 1.0)  # NaN is not <= anything
-        assert not actual.movedim(dim, 0)[~index].any(), "an off block is not zero"
+        assert not actual[~live].any(), "an off block is not zero"
 
     return compare

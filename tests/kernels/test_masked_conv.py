@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from masking import SLOT, along
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cacompile.kernels import masked_conv_dw, masked_conv_dw_reference
 
-SLOT = 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -54,11 +54,14 @@ class Conv:
         weight = layout(torch.randn(first, second // self.groups, *self.kernel).to(device, dtype))
         return layout(torch.randn_like(self.forward(x, weight))), x, weight
 
+    def where(self) -> tuple[list[int], list[int]]:
+        return along(self.dim, self.block, 2)
+
     def blocks(self, weight: Tensor) -> int:
         return -(-weight.shape[self.dim] // self.block)
 
     def masked(self, grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, op: Any = masked_conv_dw) -> Tensor:
-        return op(grad_out, x, weight, flags, SLOT, self.block, self.dim, *self.arguments())
+        return op(grad_out, x, weight, flags, None, SLOT, self.block, self.dim, *self.arguments())
 
     def exact(self, grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """By autograd, in float64."""
@@ -127,8 +130,8 @@ def test_matches_float64_where_on_and_is_zero_where_off(device, conv, dtype, lay
     exact = conv.exact(grad_out, x, weight)
     out = conv.masked(grad_out, x, weight, flags)
     assert out.dtype == dtype
-    check(out, exact, flags, conv.block, conv.dim)
-    check(conv.masked(grad_out, x, weight, flags, masked_conv_dw_reference), exact, flags, conv.block, conv.dim)
+    check(out, exact, flags, *conv.where())
+    check(conv.masked(grad_out, x, weight, flags, masked_conv_dw_reference), exact, flags, *conv.where())
 
 
 @pytest.mark.parametrize("layout_x", ("contiguous", "channels last"))
@@ -191,7 +194,9 @@ def test_opcheck(device, name, make_flags):
     conv = CONVS[name]
     grad_out, x, weight = conv.operands(torch.float32, channels_last, device=device)
     flags = make_flags("mixed", conv.blocks(weight))
-    torch.library.opcheck(masked_conv_dw, (grad_out, x, weight, flags, SLOT, conv.block, conv.dim, *conv.arguments()))
+    torch.library.opcheck(
+        masked_conv_dw, (grad_out, x, weight, flags, None, SLOT, conv.block, conv.dim, *conv.arguments())
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,4 +223,4 @@ def test_is_what_training_a_convolution_needs(device, make_flags, check):
     weight.requires_grad_()
     F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation).backward(grad_out)
     flags = make_flags("mixed", conv.blocks(weight))
-    check(conv.masked(grad_out, x, weight, flags).detach(), weight.grad.double(), flags, conv.block, conv.dim)
+    check(conv.masked(grad_out, x, weight, flags).detach(), weight.grad.double(), flags, *conv.where())

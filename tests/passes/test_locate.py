@@ -186,13 +186,16 @@ def test_weight_on_another_device_stays_dense(second: str, why: str) -> None:
     assert [skip.param for skip in plan.skips] == ["w1"] and why in plan.skips[0].reason
 
 
-@pytest.mark.parametrize(("dtype", "dense"), [(torch.bfloat16, False), (torch.float64, True)])
-def test_what_has_no_kernel_on_a_gpu_stays_dense_there(dtype: torch.dtype, dense: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "graphs", "dense"),
+    [(torch.bfloat16, True, False), (torch.float64, True, True), (torch.float64, False, False)],
+)
+def test_what_has_no_kernel_stays_dense_under_cuda_graphs(dtype: torch.dtype, graphs: bool, dense: bool) -> None:
     tiny = Tiny()
     dw = tiny.mm(tiny.input("a", 48, 8, dtype=dtype), tiny.input("b", 8, 32, dtype=dtype))
     placeholder = tiny.input("w", 48, 32)
     placeholder.meta["val"] = SimpleNamespace(device=torch.device("cuda:0"))
     tiny.returns(dw)
-    plan = locate(Plan(params=(Param("w", 0, (48, 32), placeholder, dw),)))
+    plan = locate(Plan(params=(Param("w", 0, (48, 32), placeholder, dw),)), graphs=graphs)
     assert bool(plan.grads) != dense
-    assert not dense or "no kernel on GPUs for torch.float64" in plan.skips[0].reason
+    assert not dense or "no kernel under CUDA graphs for torch.float64" in plan.skips[0].reason

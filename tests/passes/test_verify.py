@@ -8,15 +8,15 @@ from torch import fx
 
 from cacompile.kernels import masked_conv_dw, masked_mm
 from cacompile.passes import Broken, guard_weight_grads, verify
-from cacompile.passes.guard import MARK
+from cacompile.passes.guard import FLAGS, HOST_FLAGS, MARK
 
 Graphs = tuple[fx.Graph, fx.GraphModule]
 
 
-def guarded(make: Callable[[], tuple]) -> Graphs:
+def guarded(make: Callable[[], tuple], host: bool = False) -> Graphs:
     gm, plan = make()
     before = copied(gm)
-    assert guard_weight_grads(gm, plan).guarded == ("w",)
+    assert guard_weight_grads(gm, plan, host).guarded == ("w",)
     return before, gm
 
 
@@ -34,9 +34,33 @@ KEPT = {
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_kept_promise(name: str) -> None:
-    before, gm = guarded(KEPT[name])
+@pytest.mark.parametrize("host", (False, True))
+def test_kept_promise(name: str, host: bool) -> None:
+    before, gm = guarded(KEPT[name], host)
     verify(before, gm.graph, ("w",))
+
+
+def drop_host(gm: fx.GraphModule) -> None:
+    node_of(gm, masked_mm).update_arg(3, None)
+
+
+def swap_flags(gm: fx.GraphModule) -> None:
+    masked = node_of(gm, masked_mm)
+    masked.args = (*masked.args[:2], masked.args[3], masked.args[2], *masked.args[4:])
+
+
+def host_alone(gm: fx.GraphModule) -> None:
+    [host] = gm.graph.find_nodes(op="placeholder", target=HOST_FLAGS)
+    flags_of(gm).replace_all_uses_with(host)
+    gm.graph.erase_node(flags_of(gm))
+
+
+@pytest.mark.parametrize("break_it", [drop_host, swap_flags, host_alone])
+def test_broken_promise_with_flags_on_the_host(break_it: Callable[[fx.GraphModule], None]) -> None:
+    before, gm = guarded(marked_mm, host=True)
+    break_it(gm)
+    with pytest.raises(Broken):
+        verify(before, gm.graph, ("w",))
 
 
 def test_nothing_guarded_nothing_changed() -> None:
@@ -84,7 +108,15 @@ def reorder_inputs(gm: fx.GraphModule) -> None:
     first.prepend(second)
 
 
-def wrong(position: int, value: int) -> Callable[[fx.GraphModule], None]:
+def flags_of(gm: fx.GraphModule) -> fx.Node:
+    return gm.graph.find_nodes(op="placeholder", target=FLAGS)[0]
+
+
+def flags_first(gm: fx.GraphModule) -> None:
+    gm.graph.find_nodes(op="placeholder")[0].prepend(flags_of(gm))
+
+
+def wrong(position: int, value: list[int]) -> Callable[[fx.GraphModule], None]:
     return lambda gm: node_of(gm, masked_mm).update_arg(position, value)
 
 
@@ -96,9 +128,13 @@ BROKEN = {
     "other operand of the masked product": swap_masked_operand,
     "outputs swapped": swap_outputs,
     "inputs reordered": reorder_inputs,
-    "wrong slot": wrong(3, 1),
-    "wrong block": wrong(4, 32),
-    "wrong dimension": wrong(5, 1),
+    "wrong slot": wrong(4, [1, 0]),
+    "wrong block": wrong(5, [32, 0]),
+    "wrong dimension": wrong(5, [0, 16]),
+    "both dimensions": wrong(5, [16, 16]),
+    "another mask": lambda gm: node_of(gm, masked_mm).update_arg(2, gm.graph.find_nodes(op="placeholder")[0]),
+    "flags of the device as those of the host": lambda gm: node_of(gm, masked_mm).update_arg(3, flags_of(gm)),
+    "flags before other inputs": flags_first,
 }
 
 
@@ -113,7 +149,7 @@ def test_broken_promise(name: str) -> None:
 def test_unplanned_product_masked() -> None:
     before, gm = guarded(marked_mm)
     dx = node_of(gm, aten.mm.default)
-    dx.target, dx.args = masked_mm, (*dx.args, gm.graph.find_nodes(op="placeholder")[-1], 0, 16, 0)
+    dx.target, dx.args = masked_mm, (*dx.args, flags_of(gm), None, [0, 0], [16, 0])
     with pytest.raises(Broken, match="became"):
         verify(before, gm.graph, ("w",))
 
@@ -141,7 +177,7 @@ def conv_keeps_dw(gm: fx.GraphModule) -> None:
 
 
 def conv_other_stride(gm: fx.GraphModule) -> None:
-    node_of(gm, masked_conv_dw).update_arg(7, [2, 2])
+    node_of(gm, masked_conv_dw).update_arg(8, [2, 2])
 
 
 def bias_over_channels(gm: fx.GraphModule) -> None:

@@ -1,0 +1,75 @@
+"""tune: the table it writes is the table that is read; overhead writes its rows."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tune  # noqa: E402
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    "ratio_at, long_run",
+    (
+        ({16: 1.4, 64: 1.1, 256: 0.9, 512: 0.8}, 256),
+        ({16: 0.9, 64: 1.1, 256: 0.9}, 16),
+        ({16: 0.9, 64: 1.3, 256: 0.9}, 256),
+        ({16: 1.3, 64: 0.6, 256: 1.05}, 64),
+        ({16: 0.9, 64: 0.9}, 16),
+        ({16: 1.4, 64: 1.1}, INF),
+        ({}, INF),
+    ),
+)
+def test_long_run(ratio_at, long_run):
+    assert tune.long_run_of(ratio_at) == long_run
+
+
+@pytest.mark.parametrize(
+    "ratio_at, below",
+    (
+        ({0.25: 0.7, 0.5: 0.9, 0.75: 1.2}, 0.625),
+        ({0.25: 0.7, 0.5: 0.9}, 1.0),
+        ({0.25: 1.1, 0.5: 0.95}, 0.0),
+        ({0.25: 1.05, 0.5: 0.7, 0.75: 1.2}, 0.625),
+        ({}, 0.0),
+    ),
+)
+def test_tiles_below(ratio_at, below):
+    assert tune.tiles_below_of(ratio_at) == below
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--self-check", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_tune_replaces_the_rows_of_its_own_device(tmp_path):
+    file = tmp_path / "measured.csv"
+    file.write_text(
+        "device,capability,op,dtype,m,n,k,long_run,tiles_below\n"
+        "cpu,,mm,float32,9,9,9,9,0\nSome GPU,9.0,mm,float32,9,9,9,9,0.5\n"
+    )
+    out = run("tune.py", "--device", "cpu", "--out", str(file))
+    assert "slices / packed" in out and "medians of 2 interleaved rounds" in out
+    with open(file, newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert rows[0]["device"] == "Some GPU" and {row["device"] for row in rows[1:]} == {"cpu"}
+    assert {row["op"] for row in rows[1:]} == {"mm", "bmm", "conv"} and "9" not in {row["m"] for row in rows[1:]}
+    assert all(float(row["long_run"]) > 0 and row["tiles_below"] == "0" and row["date"] for row in rows[1:])
+
+
+def test_overhead_writes_its_rows(tmp_path):
+    file = tmp_path / "rows.csv"
+    assert "goal 10 us" in run("overhead.py", "--out", str(file))
+    with open(file, newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert [row["unit"] for row in rows] == ["us"] * 9
