@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch._logging import warning_once
 from torch.optim import SGD, Optimizer
 
-from .estimate import moment_name
+from cacompile.kernels.segments import Batch, Cut, Tables, fits
+
+from .estimate import cut_of, moment_name
 from .tracked import Scores, Tracked
 
 log = logging.getLogger(__name__)
@@ -20,7 +23,22 @@ SMOOTHING = 0.5
 """Weight of the newest of two readings of a gradient that no optimizer state averages."""
 
 
-def read_scores(tracked: Sequence[Tracked], optimizer: Optimizer | None) -> list[tuple[Tracked, Scores]]:
+class Source(NamedTuple):
+    """What a parameter's expected descent is read from."""
+
+    tensors: tuple[torch.Tensor, ...]
+    """(mean, mean square) of Adam's family, or one: a mean of gradients, or a gradient."""
+    factors: tuple[Any, ...]
+    """(beta1, beta2, eps), or what the square of the one tensor is multiplied by."""
+    step: Any = None
+    """Steps that Adam has averaged over: a tensor where it counts on the device, which is not waited for."""
+
+
+Found = list[tuple[Tracked, Scores]]
+
+
+@torch.no_grad()
+def read_scores(tracked: Sequence[Tracked], optimizer: Optimizer | None) -> Found:
     """Scores of each parameter's groups on their way to the host; taken without waiting for the device."""
     settings = settings_by_param(optimizer)
     taken: dict[torch.device, list[tuple[Tracked, torch.Tensor, bool]]] = {}
@@ -28,15 +46,57 @@ def read_scores(tracked: Sequence[Tracked], optimizer: Optimizer | None) -> list
         param = record.ref()
         if param is None or record.partition is None:
             continue
-        sums, averaged = _descent(optimizer, settings.get(id(param), {}), record, param)
+        sums, averaged = _sums(optimizer, settings.get(id(param), {}), record, param)
         if sums is not None:
             taken.setdefault(sums.device, []).append((record, sums, averaged))
-    found = []
+    found: Found = []
     for parts in taken.values():
-        host, event = _fetch(torch.cat([sums for _, sums, _ in parts]))
-        for (record, _, averaged), values in zip(parts, host.split([record.groups for record, *_ in parts])):
-            found.append((record, Scores(values, event, None if averaged else ~record.skipped)))
+        found += _scores([(r, averaged) for r, _, averaged in parts], torch.cat([sums for _, sums, _ in parts]))
     return found
+
+
+@torch.no_grad()
+def read_together(
+    tracked: Sequence[Tracked], optimizer: Optimizer | None, tables: Tables
+) -> tuple[Found, list[Tracked]]:
+    """`read_scores` by one reduction for each device, kind of average and combination of dtypes. For CUDA tensors.
+
+    Also returns the records that are left to `read_scores`, as `fill_together` does.
+    """
+    settings = settings_by_param(optimizer)
+    batches: dict[tuple[Any, ...], tuple[Batch, list[tuple[Tracked, bool]]]] = {}
+    left = []
+    for record in tracked:
+        if (param := record.ref()) is None:
+            continue
+        try:
+            source = _averages(optimizer, settings.get(id(param), {}), record, param)
+            given = _given(source or _gradient(param), cut_of(record, param), param.device)
+        except Exception:
+            given = None  # read_scores says so
+        if given is None:
+            left.append(record)
+            continue
+        adam, cut, (first, last, step), factors = given
+        key = param.device, adam, first.dtype, last.dtype
+        if (held := batches.get(key)) is None:
+            held = batches[key] = Batch(), []
+        held[0].add(cut, (first, last if adam else None, step), factors)
+        held[1].append((record, source is not None))
+    found: Found = []
+    for (device, adam, *dtypes), (batch, records) in batches.items():
+        from cacompile.kernels.triton_segments import group_sums  # torch for CPUs comes without triton
+
+        table = tables.find(batch.cuts, device)
+        found += _scores(records, group_sums(table, table.send(batch), dtypes, adam))
+    return found, left
+
+
+def _scores(records: Sequence[tuple[Tracked, bool]], sums: torch.Tensor) -> Found:
+    """records: each with whether its sums are averages; sums: [groups of all of them]."""
+    host, event = _fetch(sums)
+    parts = host.split([record.groups for record, _ in records])
+    return [(r, Scores(part, event, None if averaged else ~r.skipped)) for (r, averaged), part in zip(records, parts)]
 
 
 def _fetch(sums: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
@@ -56,29 +116,30 @@ def settings_by_param(optimizer: Optimizer | None) -> dict[int, Mapping[str, Any
     return {id(param): group for group in groups for param in group["params"]}
 
 
-@torch.no_grad()
-def _descent(
+def _sums(
     optimizer: Optimizer | None, settings: Mapping[str, Any], record: Tracked, param: torch.Tensor
 ) -> tuple[torch.Tensor | None, bool]:
     """Expected descent a group [G] per unit of learning rate, and whether the optimizer has averaged it over steps."""
-    if optimizer is not None:
-        try:
-            if (descent := _averaged(optimizer, settings, record, param)) is not None:
-                return _sum_groups(descent, record), True
-        except Exception:
-            warning_once(
-                log,
-                "the state of %s is not as expected: groups of its parameters are judged by the gradients of one step",
-                type(optimizer).__name__,
-                exc_info=True,
-            )
-    return (None, False) if param.grad is None else (_sum_groups(param.grad.square(), record), False)
+    try:
+        if (source := _averages(optimizer, settings, record, param)) is not None:
+            return _sum_groups(_descent(source), record), True
+    except Exception:
+        warning_once(
+            log,
+            "the state of %s is not as expected: groups of its parameters are judged by the gradients of one step",
+            type(optimizer).__name__,
+            exc_info=True,
+        )
+    gradient = _gradient(param)
+    return (None if gradient is None else _sum_groups(_descent(gradient), record)), False
 
 
-def _averaged(
-    optimizer: Optimizer, settings: Mapping[str, Any], record: Tracked, param: torch.Tensor
-) -> torch.Tensor | None:
-    """Expected descent of each element, from the averages that the optimizer keeps; None where none are known."""
+def _averages(
+    optimizer: Optimizer | None, settings: Mapping[str, Any], record: Tracked, param: torch.Tensor
+) -> Source | None:
+    """The averages that the optimizer keeps; None where none are known."""
+    if optimizer is None:
+        return None
     name, state = moment_name(optimizer), optimizer.state.get(param, {})
     mean, square = state.get(name), state.get("exp_avg_sq")
     if (
@@ -87,13 +148,50 @@ def _averaged(
         and isinstance(square, torch.Tensor)
         and mean.shape == square.shape == param.shape
     ):
-        # the optimizer's own count, a tensor where it lives on the device: not waited for
-        step, (beta1, beta2) = state.get("step", record.step), settings.get("betas", (0.9, 0.999))
-        rms = (square / (1.0 - beta2**step)).sqrt()
-        return (mean / (1.0 - beta1**step)).square() / (rms + settings.get("eps", 1e-8))
+        betas, eps = settings.get("betas", (0.9, 0.999)), settings.get("eps", 1e-8)
+        return Source((mean, square), (*betas, eps), state.get("step", record.step))
     if isinstance(optimizer, SGD) and isinstance(mean, torch.Tensor):
-        return mean.square() * (1.0 - settings["momentum"]) ** 2
+        return Source((mean,), ((1.0 - settings["momentum"]) ** 2,))
     return None
+
+
+def _gradient(param: torch.Tensor) -> Source | None:
+    return None if param.grad is None else Source((param.grad,), (1.0,))
+
+
+def _descent(source: Source) -> torch.Tensor:
+    """Expected descent of each element per unit of learning rate."""
+    if len(source.tensors) == 1:
+        return source.tensors[0].square() * source.factors[0]
+    (mean, square), (beta1, beta2, eps), step = source
+    rms = (square / (1.0 - beta2**step)).sqrt()
+    return (mean / (1.0 - beta1**step)).square() / (rms + eps)
+
+
+Given = tuple[bool, Cut, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[float, float, float]]
+"""What `group_sums` takes of a parameter: adam, its cut, (mean, mean square, step), factors."""
+
+
+def _given(source: Source | None, cut: Cut | None, device: torch.device) -> Given | None:
+    """None where a kernel cannot read it, or would have to wait for numbers that are on the device."""
+    if source is None or cut is None or not fits(source.tensors, cut, device):
+        return None
+    tensors, factors, step = source
+    if any(isinstance(factor, torch.Tensor) for factor in factors):
+        return None
+    if len(tensors) == 1:
+        return False, cut, (tensors[0], tensors[0], None), (factors[0], 0.0, 0.0)
+    beta1, beta2, eps = factors
+    if not isinstance(step, torch.Tensor) or step.device.type == "cpu" != device.type:
+        count = float(step)
+        return True, cut, (*tensors, None), (1.0 / (1.0 - beta1**count), 1.0 / (1.0 - beta2**count), eps)
+    if step.device != device or step.dtype != torch.float32 or step.numel() != 1:
+        return None
+    return True, cut, (*tensors, step), (_log2(beta1), _log2(beta2), eps)
+
+
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta > 0.0 else -math.inf
 
 
 def _sum_groups(values: torch.Tensor, record: Tracked) -> torch.Tensor:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch._logging import warning_once
 from torch.optim import Optimizer
 
-from .estimate import fill_skipped
+from cacompile.kernels.segments import Tables
+
+from .estimate import fill_skipped, fill_together
 from .mask import draw, generator
-from .monitor import learn, read_scores, settings_by_param
+from .monitor import learn, read_scores, read_together, settings_by_param
 from .policy import keep_probabilities
 from .tracked import GroupState, Tracked, registry
+
+log = logging.getLogger(__name__)
 
 
 class Scope:
@@ -23,6 +29,7 @@ class Scope:
         self.config = self.tracked[0].config
         self.state = GroupState.joined([record.state for record in self.tracked])
         self._flops = np.concatenate([record.flops for record in self.tracked])
+        self._tables = Tables()
         self._family = np.repeat(np.arange(len(self.tracked)), [record.groups for record in self.tracked])
 
     @property
@@ -30,16 +37,38 @@ class Scope:
         """False once another scope has joined one of these states."""
         return all(record.state.on.base is self.state.on for record in self.tracked)
 
+    def _by_device(self) -> tuple[list[Tracked], list[Tracked]]:
+        """The records of CUDA parameters, and the others."""
+        near: list[Tracked] = []
+        far: list[Tracked] = []
+        for record in self.tracked:
+            param = record.ref()
+            (near if param is not None and param.is_cuda else far).append(record)
+        return near, far
+
+    @property
+    def _captured(self) -> bool:
+        """Whether the user is recording this step into a CUDA graph."""
+        return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
     def fill(self, optimizer: Optimizer) -> None:
         """Give every slice that was skipped its estimate; called right before the optimizer reads the gradients."""
-        settings = None
-        for record in self.tracked:
+        if not np.concatenate([record.skipped for record in self.tracked]).any():
+            return
+        settings = settings_by_param(optimizer)
+        # what is captured must not hold a copy from the host, whose memory is used for other things by then
+        near, far = ([], self.tracked) if self._captured else self._by_device()
+        for record in far + fill_together(near, optimizer, settings, self._tables):
             if record.skipped.any():
-                settings = settings or settings_by_param(optimizer)
                 fill_skipped(optimizer, settings.get(id(record.ref()), {}), record)
 
     def advance(self, optimizer: Optimizer | None) -> None:
         """One optimizer step is done: read scores when it is time, and draw the next step's mask."""
+        if self._captured:
+            # Nothing of this step has run yet, and when its graph is replayed nobody calls us. What it fills is what
+            # was skipped by now, so the mask must stay: it is drawn again after the next step that is not captured.
+            warning_once(log, "an optimizer step is captured in a CUDA graph: the mask stays as it was at the capture")
+            return
         for record in self.tracked:
             record.step += 1
         steps = np.array([record.step for record in self.tracked])
@@ -67,7 +96,9 @@ class Scope:
 
     def _monitor(self, optimizer: Optimizer | None) -> None:
         """Use each last reading, or this one if it needs no waiting: always the same one, so that ranks agree."""
-        for record, scores in read_scores(self.tracked, optimizer):
+        near, far = self._by_device()
+        found, left = read_together(near, optimizer, self._tables)
+        for record, scores in found + read_scores(far + left, optimizer):
             due, record.awaited = (scores, None) if scores.event is None else (record.awaited, scores)
             if due is not None:
                 learn(record, due)
