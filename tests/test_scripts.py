@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,20 @@ def test_benchmark_writes_its_rows(script, tmp_path):
         rows = list(csv.DictReader(file))
     assert rows
     assert all(float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"]) for row in rows)
+
+
+def test_gpu_benchmark_checks_itself_without_a_gpu(tmp_path):
+    pytest.importorskip("triton", exc_type=ImportError)
+    if version("triton").startswith("3.6") and int(version("numpy").split(".")[1]) >= 4:
+        pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--self-check", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    with open(tmp_path / "self_check.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert not [row for row in rows if row["measure"] in ("failed", "not run")]
+    assert {row["benchmark"] for row in rows} == {"gpu check", "gpu kernels", "gpu models"}
+    assert {"inductor", "convaware dense", "convaware keep 0.5", "oracle"} <= {row["arm"] for row in rows}
+    assert "Nothing." in (tmp_path / "self_check.md").read_text()
+    for part in ("kernels", "models"):
+        assert (tmp_path / f"self_check_{part}.png").stat().st_size > 10_000

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import fx
 from torch._C._dynamo import eval_frame
 from torch._dynamo import config as dynamo_config
@@ -68,6 +67,8 @@ class Explanation:
         return {"graphs": self.graphs, "coverage": self.coverage, "rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
+        from tabulate import tabulate  # here, so that training needs torch and numpy alone
+
         heads = ["parameter", "shape", "gradient from", "dW FLOPs", "groups", "when skipping, or why not"]
         table = [
             (

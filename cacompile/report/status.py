@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
 from cacompile.runtime.instance import Instance
 from cacompile.runtime.session import session
@@ -47,6 +46,8 @@ class Status:
         return asdict(self)
 
     def __str__(self) -> str:
+        from tabulate import tabulate  # here, so that training needs torch and numpy alone
+
         share = self.saved_flops / self.total_flops if self.total_flops else 0.0
         head = (
             f"step {self.step}: {self.skipped} of {self.groups} groups skipped ({self.skipped_flops:.1%} of dW FLOPs), "
