@@ -31,7 +31,7 @@ def kind_and_flops(result: fx.Node) -> tuple[str, int] | None:
 
 
 def no_kernel(product: Product) -> str | None:
-    """Why this product has no kernel that skips by the flags on a GPU alone; there it would be computed, then masked."""
+    """Why no kernel skips it by flags on a GPU alone: its operation would compute everything there, then mask it."""
     value = product.node.meta["val"]
     if product.kind == "convolution":
         _, x, *_, transposed, _output_padding, _groups, _mask = product.node.args

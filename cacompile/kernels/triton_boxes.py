@@ -1,5 +1,10 @@
 """Operands as the tensor memory accelerator (sm_90 on) reads them: descriptors of boxes."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -7,26 +12,27 @@ WITH_TMA = ("sm_90", "sm_100")
 """Architectures that have it."""
 
 
-def takes_box(matrices: Tensor, turned: bool) -> bool:
-    """Whether the tensor memory accelerator can read tiles of [E, R, C], `turned` if R is the dimension of stride 1."""
-    outer, inner = (2, 1) if turned else (1, 2)
-    return (
-        matrices.stride(inner) == 1
-        and matrices.data_ptr() % 16 == 0
-        and all(
-            matrices.shape[d] == 1
-            or (matrices.stride(d) > 0 and matrices.stride(d) * matrices.element_size() % 16 == 0)
-            for d in (0, outer)
-        )
-        and 0 < max(matrices.shape) < 2**31
-        and matrices.numel() > 0
-    )
+class Boxes(NamedTuple):
+    """How a descriptor sees matrices [E, R, C]: its dimension of stride 1 last."""
 
+    shape: list[int]
+    strides: list[int]
+    box: list[int]
 
-def boxed(matrices: Tensor, turned: bool, box: tuple[int, int]) -> TensorDescriptor:
-    """A descriptor of [E, R, C] in boxes, its contiguous dimension last; see `takes_box`."""
-    outer, inner = (2, 1) if turned else (1, 2)
-    shape = [matrices.shape[0], matrices.shape[outer], matrices.shape[inner]]
-    aligned = 16 // matrices.element_size()
-    strides = [matrices.stride(d) if matrices.shape[d] > 1 else aligned for d in (0, outer)]
-    return TensorDescriptor(matrices, shape, [*strides, 1], [1, box[outer - 1], box[inner - 1]])
+    @classmethod
+    def of(
+        cls, shape: Sequence[int], strides: Sequence[int], itemsize: int, turned: bool, box: tuple[int, int]
+    ) -> Boxes | None:
+        """Boxes of `box` rows and columns; `turned` if R is the dimension of stride 1; None where it cannot be read."""
+        outer, inner = (2, 1) if turned else (1, 2)
+        aligned = 16 // itemsize
+        seen = [shape[0], shape[outer], shape[inner]]
+        steps = [strides[d] if shape[d] > 1 else aligned for d in (0, outer)]
+        fits = strides[inner] == 1 and all(step > 0 and step % aligned == 0 for step in steps)
+        return cls(seen, [*steps, 1], [1, box[outer - 1], box[inner - 1]]) if fits and min(seen) > 0 else None
+
+    def over(self, matrices: Tensor) -> TensorDescriptor:
+        """The descriptor, of matrices whose first element is 16-byte aligned."""
+        made = TensorDescriptor.__new__(TensorDescriptor)  # its own checks, made above, take 4 us
+        made.base, made.shape, made.strides, made.block_shape = matrices, self.shape, self.strides, self.box
+        return made

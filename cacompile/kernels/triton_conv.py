@@ -5,7 +5,10 @@ Needs triton, which torch for CPUs comes without: imported at the first call wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +17,6 @@ from torch import Tensor
 
 from .triton_conv_kernels import add_conv_parts_kernel, masked_conv_dw_kernel
 from .triton_tiles import (
-    LONGEST_LIST,
     ROWS_AT_ONCE,
     Tile,
     architecture,
@@ -46,9 +48,61 @@ def choose_tile(dtype: torch.dtype, precision: str, filters: int, columns: int, 
     return tiles["small" if 2 * filters > tiles["small"].m and columns > 16 else "tiny"]
 
 
-def takes(out: Tensor, block: int, groups: int) -> bool:
-    """Whether the kernel can list the tiles of this weight gradient."""
-    return out.dim() in (3, 4) and triton.cdiv(out.shape[0] // groups, 16) * groups <= LONGEST_LIST
+class _Plan(NamedTuple):
+    """What a launch needs to know that does not depend on values or addresses."""
+
+    tile: Tile
+    programs: int
+    steps: int
+    rest: int
+    """How many tiles are cut at most."""
+    parts: int
+    """Into how many parts, all of them together, at most."""
+    masks: dict[str, int]
+    """Constants of both kernels."""
+    product: dict[str, Any]
+    """Constants of the product's kernel, and how it is run."""
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    weight: tuple[int, ...],
+    pixels: int,
+    reach: int,
+    block: int,
+    groups: int,
+) -> _Plan:
+    """weight: the shape of one group's; reach: elements that an image spans in memory."""
+    filters, channels, *kernel = weight
+    taps = math.prod(kernel)
+    tile = choose_tile(dtype, precision, filters, channels * taps, block, architecture(device))
+    one_tap = 2 * channels > tile.n
+    lines = groups * triton.cdiv(filters, tile.m)
+    columns = taps * triton.cdiv(channels, tile.n) if one_tap else triton.cdiv(taps * channels, tile.n)
+    steps, programs = triton.cdiv(pixels, tile.k(dtype)), multiprocessors(device) * tile.per_sm
+    rest, cut = most_cut(lines * columns, programs, steps)
+    one_block = block % filters == 0 or (block % tile.m == 0 and (groups == 1 or filters % block == 0))
+    return _Plan(
+        tile=tile,
+        programs=programs,
+        steps=steps,
+        rest=rest,
+        parts=rest * cut,
+        masks={
+            "BLOCK": block,
+            "SPAN": 1 if one_block else triton.next_power_of_2(triton.cdiv(tile.m - 1, block) + 1),
+            "LIST": triton.next_power_of_2(lines),
+            "ONE_TAP": one_tap,
+        },
+        product={
+            "INPUT_PRECISION": precision,
+            "INDEX": tl.int64 if reach >= 2**31 else tl.int32,
+            **tile.meta(dtype),
+        },
+    )
 
 
 def write_conv_dw(
@@ -80,40 +134,26 @@ def write_conv_dw(
         raise IndexError(f"{flags.numel()} flags for {triton.cdiv(filters, block)} blocks from slot {slot} on")
     if out.numel() == 0:
         return
-    filters //= groups
-    arch, precision = architecture(x.device), input_precision(x.dtype, torch.backends.cudnn.conv.fp32_precision)
-    tile = choose_tile(x.dtype, precision, filters, channels * kernel_h * kernel_w, block, arch)
-    one_tap = 2 * channels > tile.n
-    lines = groups * triton.cdiv(filters, tile.m)
-    columns = kernel_h * kernel_w * triton.cdiv(channels, tile.n) if one_tap else triton.cdiv(
-        kernel_h * kernel_w * channels, tile.n)  # fmt: skip
-    pixels = batch * out_h * out_w
-    steps, programs = triton.cdiv(pixels, tile.k(x.dtype)), multiprocessors(x.device) * tile.per_sm
-    rest, cut = most_cut(lines * columns, programs, steps)
-    parts = x.new_empty((rest * cut, tile.m, tile.n), dtype=torch.float32)
-    one_block = block % filters == 0 or (block % tile.m == 0 and (groups == 1 or filters % block == 0))
-    how = {
-        "BLOCK": block,
-        "SPAN": 1 if one_block else triton.next_power_of_2(triton.cdiv(tile.m - 1, block) + 1),
-        "LIST": triton.next_power_of_2(lines),
-        "ONE_TAP": one_tap,
-    }
-    far = max(_reach(grad_out), _reach(x)) >= 2**31
+    precision = input_precision(x.dtype, torch.backends.cudnn.conv.fp32_precision) if x.itemsize == 4 else "ieee"
+    weight = (filters // groups, channels, kernel_h, kernel_w)
+    pixels, reach = batch * out_h * out_w, max(_reach(grad_out), _reach(x))
+    plan = _plan(x.device, x.dtype, precision, weight, pixels, reach, block, groups)
+    parts = x.new_empty((plan.parts, plan.tile.m, plan.tile.n), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        masked_conv_dw_kernel[(programs,)](
+        masked_conv_dw_kernel[(plan.programs,)](
             out, grad_out, x, flags, parts,
-            groups, filters, channels, pixels, slot,
+            groups, *weight[:2], pixels, slot,
             *x.shape[2:], out_h, out_w, kernel_h, kernel_w,
             *stride, *padding, *dilation,
             *out.stride(), *grad_out.stride(), *x.stride(),
-            INPUT_PRECISION=precision, INDEX=tl.int64 if far else tl.int32, **how, **tile.meta(x.dtype),
+            **plan.masks, **plan.product,
         )  # fmt: skip
-        if rest:
-            add_conv_parts_kernel[(rest, triton.cdiv(tile.m, ROWS_AT_ONCE))](
+        if plan.rest:
+            add_conv_parts_kernel[(plan.rest, plan.tile.m // ROWS_AT_ONCE)](
                 out, flags, parts,
-                groups, filters, channels, steps, programs, slot, kernel_h, kernel_w,
+                groups, *weight[:2], plan.steps, plan.programs, slot, kernel_h, kernel_w,
                 *out.stride(),
-                BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=ROWS_AT_ONCE, num_warps=4, **how,
+                BLOCK_M=plan.tile.m, BLOCK_N=plan.tile.n, ROWS=ROWS_AT_ONCE, num_warps=4, **plan.masks,
             )  # fmt: skip
 
 

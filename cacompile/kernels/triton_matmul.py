@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_boxes import WITH_TMA, boxed, takes_box
+from .blocks import read_flags
+from .triton_boxes import WITH_TMA, Boxes
 from .triton_matmul_kernels import add_parts_kernel, masked_matmul_kernel
 from .triton_tiles import (
     ROWS_AT_ONCE,
@@ -111,6 +114,59 @@ def masked_matmul_stats(
     return _launch(a, b, flags, slots, blocks, None, True, estimate)
 
 
+class _Plan(NamedTuple):
+    """What a launch needs to know that does not depend on values or addresses."""
+
+    tile: Tile
+    tiles: tuple[int, int, int]
+    programs: int
+    steps: int
+    masks: dict[str, int]
+    """Constants of both kernels."""
+    product: dict[str, Any]
+    """Constants of the product's kernel, and how it is run."""
+    boxes: tuple[Boxes, Boxes] | None
+    """Of a and b, where the tensor memory accelerator can read both."""
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    blocks: tuple[int, ...],
+) -> _Plan:
+    """sizes: E, M, N, K; strides: of a, then of b."""
+    e, m, n, k = sizes
+    arch = architecture(device)
+    tile = choose_tile(dtype, precision, sizes[:3], blocks, arch)
+    far = max(n, *strides) * max(tile.m, tile.n) >= 2**31
+    turned = strides[1] == 1, strides[4] == 1
+    tensor_cores = dtype.itemsize == 2 or precision == "tf32"
+    a_boxes = Boxes.of((e, m, k), strides[:3], dtype.itemsize, turned[0], (tile.m, tile.k(dtype)))
+    b_boxes = Boxes.of((e, k, n), strides[3:], dtype.itemsize, turned[1], (tile.k(dtype), tile.n))
+    return _Plan(
+        tile=tile,
+        tiles=(e, triton.cdiv(m, tile.m), triton.cdiv(n, tile.n)),
+        programs=multiprocessors(device) * tile.per_sm,
+        steps=triton.cdiv(k, tile.k(dtype)),
+        masks={
+            "E_BLOCK": blocks[0], "M_BLOCK": blocks[1], "N_BLOCK": blocks[2],
+            "M_SPAN": span(tile.m, blocks[1]), "N_SPAN": span(tile.n, blocks[2]),
+            "E_LIST": list_length(e, 1, blocks[0]),
+            "M_LIST": list_length(m, tile.m, blocks[1]), "N_LIST": list_length(n, tile.n, blocks[2]),
+        },
+        product={
+            "A_TURNED": turned[0], "B_TURNED": turned[1],
+            "WARP_SPECIALIZE": arch == "sm_100" and dtype.itemsize == 2,  # float32 crashes the compiler, triton 3.7.1
+            "INPUT_PRECISION": precision, "INDEX": tl.int64 if far else tl.int32, **tile.meta(dtype),
+        },
+        boxes=(a_boxes, b_boxes) if a_boxes and b_boxes and arch in WITH_TMA and tensor_cores else None,
+    )  # fmt: skip
+
+
 def _launch(
     a: Tensor,
     b: Tensor,
@@ -121,54 +177,38 @@ def _launch(
     stats: bool,
     estimate: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    if a.dtype != b.dtype or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
-        raise ValueError(f"masked product of {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
-    sizes = (*a.shape[:2], b.shape[2])
-    (e, m, n), k = sizes, a.shape[2]
+    (e, m, k), n, dtype = a.shape, b.shape[2], a.dtype
+    if dtype != b.dtype or b.shape[:2] != (e, k):
+        raise ValueError(f"masked product of {dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
+    sizes = (e, m, n)
     for slot, block, size in zip(slots, blocks, sizes):
-        if block and slot + triton.cdiv(size, block) > flags.numel():
-            raise IndexError(f"{flags.numel()} flags for {triton.cdiv(size, block)} blocks from slot {slot} on")
+        if block and slot + -(-size // block) > flags.numel():
+            raise IndexError(f"{flags.numel()} flags for {-(-size // block)} blocks from slot {slot} on")
+    precision = input_precision(dtype, torch.backends.cuda.matmul.fp32_precision) if dtype.itemsize == 4 else "ieee"
+    plan = _plan(a.device, dtype, precision, (*sizes, k), (*a.stride(), *b.stride()), tuple(blocks))
+    tile = plan.tile
     out = a.new_empty(sizes)
-    arch, precision = architecture(a.device), input_precision(a.dtype, torch.backends.cuda.matmul.fp32_precision)
-    tile = choose_tile(a.dtype, precision, sizes, blocks, arch)
-    tiles = (e, triton.cdiv(m, tile.m), triton.cdiv(n, tile.n))
     stats = stats and all(block % t == 0 for block, t in zip(blocks, (1, tile.m, tile.n)))
     estimate = None if estimate is None else estimate.contiguous()
     chunks = tile.m // ROWS_AT_ONCE if stats else 1
-    sums = torch.zeros(2, *tiles, chunks, device=a.device) if stats else None
+    sums = torch.zeros(2, *plan.tiles, chunks, device=a.device) if stats else None
     if out.numel():
-        programs = multiprocessors(a.device) * tile.per_sm
-        steps = triton.cdiv(k, tile.k(a.dtype))
-        rest, cut = _rest(sizes, tile, slots, blocks, host, programs, steps)
+        rest, cut = _rest(sizes, plan, slots, blocks, host)
         parts = a.new_empty((rest * cut, tile.m, tile.n), dtype=torch.float32)
-        masks = {
-            "E_BLOCK": blocks[0], "M_BLOCK": blocks[1], "N_BLOCK": blocks[2],
-            "M_SPAN": span(tile.m, blocks[1]), "N_SPAN": span(tile.n, blocks[2]),
-            "E_LIST": list_length(e, 1, blocks[0]),
-            "M_LIST": list_length(m, tile.m, blocks[1]), "N_LIST": list_length(n, tile.n, blocks[2]),
-            "STATS": stats, "DOT": stats and estimate is not None, "CHUNKS": chunks,
-        }  # fmt: skip
-        turned = a.stride(1) == 1, b.stride(1) == 1
-        tensor_cores = a.element_size() == 2 or precision == "tf32"
-        tma = arch in WITH_TMA and tensor_cores and takes_box(a, turned[0]) and takes_box(b, turned[1])
-        specialize = (
-            tma and arch == "sm_100" and a.element_size() == 2
-        )  # float32 would crash the compiler, triton 3.7.1
-        far = max(n, *a.stride(), *b.stride()) * max(tile.m, tile.n) >= 2**31
-        meta = tile.meta(a.dtype)
+        notes = {"STATS": stats, "DOT": stats and estimate is not None, "CHUNKS": chunks}
+        boxes = plan.boxes if (a.data_ptr() | b.data_ptr()) % 16 == 0 else None
         with torch.cuda.device_of(a):
-            masked_matmul_kernel[(programs,)](
-                boxed(a, turned[0], (tile.m, meta["BLOCK_K"])) if tma else a,
-                boxed(b, turned[1], (meta["BLOCK_K"], tile.n)) if tma else b,
+            masked_matmul_kernel[(plan.programs,)](
+                boxes[0].over(a) if boxes else a,
+                boxes[1].over(b) if boxes else b,
                 out, flags, parts, sums, estimate,
-                e, m, n, k, *slots, *a.stride(), *b.stride(),
-                A_TURNED=turned[0], B_TURNED=turned[1], TMA=tma, WARP_SPECIALIZE=specialize,
-                INPUT_PRECISION=precision, INDEX=tl.int64 if far else tl.int32, **masks, **meta,
+                *sizes, k, *slots, *a.stride(), *b.stride(),
+                TMA=boxes is not None, **plan.product, **plan.masks, **notes,
             )  # fmt: skip
             if rest:
                 add_parts_kernel[(rest, tile.m // ROWS_AT_ONCE)](
-                    out, flags, parts, sums, estimate, e, m, n, steps, programs, *slots,
-                    BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=ROWS_AT_ONCE, num_warps=4, **masks,
+                    out, flags, parts, sums, estimate, *sizes, plan.steps, plan.programs, *slots,
+                    BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=ROWS_AT_ONCE, num_warps=4, **plan.masks, **notes,
                 )  # fmt: skip
     if sums is not None:
         sums = sum_blocks(sums.sum(-1), [block // t for block, t in zip(blocks, (1, tile.m, tile.n))])
@@ -176,24 +216,16 @@ def _launch(
 
 
 def _rest(
-    sizes: Sequence[int],
-    tile: Tile,
-    slots: Sequence[int],
-    blocks: Sequence[int],
-    host: Tensor | None,
-    programs: int,
-    steps: int,
+    sizes: Sequence[int], plan: _Plan, slots: Sequence[int], blocks: Sequence[int], host: Tensor | None
 ) -> tuple[int, int]:
     """How many tiles are cut at most, and into how many parts each: no more than 2 * programs parts in all."""
-    lengths = (1, tile.m, tile.n)
     if host is None:
-        return most_cut(math.prod(map(triton.cdiv, sizes, lengths)), programs, steps)
+        return most_cut(math.prod(plan.tiles), plan.programs, plan.steps)
     live = 1
-    for size, length, slot, block in zip(sizes, lengths, slots, blocks):
-        flags = host[slot : slot + triton.cdiv(size, block)].tolist() if block else []
-        live *= live_tiles(flags, length, block, size)
-    cut = cuts(live, programs, steps)
-    return (live % programs, cut) if cut > 1 else (0, 0)
+    for size, length, slot, block, tiles in zip(sizes, (1, *plan.tile), slots, blocks, plan.tiles):
+        live *= live_tiles(read_flags(host, slot, block, size), length, block, size) if block else tiles
+    cut = cuts(live, plan.programs, plan.steps)
+    return (live % plan.programs, cut) if cut > 1 else (0, 0)
 
 
 def sum_blocks(values: Tensor, blocks: Sequence[int]) -> Tensor:

@@ -11,15 +11,11 @@ apart and added up in a fixed order by a second kernel, so results do not depend
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-
-LONGEST_LIST = 16384
-"""Tiles along one masked dimension that a program can list; beyond, the library computes and the result is masked."""
 
 ROWS_AT_ONCE = 16
 """Rows of a cut tile that one program adds up."""
@@ -85,7 +81,9 @@ def span(tile: int, block: int) -> int:
     """How many blocks one tile may touch, rounded up to a power of two; 1: never two; 0: not masked along it."""
     if block == 0:
         return 0
-    return 1 if block % tile == 0 else triton.next_power_of_2(triton.cdiv(tile - 1, block) + 1)
+    if block % tile == 0 or tile % block == 0:
+        return max(tile // block, 1)
+    return triton.next_power_of_2(triton.cdiv(tile - 1, block) + 1)
 
 
 def list_length(size: int, tile: int, block: int) -> int:
@@ -93,10 +91,11 @@ def list_length(size: int, tile: int, block: int) -> int:
     return triton.next_power_of_2(triton.cdiv(size, tile)) if block else 0
 
 
-def live_tiles(host: Sequence[int], tile: int, block: int, size: int) -> int:
-    """What `live_count` will find on the device, from a copy of one dimension's flags on the host."""
-    if block == 0:
-        return triton.cdiv(size, tile)
+def live_tiles(host: bytes, tile: int, block: int, size: int) -> int:
+    """What `live_count` will find on the device, from a copy of one masked dimension's flags on the host."""
+    if block % tile == 0:
+        last = triton.cdiv(size - (len(host) - 1) * block, tile)  # of the last block, which may be smaller
+        return (len(host) - host.count(0)) * (block // tile) - bool(host[-1]) * (block // tile - last)
     starts = range(0, size, tile)
     return sum(any(host[lo // block : (min(lo + tile, size) - 1) // block + 1]) for lo in starts)
 
