@@ -28,9 +28,9 @@ from .triton_tiles import (
 CONFIGS: dict[str, dict[str, Tile]] = {
     arch: {
         "large": Tile(128, 128, k_bytes, 8, stages),
-        "small": Tile(64, 64, k_bytes, 4, stages, 2),
-        "tiny": Tile(16, 32, 64, 2, 2, 4),
-        "float32": Tile(64, 64, 64, 8, 2, 2),
+        "small": Tile(64, 64, k_bytes, *((8, stages, 1) if arch == "sm_100" else (4, stages, 2))),
+        "tiny": Tile(16, 32, 64, 4, 2, 4),
+        "float32": Tile(64, 64, 64, 4 if arch == "amd" else 8, 2, 2),
     }
     for arch, k_bytes, stages in (("sm_80", 64, 3), ("sm_90", 128, 3), ("sm_100", 128, 3), ("amd", 64, 2))
 }

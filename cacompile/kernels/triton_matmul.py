@@ -32,15 +32,14 @@ from .triton_tiles import (
 )
 
 CONFIGS: dict[str, dict[str, Tile]] = {
-    "sm_80": {
-        "wide": Tile(128, 256, 64, 8, 3),
-        "tall": Tile(256, 128, 64, 8, 3),
-        "square": Tile(128, 128, 64, 4, 4),
-        "flat": Tile(64, 256, 64, 4, 4),
-        "slim": Tile(256, 64, 64, 4, 4),
+    "sm_80": {  # 128 x 256 would spill up to 168 bytes
+        "square": Tile(128, 128, 64, 8, 4),
+        "flat": Tile(64, 256, 64, 8, 4),
+        "slim": Tile(256, 64, 64, 8, 4),
         "small": Tile(64, 64, 128, 4, 3, 2),
+        "unaligned": Tile(128, 64, 64, 8, 3),
         "tf32": Tile(128, 128, 64, 8, 3),
-        "float32": Tile(64, 64, 64, 8, 3, 2),
+        "float32": Tile(64, 64, 64, 4, 2, 2),
     },
     "sm_90": {
         "wide": Tile(128, 256, 128, 8, 4),
@@ -49,38 +48,60 @@ CONFIGS: dict[str, dict[str, Tile]] = {
         "flat": Tile(64, 256, 128, 4, 4),
         "slim": Tile(256, 64, 128, 8, 4),
         "small": Tile(64, 64, 128, 4, 4, 2),
+        "unaligned": Tile(128, 128, 64, 8, 4),
         "tf32": Tile(128, 128, 128, 8, 4),
-        "float32": Tile(64, 64, 64, 8, 3, 2),
+        "float32": Tile(64, 64, 64, 4, 2, 2),
     },
-    "sm_100": {  # warp-specialized, and then 128 x 256 would spill 32 to 92 bytes (triton 3.7.1, 3.6)
+    "sm_100": {  # warp-specialized, and then 128 x 256 would spill 32 to 92 bytes
         "square": Tile(128, 128, 128, 8, 4),
         "flat": Tile(64, 256, 128, 8, 4),
         "slim": Tile(256, 64, 128, 8, 4),
-        "small": Tile(64, 64, 128, 8, 4, 2),
+        "small": Tile(64, 64, 128, 8, 4),
+        "unaligned": Tile(128, 64, 64, 8, 4),
         "tf32": Tile(128, 128, 128, 8, 4),
-        "float32": Tile(64, 64, 64, 8, 3, 2),
+        "float32": Tile(64, 64, 64, 8, 3),
     },
     "amd": {
         "wide": Tile(128, 256, 64, 8, 2),
         "tall": Tile(256, 128, 64, 8, 2),
-        "square": Tile(128, 128, 128, 4, 2),
+        "square": Tile(128, 128, 64, 8, 2),
         "flat": Tile(64, 256, 64, 4, 2),
         "slim": Tile(256, 64, 64, 4, 2),
         "small": Tile(64, 64, 128, 4, 2, 2),
+        "unaligned": Tile(128, 128, 64, 8, 2),
         "tf32": Tile(128, 128, 128, 4, 2),
         "float32": Tile(64, 64, 64, 4, 2, 2),
     },
 }
-"""Architecture -> shape -> tile; `choose_tile` takes the first that fits. 16-bit operands and TF32 on tensor cores."""
+"""Architecture -> shape -> tile; `choose_tile` takes the first that fits. 16-bit operands and TF32 on tensor cores.
+
+As large as they can be without spilling a register, by the compilers of triton 3.6 and 3.7.1.
+"""
 
 
-def choose_tile(dtype: torch.dtype, precision: str, sizes: Sequence[int], blocks: Sequence[int], arch: str) -> Tile:
-    """The largest tile for out [E, M, N] that no block ends inside and that is not mostly outside."""
+def choose_tile(
+    dtype: torch.dtype,
+    precision: str,
+    sizes: Sequence[int],
+    blocks: Sequence[int],
+    arch: str,
+    *,
+    aligned: bool = True,
+    stats: bool = False,
+) -> Tile:
+    """The largest tile for out [E, M, N] that no block ends inside and that is not mostly outside.
+
+    aligned: operands can be read 16 bytes at a time; stats: sums over blocks are taken, which need registers too.
+    """
     tiles = CONFIGS[arch]
     if dtype == torch.float32:
         if precision == "ieee":
             return tiles["float32"]
         names: tuple[str, ...] = ("tf32",)
+    elif not aligned:
+        names = ("unaligned",)
+    elif stats:
+        names = ("square",)
     else:
         names = ("wide", "tall", "square", "flat", "slim")
     for tile in (tiles[name] for name in names if name in tiles):
@@ -88,7 +109,7 @@ def choose_tile(dtype: torch.dtype, precision: str, sizes: Sequence[int], blocks
             return tile
     # blocks that end inside tiles: some rows are computed for nothing, so few, unless blocks are large
     large = min(*sizes[1:], *(block for block in blocks[1:] if block)) >= 256
-    return tiles[names[-1] if dtype == torch.float32 else "square"] if large else tiles["small"]
+    return tiles["square" if "square" in names else names[0]] if large else tiles["small"]
 
 
 def masked_matmul(
@@ -125,6 +146,8 @@ class _Plan(NamedTuple):
     """Constants of both kernels."""
     product: dict[str, Any]
     """Constants of the product's kernel, and how it is run."""
+    adders: int
+    """Warps that add up cut tiles: each thread reads 16 bytes at a time."""
     boxes: tuple[Boxes, Boxes] | None
     """Of a and b, where the tensor memory accelerator can read both."""
 
@@ -137,11 +160,13 @@ def _plan(
     sizes: tuple[int, ...],
     strides: tuple[int, ...],
     blocks: tuple[int, ...],
+    stats: bool,
 ) -> _Plan:
     """sizes: E, M, N, K; strides: of a, then of b."""
     e, m, n, k = sizes
     arch = architecture(device)
-    tile = choose_tile(dtype, precision, sizes[:3], blocks, arch)
+    aligned = all(_in_sixteens(strides[i : i + 3] if e > 1 else strides[i + 1 : i + 3], dtype) for i in (0, 3))
+    tile = choose_tile(dtype, precision, sizes[:3], blocks, arch, aligned=aligned, stats=stats)
     far = max(n, *strides) * max(tile.m, tile.n) >= 2**31
     turned = strides[1] == 1, strides[4] == 1
     tensor_cores = dtype.itemsize == 2 or precision == "tf32"
@@ -163,8 +188,14 @@ def _plan(
             "WARP_SPECIALIZE": arch == "sm_100" and dtype.itemsize == 2,  # float32 crashes the compiler, triton 3.7.1
             "INPUT_PRECISION": precision, "INDEX": tl.int64 if far else tl.int32, **tile.meta(dtype),
         },
+        adders=4 if arch == "amd" else 8,
         boxes=(a_boxes, b_boxes) if a_boxes and b_boxes and arch in WITH_TMA and tensor_cores else None,
     )  # fmt: skip
+
+
+def _in_sixteens(strides: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether one dimension is contiguous, and its neighbours in memory start at multiples of 16 bytes."""
+    return 1 in strides and all(stride == 1 or stride * dtype.itemsize % 16 == 0 for stride in strides)
 
 
 def _launch(
@@ -185,7 +216,7 @@ def _launch(
         if block and slot + -(-size // block) > flags.numel():
             raise IndexError(f"{flags.numel()} flags for {-(-size // block)} blocks from slot {slot} on")
     precision = input_precision(dtype, torch.backends.cuda.matmul.fp32_precision) if dtype.itemsize == 4 else "ieee"
-    plan = _plan(a.device, dtype, precision, (*sizes, k), (*a.stride(), *b.stride()), tuple(blocks))
+    plan = _plan(a.device, dtype, precision, (*sizes, k), (*a.stride(), *b.stride()), tuple(blocks), stats)
     tile = plan.tile
     out = a.new_empty(sizes)
     stats = stats and all(block % t == 0 for block, t in zip(blocks, (1, tile.m, tile.n)))
@@ -208,7 +239,7 @@ def _launch(
             if rest:
                 add_parts_kernel[(rest, tile.m // ROWS_AT_ONCE)](
                     out, flags, parts, sums, estimate, *sizes, plan.steps, plan.programs, *slots,
-                    BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=ROWS_AT_ONCE, num_warps=4, **plan.masks, **notes,
+                    BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=ROWS_AT_ONCE, num_warps=plan.adders, **plan.masks, **notes,
                 )  # fmt: skip
     if sums is not None:
         sums = sum_blocks(sums.sum(-1), [block // t for block, t in zip(blocks, (1, tile.m, tile.n))])

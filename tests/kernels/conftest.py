@@ -1,6 +1,7 @@
 """What every kernel test stands on: poisoned memory, masks, a comparison with float64."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,12 @@ def check() -> Callable[..., None]:
         assert not actual[~live].any(), "an off block is not zero"
 
     return compare
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Callable[..., Any]]:
+    """See `interpreting`, which not every test of this folder needs."""
+    from interpreting import interpreter_process
+
+    with interpreter_process() as run:
+        yield run

@@ -1,6 +1,6 @@
 """Sums over and values for blocks of many tensors in one launch: by Triton's interpreter, and on a GPU if there is one.
 
-The interpreter needs a process of its own, as in test_triton_interpret.py.
+The interpreter needs a process of its own, as in interpreting.py.
 """
 
 import multiprocessing

@@ -1,83 +1,116 @@
-"""The Triton kernels, compiled for GPUs that need not be there: PTX, machine code, tensor cores, registers."""
+"""The Triton kernels, compiled for GPUs that need not be there: tensor cores, wide loads, registers, shared memory."""
 
 import re
-import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", exc_type=ImportError)
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton", exc_type=ImportError)
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from cacompile.kernels.triton_conv import TILE, masked_conv_dw_kernel  # noqa: E402
-from cacompile.kernels.triton_matmul import CONFIGS, masked_matmul_kernel  # noqa: E402
+from kernel_resources import CASES, CONV_CASES, GPUS, KIB, Case, Launch, Resources, resources, tile_of
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async|mma\.sync"}
-MATMUL_UNITS = {"stride_am": 1, "stride_bn": 1}  # dy.t() and x, both contiguous in memory
-CONV_UNITS = dict.fromkeys(("out_w", "grad_w", "x_w", "stride_h", "stride_w", "dilation_h", "dilation_w"), 1)
+TENSOR_CORES = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma", "amd": r"v_mfma"}
+TENSOR_MEMORY = 512  # columns of a multiprocessor, sm_100
+COPIED = r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)"  # bytes at a time
+BOXES = r"cp\.async\.bulk\.tensor"
+WIDE = r"ld\.global\S*\.v4\.b32|(?:buffer|global)_load_dwordx4"
 
-SMALL, LARGE = CONFIGS[-1][1], CONFIGS[0][1]
-NEAR, FAR = triton.language.int32, triton.language.int64
 
-KERNELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "matmul batch": (masked_matmul_kernel, SMALL, {"AXIS": 0, "INDEX": NEAR, **MATMUL_UNITS}),
-    "matmul rows": (masked_matmul_kernel, SMALL, {"AXIS": 1, "INDEX": NEAR, **MATMUL_UNITS}),
-    "matmul rows, large": (masked_matmul_kernel, LARGE, {"AXIS": 1, "INDEX": NEAR, **MATMUL_UNITS}),
-    "matmul rows, far": (masked_matmul_kernel, SMALL, {"AXIS": 1, "INDEX": FAR, **MATMUL_UNITS}),
-    "matmul columns": (masked_matmul_kernel, SMALL, {"AXIS": 2, "INDEX": NEAR, **MATMUL_UNITS}),
-    "conv": (masked_conv_dw_kernel, TILE, CONV_UNITS),
+def case_id(case: Any) -> str:
+    return f"{case.entry}-{case.mask}-{case.precision if case.dtype == torch.float32 else 'bf16'}"
+
+
+@pytest.fixture(params=GPUS)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def compile_checked(launch: Launch, per_sm: int = 1) -> Resources:
+    """Compiled; spills nothing, and so many programs fit on a multiprocessor."""
+    gpu, found = GPUS[launch.arch], resources(launch.compile())
+    assert found.spilled == 0, f"spills with {found.registers} registers a thread"
+    shared = found.shared / KIB
+    assert shared <= gpu.shared_of_program
+    assert (shared + gpu.kept_of_program) * per_sm <= gpu.shared
+    assert found.registers * found.threads * per_sm <= gpu.registers
+    assert found.tensor_memory * per_sm <= TENSOR_MEMORY
+    return found
+
+
+def check_speed(launch: Launch, found: Resources, case: Any) -> None:
+    """Tensor cores wherever operands allow them, and operands read 16 bytes at a time, or as boxes."""
+    code, options = found.code, launch.options
+    exact = case.dtype == torch.float32 and case.precision == "ieee"
+    if not exact:
+        assert re.search(TENSOR_CORES[launch.arch], code)
+    elif launch.arch != "amd":  # which multiplies exact float32 on its tensor cores as well
+        assert not re.search("|".join(TENSOR_CORES.values()), code)
+    boxes = options.get("TMA", False)
+    assert bool(re.search(BOXES, code)) == boxes
+    assert bool(re.search("setmaxnreg", code)) == (boxes and options["WARP_SPECIALIZE"])
+    if not boxes:
+        assert set(re.findall(COPIED, code)) <= {"0x10"}
+        assert re.search(COPIED, code) or re.search(WIDE, code)
+
+
+@pytest.mark.parametrize("dy_t_x", (True, False), ids=("dy_t_x", "turned"))
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_products(arch, case, dy_t_x):
+    tile, (launch, add_parts) = tile_of(case, arch), case.launches(arch, dy_t_x=dy_t_x)
+    assert tile.meta(case.dtype).items() <= launch.options.items(), "another entry was chosen"
+    sixteen_bits = case.dtype != torch.float32
+    aligned = case.entry != "unaligned"  # rows of odd length are no boxes, nor can they be read 16 bytes at a time
+    has_boxes = arch in ("sm_90", "sm_100") and aligned and (sixteen_bits or case.precision == "tf32")
+    assert launch.options["TMA"] == has_boxes
+    assert launch.options["WARP_SPECIALIZE"] == (arch == "sm_100" and sixteen_bits)
+    found = compile_checked(launch, tile.per_sm)
+    if aligned:
+        check_speed(launch, found, case)
+    else:
+        assert re.search(TENSOR_CORES[arch], found.code)
+    if dy_t_x:  # of which the layouts of operands are no part
+        assert re.search(WIDE, compile_checked(add_parts).code)
+
+
+VARIANTS = {
+    "fp16": (CASES[0]._replace(dtype=torch.float16), {}),
+    "nothing masked": (CASES[0]._replace(blocks=(0, 0, 0)), {}),
+    "statistics": (CASES[0], {"stats": True}),
+    "small tf32": (Case("small", "rows of 64", (0, 64, 0), torch.float32, "tf32"), {}),
 }
 
 
-def compile_for(capability: int, name: str, dtype: torch.dtype, input_precision: str) -> Any:
-    """As a launch would compile it for sizes and strides that are multiples of 16."""
-    kernel, tile, constants = KERNELS[name]
-    meta = tile.meta(dtype)
-    options = {"num_warps": meta.pop("num_warps")}
-    constants = {**constants, **meta, "INPUT_PRECISION": input_precision}
-    types = {"flags": "*u8"} | dict.fromkeys(("a", "b", "out", "grad_out", "x"), POINTERS[dtype])
-    signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-    aligned = [
-        (i,)
-        for i, arg in enumerate(kernel.arg_names)
-        if signature[arg] not in ("constexpr", "*u8") and "KERNEL" not in arg
-    ]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(arg),): value for arg, value in constants.items()},
-        attrs={index: [["tt.divisibility", 16]] for index in aligned},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_products(arch, name):
+    case, how = VARIANTS[name]
+    launch, add_parts = case.launches(arch, **how)
+    found = compile_checked(launch, tile_of(case, arch).per_sm)
+    compile_checked(add_parts)
+    check_speed(launch, found, case)
 
 
-@pytest.mark.parametrize("capability", TENSOR_CORES)
-@pytest.mark.parametrize(
-    "dtype, input_precision",
-    ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")),
-    ids=("bf16", "fp32", "tf32"),
-)
-@pytest.mark.parametrize("name", KERNELS)
-def test_compiles_to_tensor_cores_without_spilling(name, dtype, input_precision, capability, tmp_path):
-    compiled = compile_for(capability, name, dtype, input_precision)
-    ptx = compiled.asm["ptx"]
-    assert compiled.asm["cubin"].startswith(b"\x7fELF")
-    exact = dtype == torch.float32 and input_precision == "ieee"
-    assert bool(re.search(TENSOR_CORES[capability], ptx)) == (not exact)
-    assert compiled.metadata.shared <= 99 * 1024  # what a program may have on every GPU since sm_80
-    assert spilled_bytes(ptx, tmp_path) == 0
+@pytest.mark.parametrize("case", CONV_CASES, ids=case_id)
+def test_convolutions(arch, case):
+    tile, (launch, add_parts) = tile_of(case, arch), case.launches(arch)
+    assert tile.meta(case.dtype).items() <= launch.options.items(), "another entry was chosen"
+    found = compile_checked(launch, tile.per_sm)
+    if case.entry != "tiny" and case.precision != "tf32":  # which has to be turned on its way into shared memory
+        check_speed(launch, found, case)
+    compile_checked(add_parts)
 
 
-def spilled_bytes(ptx: str, folder: Any) -> int:
-    """By the assembler that triton ships."""
-    (folder / "kernel.ptx").write_text(ptx)
-    target = re.search(r"\.target (\w+)", ptx)
-    assert target
-    command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", "kernel.ptx", "-o", "kernel.cubin"]
-    said = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr
-    stores = re.search(r"(\d+) bytes spill stores", said)
-    assert stores, said
-    return int(stores[1])
+@pytest.mark.parametrize("case", CONV_CASES[:2], ids=case_id)
+def test_convolutions_of_contiguous_images(arch, case):
+    launch, _ = case.launches(arch, channels_last=False)
+    assert re.search(TENSOR_CORES[arch], compile_checked(launch, tile_of(case, arch).per_sm).code)
+
+
+def test_every_entry_is_compiled(arch):
+    from cacompile.kernels import triton_conv, triton_matmul
+
+    for cases, module in ((CASES, triton_matmul), (CONV_CASES, triton_conv)):
+        assert {case.taken(arch) for case in cases} == set(module.CONFIGS[arch])

@@ -1,6 +1,6 @@
 """All parameters in one launch: the same estimates and scores as one parameter after the other.
 
-By Triton's interpreter, in a process of its own (see tests/kernels/test_triton_interpret.py), or on a GPU.
+By Triton's interpreter, in a process of its own (see tests/kernels/interpreting.py), or on a GPU.
 """
 
 from __future__ import annotations
