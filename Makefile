@@ -23,7 +23,7 @@ check: setup
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 demo: setup
 	$(BIN)/python examples/train_gpt.py

@@ -54,7 +54,7 @@ def wall_clock(call: Callable[[], object]) -> float:
 def gpu_clock(call: Callable[[], object]) -> float:
     """Seconds that a GPU worked on what a call launched; it sleeps first, so that the host is ahead, as in training."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)  # cycles: about a millisecond
+    torch.cuda._sleep(6_000_000)  # cycles: about three milliseconds, for many launches
     begin.record()
     call()
     end.record()

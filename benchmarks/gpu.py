@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --sections models --models llama --resume
     python benchmarks/gpu.py --self-check                # tiny, on a CPU: checks that the benchmark itself works
 
-Sections, in this order: `check`; `tune`, which measures when a masked product is better left to the library; `kernels`;
-`models`. The models compile in the background, on the other cores, from `tune` on. What the minutes do not
-suffice for is listed as not run. Rows, tables and plots go to `<out>/<gpu>*`, rows as they are measured.
+Sections, in this order: `check`; `tune`, which measures what an operation costs the host, and when a masked product is
+better left to the library; `kernels`; `models`, which compile in the background, on the other cores, from `tune` on.
+What the minutes do not suffice for is listed as not run. Rows, tables and plots go to `<out>/<gpu>*`, rows as they are
+measured.
 """
 
 from __future__ import annotations
@@ -90,20 +91,33 @@ def check(rows: Rows, clock: Clock, device: str, shapes: tuple[Shape, ...], work
         free.get().stop()
 
 
+def run(script: str, *arguments: str, seconds: float) -> None:
+    """Another benchmark, where nothing is installed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    subprocess.run(command, check=True, timeout=seconds, env=environment)
+
+
 def tune(clock: Clock, out: Path) -> None:
     """Measure when to use the library and when our kernels; later sections run in new processes, which read it.
 
     The package's own table changes, and a copy of it goes to `out`.
     """
     minutes = clock.left("tune") / 60
-    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "--minutes", f"{minutes:.2f}"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
     try:
-        subprocess.run(command, check=True, timeout=60 * minutes + 30, env=environment)
+        run("tune.py", "--minutes", f"{minutes:.2f}", seconds=60 * minutes + 30)
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "cacompile" / "kernels" / "measured.csv", out)
     except (OSError, subprocess.SubprocessError) as error:
         print(f"  tuning failed, the rules stay as they are: {error}", flush=True)
+
+
+def overhead(out: Path) -> None:
+    """What our operations cost the host, into `out`; seconds."""
+    try:
+        run("overhead.py", "--device", "cuda", "--rounds", "200", "--out", str(out), seconds=40)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"  host time was not measured: {error}", flush=True)
 
 
 def kernels(rows: Rows, clock: Clock, device: str, shapes: tuple[Shape, ...], meanwhile: Callable[[], None]) -> None:
@@ -197,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         if section == "check":
             check(rows, clock, device, shapes, workers=1 if tiny else max(1, min(cores - 2, 12)))
         elif section == "tune":
+            overhead(Path(f"{stem}_overhead.csv"))
             tune(clock, args.out)
         elif section == "kernels":
             kernels(rows, clock, device, shapes, compile_models)

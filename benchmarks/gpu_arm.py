@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -61,6 +62,9 @@ def gated(backend: Backend, pipe: Connection) -> Backend:
                 waited = True
                 pipe.send(time.perf_counter() - begin)
                 pipe.recv()
+                if torch.cuda.is_available():
+                    with contextlib.suppress(PermissionError):
+                        os.nice(-10)
             return compiled(*args)
 
         return run
@@ -138,6 +142,8 @@ def run_arm(pipe: Connection, name: str, kind: str, graphs: bool, device: str, t
     """Sends the seconds until compiled; once told to go on, warms up as told, then answers a round at a time."""
     if device == "cpu":
         torch.set_num_threads(1)
+    else:
+        os.nice(10)  # others are being timed while this one compiles
     stepper = Stepper(pipe, name, kind, graphs, device, tiny)
     # the backward at once, not when it first runs, so that the wait comes after all compiling
     with functorch_config.patch(force_non_lazy_backward_lowering=True):

@@ -26,6 +26,9 @@ STEPS = 3
 MOST_ALIVE = 20
 """Each holds a few gigabytes of memory, and its weights on the GPU, from when it starts."""
 
+LONGEST_WARM_UP = 60.0
+"""Seconds; an arm that hangs costs no more."""
+
 ALONE = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 """Compile inside each process: there are as many of them as cores."""
 
@@ -97,15 +100,13 @@ class Group:
         return not self._waiting and all(kind in self.compiled for kind in self.processes)
 
     def warm_up(self, seconds: float) -> dict[str, float]:
-        """All at once; kind -> peak memory in GiB."""
+        """One after the other, for Inductor measures kernels while they warm up; kind -> peak memory in GiB."""
         end, peaks = time.monotonic() + seconds, {}
         for kind, process in list(self.processes.items()):
             with self._attempt(kind):
                 process.send("go")
                 process.send([arm.keep for arm in ARMS if arm.kind == kind])
-        for kind, process in list(self.processes.items()):
-            with self._attempt(kind):
-                peaks[kind] = process.receive(end - time.monotonic())
+                peaks[kind] = process.receive(min(end - time.monotonic(), LONGEST_WARM_UP))
         return peaks
 
     def rounds(self, seconds: float, most: int) -> dict[Arm, list[Round]]:

@@ -12,8 +12,8 @@ import torch
 FLUSH_BYTES = 256 << 20
 """More than any L2 cache: written before each measured operation."""
 
-HEAD_START = 1_000_000
-"""Cycles, about half a millisecond, that the GPU waits before each operation while the host queues it. Without it short
+HEAD_START = 4_000_000
+"""Cycles, about two milliseconds, that the GPU waits before each operation while the host queues it. Without it short
 operations would show the host's speed: in a training step the queue is full, and whole steps are timed apart."""
 
 

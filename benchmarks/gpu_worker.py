@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -11,10 +12,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 SPAWN = multiprocessing.get_context("spawn")
+_STARTING = threading.Lock()
+"""The environment is this process's, and several threads start others."""
 
 
 class Failure(RuntimeError):
     """What went wrong in another process, in one line."""
+
+
+class WrongResult(Failure):
+    """An assertion that failed: the process itself is well."""
 
 
 class Process:
@@ -23,13 +30,14 @@ class Process:
     def __init__(self, target: Callable[..., None], *args: Any, environment: Mapping[str, str] | None = None) -> None:
         self.pipe, theirs = SPAWN.Pipe()
         self._process = SPAWN.Process(target=_guarded, args=(target, theirs, *args), daemon=True)
-        before = dict(os.environ)
-        os.environ.update(environment or {})
-        try:
-            self._process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        with _STARTING:
+            before = dict(os.environ)
+            os.environ.update(environment or {})
+            try:
+                self._process.start()
+            finally:
+                os.environ.clear()
+                os.environ.update(before)
         theirs.close()
 
     def receive(self, timeout: float) -> Any:
@@ -89,6 +97,8 @@ class Worker:
         try:
             process.send((function, args))
             return process.receive(end - time.monotonic())
+        except WrongResult:
+            raise
         except Failure:
             self.stop()  # after an illegal access nothing more would run in that process
             raise
@@ -102,4 +112,7 @@ class Worker:
 def _serve(pipe: Connection) -> None:
     while True:
         function, args = pipe.recv()
-        pipe.send(function(*args))
+        try:
+            pipe.send(function(*args))
+        except AssertionError as error:
+            pipe.send(WrongResult(str(one_line(error))))

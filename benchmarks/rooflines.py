@@ -1,4 +1,4 @@
-"""What the timed shapes ask for at least, and how their live tiles are spread: arithmetic; nothing is compiled or run."""
+"""What the timed shapes ask for at least, and how live tiles are spread: arithmetic; nothing is compiled or run."""
 
 from __future__ import annotations
 

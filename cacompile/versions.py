@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch._guards import CompileContext, TracingContext, compile_context, detect_fake_mode, tracing
+from torch._inductor import graph as inductor_graph
 
 from .passes.guard import FLAGS, HOST_FLAGS, guard_weight_grads
 from .passes.verify import Broken, verify
@@ -127,14 +128,14 @@ class BackwardVersions:
             return _all_dense(plan), None
 
     def _compile_guarded(self, gm: fx.GraphModule, flags: list[torch.Tensor]) -> Callable[[list[Any]], Any]:
-        with torch.no_grad(), self._compiling(), _donating(self._context, self._donated):
+        with torch.no_grad(), self._compiling(), _donating(self._context, self._donated), _aligned_host(len(flags) > 1):
             return self._compile(gm, [*self._inputs, *flags], **self._settings)
 
     def _device(self) -> torch.device:
         return next(g.param.placeholder.meta["val"].device for g in self._plan.grads)
 
     def _wants_host(self) -> bool:
-        """A CUDA graph would freeze what the host decides, and Inductor makes none where an input is on the CPU."""
+        """A CUDA graph would freeze what the host decides."""
         return bool(self._plan.grads) and self._device().type == "cuda" and not self._settings.get("cudagraphs", True)
 
     def _fake_flags(self, gm: fx.GraphModule) -> list[torch.Tensor]:
@@ -225,6 +226,23 @@ def _without(positions: Sequence[int], gone: int) -> list[int]:
 def _donated(context: TracingContext | None, handle: int) -> list[int] | None:
     metadata = context.fw_metadata if context is not None else None
     return None if metadata is None or metadata.bw_donated_idxs is None else _without(metadata.bw_donated_idxs, handle)
+
+
+@contextlib.contextmanager
+def _aligned_host(wanted: bool) -> Iterator[None]:
+    """Inductor takes inputs in CPU memory for unaligned, and what is computed with them too: slow reads of every dW.
+
+    Our flags touch no alignment: results of masked operations are memory of their own.
+    """
+    before = getattr(inductor_graph, "should_assume_input_aligned", None)
+    if not wanted or before is None:
+        yield
+        return
+    inductor_graph.should_assume_input_aligned = lambda tensor: tensor.device.type == "cpu" or before(tensor)
+    try:
+        yield
+    finally:
+        inductor_graph.should_assume_input_aligned = before
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from helpers import Block, assert_masked, compare, compile_all, masks, pin_mixed
 from torch import fx
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
+from torch._inductor import graph as inductor_graph
 from torch._inductor.utils import BoxedBool
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -173,6 +174,17 @@ def test_flags_given_to_a_backward_never_change() -> None:
     session.pin(keep=0.0)
     assert instance.wants_guarded() and not instance.host_flags.any()
     assert torch.equal(host, before) and torch.equal(flags, before)
+    again = instance.host_flags
+    session.pin(keep=0.0, seed=1)
+    assert instance.wants_guarded() and instance.host_flags is again, "the same mask was sent anew"
+
+
+@pytest.mark.parametrize("wanted", (True, False))
+def test_flags_on_the_host_do_not_make_gradients_look_unaligned(wanted: bool) -> None:
+    before = inductor_graph.should_assume_input_aligned
+    with versions._aligned_host(wanted):
+        assert inductor_graph.should_assume_input_aligned(torch.empty(3)) == wanted
+    assert inductor_graph.should_assume_input_aligned is before
 
 
 def test_output_loses_its_description_with_the_handle() -> None:

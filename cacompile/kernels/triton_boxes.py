@@ -27,7 +27,9 @@ class Boxes(NamedTuple):
         outer, inner = (2, 1) if turned else (1, 2)
         aligned = 16 // itemsize
         seen = [shape[0], shape[outer], shape[inner]]
-        steps = [strides[d] if shape[d] > 1 else aligned for d in (0, outer)]
+        # of a dimension of size 1 the stride says nothing, and must still be no less than what lies inside it
+        row = strides[outer] if shape[outer] > 1 else -(-shape[inner] // aligned) * aligned
+        steps = [strides[0] if shape[0] > 1 else shape[outer] * row, row]
         fits = strides[inner] == 1 and all(step > 0 and step % aligned == 0 for step in steps)
         return cls(seen, [*steps, 1], [1, box[outer - 1], box[inner - 1]]) if fits and min(seen) > 0 else None
 

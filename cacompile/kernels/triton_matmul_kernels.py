@@ -94,7 +94,7 @@ def masked_matmul_kernel(
             at = (e.to(tl.int64) * M + row0) * N + col0 + (i_wide[:, None] * N + j_wide[None, :])
             tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
             if STATS:
-                note = sums + ((e * tiles_m + row) * tiles_n + column) * CHUNKS
+                note = sums + ((e.to(tl.int64) * tiles_m + row) * tiles_n + column) * CHUNKS
                 tl.store(note, tl.sum(acc * acc))
                 if DOT:
                     old = tl.load(estimate + at, mask=inside, other=0.0).to(tl.float32)
@@ -158,7 +158,7 @@ def add_parts_kernel(
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
         if STATS:
             tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-            note = sums + ((e * tiles_m + row) * tiles_n + column) * CHUNKS + chunk
+            note = sums + ((e.to(tl.int64) * tiles_m + row) * tiles_n + column) * CHUNKS + chunk
             tl.store(note, tl.sum(acc * acc))
             if DOT:
                 old = tl.load(estimate + at, mask=inside, other=0.0).to(tl.float32)

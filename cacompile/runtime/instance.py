@@ -42,9 +42,11 @@ class Instance:
         self._epoch = -1
         self._any_off = False
         self._off_flops = 0.0
-        self._host = torch.empty(len(plan.groups), dtype=torch.uint8, device="cpu")
+        self._host = torch.ones(len(plan.groups), dtype=torch.uint8, device="cpu")
         device = inputs[plan.grads[0].param.index].device if plan.grads else torch.device("cpu")
-        self._device = None if device.type == "cpu" else torch.empty_like(self._host, device=device)
+        self._device = None if device.type == "cpu" else torch.ones_like(self._host, device=device)
+        self._captured: list[torch.Tensor] = []
+        """Host flags that a CUDA graph of the user's copies to the device in every replay."""
         _alive[int(self.handle)] = self
 
     @property
@@ -92,16 +94,21 @@ class Instance:
     def _refresh(self) -> None:
         self._epoch = registry.epoch
         self._off_flops = -1.0  # to be noted by the first backward that skips
-        # a new buffer each time: a running backward may still read the old one, and so may a transfer
-        host = torch.ones(len(self.plan.groups), dtype=torch.uint8, device="cpu", pin_memory=self._device is not None)
+        flags = np.ones(len(self.plan.groups), np.uint8)
         for grad, record in zip(self.plan.grads, self._records, strict=True):
             if record is not None:
-                on: Any = record.state.on
-                host[grad.slot : grad.slot + grad.blocks] = torch.from_numpy(on.view(np.uint8))
+                flags[grad.slot : grad.slot + grad.blocks] = record.state.on
+        if np.array_equal(flags, self._host.numpy()):
+            return
+        self._any_off = not flags.all()
+        # a new buffer each time: a running backward may still read the old one, and so may a transfer
+        host = torch.from_numpy(flags)
+        if self._device is not None:
+            host = host.pin_memory()
+            if torch.cuda.is_current_stream_capturing():
+                self._captured.append(host)
+            self._device.copy_(host, non_blocking=True)  # one address for ever, as CUDA graphs need
         self._host = host
-        self._any_off = not bool(host.all())
-        if self._device is not None:  # one address for ever, as CUDA graphs need; the stream keeps the order
-            self._device.copy_(host, non_blocking=True)
 
 
 def _flops(plan: Plan, grad: WeightGrad) -> np.ndarray:
