@@ -1,9 +1,10 @@
 """Every test starts with a fresh Dynamo and its own random numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from interpreter import interpreter_process, skip_without_interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +13,17 @@ def fresh_dynamo() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module", params=["interpreter", *(["cuda"] if torch.cuda.is_available() else [])])
+def launch(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """Runs a function of a test file where kernels run, with the device as its first argument."""
+    if request.param == "cuda":
+        yield lambda function, *args: function("cuda", *args)
+        return
+    skip_without_interpreter()
+    with interpreter_process() as run:
+        yield lambda function, *args: run(function, "cpu", *args)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

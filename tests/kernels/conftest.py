@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import interpreter_process
 from masking import SLOT, live_entries
 from torch import Tensor
 
@@ -85,8 +86,8 @@ def check() -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Callable[..., Any]]:
-    """See `interpreting`, which not every test of this folder needs."""
-    from interpreting import interpreter_process
+    """Runs a function of a test file in Triton's interpreter, where torch.empty gives NaN."""
+    from interpreting import prepare  # which skips where there is no interpreter
 
-    with interpreter_process() as run:
+    with interpreter_process(prepare) as run:
         yield run

@@ -1,25 +1,19 @@
-"""Kernels launched as on a GPU, by Triton's interpreter on the CPU.
+"""What tests of products and convolutions in Triton's interpreter share.
 
-It must be switched on before triton is imported and cannot be switched off again, so it lives in a process of its own.
 bfloat16 is left to the GPU: the interpreter multiplies its bits as integers (triton 3.7).
 """
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack
 from unittest import mock
 
-import pytest
 import torch
+from interpreter import skip_without_interpreter
 from torch import Tensor
 
-triton = pytest.importorskip("triton", exc_type=ImportError)
-if version("triton").startswith("3.6") and int(version("numpy").split(".")[1]) >= 4:
-    pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4", allow_module_level=True)
+skip_without_interpreter()
+
+import triton  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 POINTERS, DESCRIPTORS = "sm_80", "sm_90"  # how operands are read there
@@ -32,16 +26,6 @@ PATTERNS = {
     "one": lambda i, count: int(i == count - 1),  # the last block, which may be the smaller one
     "mixed": lambda i, count: int(i % 5 in (0, 2, 3)),
 }
-
-
-@contextmanager
-def interpreter_process() -> Iterator[Callable[..., Any]]:
-    """Runs functions of test files where triton interprets; what they return or raise comes back."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare) as pool:
-            pool.submit(os.getpid).result()  # started while the variable is set
-            yield lambda function, *args: pool.submit(function, *args).result()
 
 
 def prepare() -> None:

@@ -1,25 +1,16 @@
-"""Sums over and values for blocks of many tensors in one launch: by Triton's interpreter, and on a GPU if there is one.
+"""Sums over and values for blocks of many tensors in one launch: by Triton's interpreter, and on a GPU if there is."""
 
-The interpreter needs a process of its own, as in interpreting.py.
-"""
-
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interpreter import skip_without_interpreter
 from torch import Tensor
 
 from cacompile.kernels.segments import Batch, Cut, SegmentTable, Sent, find_cut
 
-pytest.importorskip("triton", exc_type=ImportError)
-if version("triton").startswith("3.6") and int(version("numpy").split(".")[1]) >= 4:
-    pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4", allow_module_level=True)
+skip_without_interpreter()
 
 LAST = torch.channels_last
 CASES = (  # shape, dim, block, memory format, elements before it in memory (odd ones cannot be read 16 bytes at a time)
@@ -44,19 +35,6 @@ PAIRS = (  # of mean and mean square, or of gradient and moment
 )
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # the interpreter cuts bfloat16 off
 CHOICES = ("none", "one", "all", "mixed")
-
-
-@pytest.fixture(scope="module", params=["interpreter", *(["cuda"] if torch.cuda.is_available() else [])])
-def launch(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """Runs a function of this file where kernels run, with the device as its first argument."""
-    if request.param == "cuda":
-        yield lambda function, *args: function("cuda", *args)
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(os.getpid).result()  # started while the variable is set
-            yield lambda function, *args: pool.submit(function, "cpu", *args).result()
 
 
 def placed(case: Any, dtype: torch.dtype, device: str, shift: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,12 @@
-"""The embedding gradient's Triton kernel: by the interpreter, in a process of its own, and compiled for GPUs."""
+"""The embedding gradient's Triton kernel: by the interpreter, and compiled for GPUs."""
 
-import multiprocessing
 import re
-from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 
 import pytest
 import torch
 from masking import SLOT
 
 triton = pytest.importorskip("triton", exc_type=ImportError)
-INTERPRETS = not version("triton").startswith("3.6") or int(version("numpy").split(".")[1]) < 4
 
 
 def case(dtype: torch.dtype, shape: tuple[int, ...], rows: int, d: int, block: int, padding_idx: int) -> None:
@@ -28,17 +24,12 @@ def case(dtype: torch.dtype, shape: tuple[int, ...], rows: int, d: int, block: i
         scatter_rows(grad_out, indices, flags[1:], SLOT, block, rows, padding_idx)
 
 
-@pytest.mark.skipif(not INTERPRETS, reason="the interpreter of triton 3.6 needs numpy < 2.4")
-def test_interpreted(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # before triton is imported, which here it was
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        for dtype in (torch.float32, torch.float16):
-            for shape, rows, d, block, padding_idx in (
-                ((7,), 1, 1, 8, -1),
-                ((3, 21), 40, 300, 4, 5),
-                ((0,), 10, 4, 3, -1),
-            ):
-                pool.submit(case, dtype, shape, rows, d, block, padding_idx).result()
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize(
+    "shape, rows, d, block, padding_idx", (((7,), 1, 1, 8, -1), ((3, 21), 40, 300, 4, 5), ((0,), 10, 4, 3, -1))
+)
+def test_interpreted(interpreter, dtype, shape, rows, d, block, padding_idx):
+    interpreter(case, dtype, shape, rows, d, block, padding_idx)
 
 
 @pytest.mark.parametrize("target", (("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)))

@@ -1,16 +1,11 @@
 """All parameters in one launch: the same estimates and scores as one parameter after the other.
 
-By Triton's interpreter, in a process of its own (see tests/kernels/interpreting.py), or on a GPU.
+By Triton's interpreter, in a process of its own (see tests/interpreter.py), or on a GPU.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -26,8 +21,6 @@ from cacompile.runtime.scope import Scope
 from cacompile.runtime.tracked import Partition, Tracked, registry
 
 pytest.importorskip("triton", exc_type=ImportError)
-OLD = version("triton").startswith("3.6") and int(version("numpy").split(".")[1]) >= 4
-interpreted = pytest.mark.skipif(OLD, reason="the interpreter of triton 3.6 needs numpy < 2.4")
 
 SHAPES = (((9, 6), 0), ((6, 9), 1), ((16, 8), 0), ((4, 5, 3, 3), 0), ((4, 6, 1, 1), 1))
 OPTIMIZERS: tuple[tuple[Any, dict[str, Any]], ...] = (
@@ -40,19 +33,6 @@ OPTIMIZERS: tuple[tuple[Any, dict[str, Any]], ...] = (
     (optim.SGD, {}),
     (optim.RMSprop, {"momentum": 0.5}),
 )
-
-
-@pytest.fixture(scope="module", params=["interpreter", *(["cuda"] if torch.cuda.is_available() else [])])
-def launch(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """Runs a function of this file where kernels run, with the device as its first argument."""
-    if request.param == "cuda":
-        yield lambda function, *args: function("cuda", *args)
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(os.getpid).result()  # started while the variable is set
-            yield lambda function, *args: pool.submit(function, "cpu", *args).result()
 
 
 def made(device: str, **options: object) -> list[tuple[nn.Parameter, Tracked]]:
@@ -113,7 +93,6 @@ def fill_case(device: str, which: int) -> None:
     check_fill(pairs, optimizer, [len(pairs) - 1])
 
 
-@interpreted
 @pytest.mark.parametrize("which", range(len(OPTIMIZERS)))
 def test_estimates(launch: Any, which: int):
     launch(fill_case, which)
@@ -139,7 +118,6 @@ def odd_fill_case(device: str) -> None:
     assert not pairs[0][0].grad[0:2].any() and pairs[0][0].grad[2:4].all(), "the first group is skipped"
 
 
-@interpreted
 def test_estimates_of_what_is_not_as_usual(launch: Any):
     launch(odd_fill_case)
 
@@ -173,7 +151,6 @@ def check_read(
         assert averaged or (scores.sampled == exact[id(record)].sampled).all()
 
 
-@interpreted
 @pytest.mark.parametrize("which", range(len(OPTIMIZERS)))
 def test_scores(launch: Any, which: int):
     launch(read_case, which)
@@ -200,7 +177,6 @@ def odd_read_case(device: str) -> None:
     np.testing.assert_allclose(scores.values(), [float(part.sum()) for part in expected], rtol=1e-5)
 
 
-@interpreted
 def test_scores_of_what_is_not_as_usual(launch: Any):
     launch(odd_read_case)
 
@@ -244,7 +220,6 @@ def count_launches() -> list[str]:
     return counted
 
 
-@interpreted
 def test_a_scope_steps_as_one_by_one(launch: Any):
     launch(scope_case)
 
