@@ -3,7 +3,8 @@
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,21 @@ import torch
 pytest.importorskip("triton", exc_type=ImportError)
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from kernel_resources import CASES, CONV_CASES, GPUS, KIB, Case, Launch, Resources, resources, tile_of
+from kernel_resources import (
+    CASES,
+    CONV_CASES,
+    GPUS,
+    KIB,
+    Case,
+    Launch,
+    Resources,
+    absent,
+    operand,
+    resources,
+    tile_of,
+)
+
+from cacompile.kernels import triton_conv, triton_grouped, triton_matmul
 
 TENSOR_CORES = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma", "amd": r"v_mfma"}
 TENSOR_MEMORY = 512  # columns of a multiprocessor, sm_100
@@ -109,8 +124,58 @@ def test_convolutions_of_contiguous_images(arch, case):
     assert re.search(TENSOR_CORES[arch], compile_checked(launch, tile_of(case, arch).per_sm).code)
 
 
-def test_every_entry_is_compiled(arch):
-    from cacompile.kernels import triton_conv, triton_matmul
+class Experts(NamedTuple):
+    """Weight gradients of experts that are compiled, and the entry of CONFIGS they are to take."""
 
+    entry: str
+    mask: str
+    blocks: tuple[int, int, int]
+    dtype: torch.dtype = torch.bfloat16
+    precision: str = "ieee"
+    size: int = 4096
+    tokens_in_rows: bool = True
+    """As they are in a linear layer's weight gradient; in columns, an expert's first one lies anywhere."""
+
+    def launch(self, arch: str) -> Launch:
+        size, tokens = self.size, 2 * self.size
+        a = operand(size, tokens, turned=self.tokens_in_rows, dtype=self.dtype)[0]
+        b = operand(tokens, size, turned=not self.tokens_in_rows, dtype=self.dtype)[0]
+        offs, flags = (torch.empty(3 * size, dtype=dtype, device="meta") for dtype in (torch.int32, torch.uint8))
+        there = {"architecture": lambda device: arch, "_plan": triton_grouped._plan.__wrapped__}
+        with absent(arch, self.precision) as launches, mock.patch.multiple(triton_grouped, **there):
+            triton_grouped.masked_grouped_matmul(a, b, offs[:8], flags, (0, 0, 0), self.blocks)
+        return launches[0]
+
+
+EXPERTS = (
+    Experts("large", "experts", (1, 0, 0)),
+    Experts("large", "all of 128", (1, 128, 128), torch.float16),
+    Experts("large", "rows of 300", (0, 300, 0)),
+    Experts("small", "columns of 50", (1, 0, 50)),
+    Experts("small", "rows and columns of 64", (0, 64, 64)),
+    Experts("unaligned", "odd strides", (1, 50, 50), size=4097),
+    Experts("unaligned", "tokens in columns", (1, 50, 50), tokens_in_rows=False),
+    Experts("tf32", "experts", (1, 0, 0), torch.float32, "tf32"),
+    Experts("tf32", "rows of 300", (1, 300, 0), torch.float32, "tf32"),
+    Experts("small", "rows of 50", (1, 50, 0), torch.float32, "tf32"),
+    Experts("unaligned", "tokens in columns", (1, 50, 0), torch.float32, "tf32", tokens_in_rows=False),
+    Experts("float32", "experts", (1, 0, 0), torch.float32),
+    Experts("float32", "tokens in columns", (1, 50, 50), torch.float32, tokens_in_rows=False),
+)
+
+
+@pytest.mark.parametrize("case", EXPERTS, ids=case_id)
+def test_experts(arch, case):
+    tile, launch = triton_grouped.CONFIGS[arch][case.entry], case.launch(arch)
+    assert tile.meta(case.dtype).items() <= launch.options.items(), "another entry was chosen"
+    found = compile_checked(launch, tile.per_sm)
+    if case.entry != "unaligned" and case.precision != "tf32" and case.tokens_in_rows:  # as of convolutions
+        check_speed(launch, found, case)
+    elif case.entry != "float32":
+        assert re.search(TENSOR_CORES[arch], found.code)
+
+
+def test_every_entry_is_compiled(arch):
     for cases, module in ((CASES, triton_matmul), (CONV_CASES, triton_conv)):
         assert {case.taken(arch) for case in cases} == set(module.CONFIGS[arch])
+    assert {case.entry for case in EXPERTS} == set(triton_grouped.CONFIGS[arch])
