@@ -24,7 +24,9 @@ class Config:
     warmup_steps: int = _option(200, "Optimizer steps before anything is skipped.", low=0)
     monitor_every: int = _option(20, "Optimizer steps between two readings of the scores.", low=1)
     max_age: int = _option(20, "Most optimizer steps in a row that a group may be skipped.", low=1)
-    block_rows: int = _option(128, "Rows of a weight that are kept or skipped together.", low=1)
+    block_rows: int = _option(
+        128, "Rows of a weight in one group, about (filters: half, tokens: four times); no head is ever cut.", low=1
+    )
     estimate: str = _option(
         "momentum",
         "Gradient of a skipped group: the optimizer's first moment, or zeros.",

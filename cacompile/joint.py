@@ -43,19 +43,24 @@ class GraphInputs:
     """What Dynamo's graph says of its inputs: position -> parameter name, and where our handle was appended."""
 
     params: Mapping[int, str]
+    """Trainable parameters."""
+    frozen: Mapping[int, str]
+    """Parameters that want no gradient."""
     handle: int
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
-        """Inputs that are trainable parameters, named through their sources; the handle comes after the last input."""
+        """Inputs that are parameters, named through their sources; the handle comes after the last input."""
         placeholders = gm.graph.find_nodes(op="placeholder")
         names = {
             i: source_name(getattr(node, "_dynamo_source", None), node.name)
             for i, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
-            if isinstance(value, torch.nn.Parameter) and value.requires_grad
+            if isinstance(value, torch.nn.Parameter)
         }
         twice = {name for name, count in Counter(names.values()).items() if count > 1}
-        return cls({i: f"{n}#{i}" if n in twice else n for i, n in names.items()}, len(placeholders))
+        names = {i: f"{n}#{i}" if n in twice else n for i, n in names.items()}
+        trained = {i: name for i, name in names.items() if example_inputs[i].requires_grad}
+        return cls(trained, {i: n for i, n in names.items() if i not in trained}, len(placeholders))
 
 
 def find_handle(graph: fx.Graph, inputs: GraphInputs) -> int | None:
@@ -84,6 +89,28 @@ def find_params(graph: fx.Graph, inputs: GraphInputs) -> tuple[Param, ...]:
                 Param(inputs.params[desc.idx], desc.idx, shape, node, grad if isinstance(grad, fx.Node) else None)
             )
     return tuple(params)
+
+
+def find_frozen(graph: fx.Graph, inputs: GraphInputs) -> dict[fx.Node, str]:
+    """The placeholders of parameters that want no gradient, and their names."""
+    placeholders = graph.find_nodes(op="placeholder")
+    at = {n: n.meta["desc"].idx for n in placeholders if isinstance(n.meta.get("desc"), PlainAOTInput)}
+    return {node: inputs.frozen[index] for node, index in at.items() if index in inputs.frozen}
+
+
+def forward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a joint graph that its forward outputs are computed from."""
+    output = graph.output_node()
+    descs = output.meta.get("desc", ())
+    wanted = {
+        node
+        for node, desc in zip(output.args[0], descs)
+        if isinstance(node, fx.Node) and not isinstance(desc, GradAOTOutput)
+    }
+    for node in reversed(graph.nodes):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    return wanted
 
 
 def save_handle(gm: fx.GraphModule, inputs: GraphInputs) -> None:

@@ -50,13 +50,28 @@ class WeightGrad:
     unit: int = 1
     """Rows that cannot be parted: the output channels of one convolution group."""
     block: int = 0
-    """Rows a block, the last one may be smaller; 0 until `group` has cut it."""
+    """Rows a block, the last one may be smaller; 0 until `group` has chosen."""
     slot: int = 0
     """Index of its first block among all blocks of the graph."""
+    groups: tuple[int, ...] = ()
+    """For each block, which of the plan's groups it belongs to."""
+    follows: str = ""
+    """The weight whose product makes this gradient as well, such as that of a standardized weight's gain: masked with
+    it, at no cost of its own; empty for a gradient with products of its own."""
+    others: tuple[WeightGrad, ...] = ()
+    """The same gradient, to be cut along other dimensions; empty once `group` has chosen."""
 
     @property
     def blocks(self) -> int:
         return -(-self.param.shape[self.dim] // self.block)
+
+    @property
+    def block_flops(self) -> tuple[int, ...]:
+        """dW FLOPs of each block in one backward."""
+        rows = self.param.shape[self.dim]
+        starts = range(0, rows, self.block)
+        each = [sum(p.flops // (p.hi - p.lo) for p in self.products if p.lo <= start < p.hi) for start in starts]
+        return tuple(flops * (min(start + self.block, rows) - start) for start, flops in zip(starts, each))
 
     @property
     def flops(self) -> int:
@@ -75,13 +90,51 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class ParamGroup:
-    """Slices that are kept or skipped together."""
+    """Slices that are kept or skipped together: units `start:stop` of one family."""
 
     name: str
+    """`layers.3.mlp.neurons[0:128]`."""
+    start: int
+    stop: int
     slices: tuple[Slice, ...]
-    family: str
-    flops: int
+    """Of weights, whose gradients are skipped, and of what belongs to them but costs nothing: biases, norms."""
+    family: int
+    """Index among the plan's families."""
+    flops: int = 0
     """dW FLOPs of one backward; symbolic sizes count with the size seen when compiling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Groups of one kind in one layer."""
+
+    name: str
+    """`layers.3.mlp.neurons`."""
+    kind: str
+    """neurons, heads, filters, experts, tokens or outputs; rows where the graph does not say what they are."""
+    makers: tuple[str, ...]
+    """Weights that make its units."""
+    weights: tuple[str, ...]
+    """All weights that its groups are slices of."""
+    kin: str
+    """Equal for families that look alike and lie alike in the graph: the same kind in other layers."""
+
+    @property
+    def semantic(self) -> bool:
+        return self.kind != "rows"
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """An axis that several dimensions of parameters have in common."""
+
+    kind: str
+    """As of a family; `stream` for one along which layers add their outputs; empty where it has no name."""
+    size: int
+    members: tuple[tuple[str, int], ...]
+    """(parameter, dimension) pairs, in the graph's order."""
+    family: int = -1
+    """Index among the plan's families of one that its units are; -1: it owns nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +154,23 @@ class Plan:
     params: tuple[Param, ...] = ()
     grads: tuple[WeightGrad, ...] = ()
     groups: tuple[ParamGroup, ...] = ()
+    families: tuple[Family, ...] = ()
+    axes: tuple[Shared, ...] = ()
+    """The coupling of the parameters' dimensions, from which the groups were made."""
     skips: tuple[Skip, ...] = ()
+    cuts: tuple[tuple[str, int], ...] = ()
+    """What the search for groups could not follow, and how often."""
+    nodes: int = 0
+    """Nodes of the joint graph."""
+    analysis_s: float = 0.0
+    """Seconds that finding all this took."""
     guarded: tuple[str, ...] | None = None
     """Parameters whose products the guarded version masks; None until that version was made."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all gradients: flags of the guarded version."""
+        return sum(grad.blocks for grad in self.grads)
 
     @cached_property
     def flops_by_param(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from torch._logging import warning_once
 from torch._subclasses import FakeTensor
 
 from .config import Config
-from .joint import GraphInputs, find_handle, find_params, save_handle, with_handle
+from .joint import GraphInputs, find_frozen, find_handle, find_params, save_handle, with_handle
 from .passes import make_plan, mark_products
 from .plan import Plan
 from .runtime.instance import Instance
@@ -86,6 +86,7 @@ class Region:
                 find_params(gm.graph, self.inputs),
                 block_rows=self.config.block_rows,
                 graphs=inductor_config.triton.cudagraphs,
+                frozen=find_frozen(gm.graph, self.inputs),
             )
             if plan.grads:
                 mark_products(plan)

@@ -144,7 +144,7 @@ class BackwardVersions:
         for name, device in ((FLAGS, self._device()), (HOST_FLAGS, torch.device("cpu"))):
             for node in gm.graph.find_nodes(op="placeholder", target=name):
                 with detect_fake_mode(self._inputs) or contextlib.nullcontext():
-                    node.meta["val"] = torch.empty(len(self._plan.groups), dtype=torch.uint8, device=device)
+                    node.meta["val"] = torch.empty(self._plan.blocks, dtype=torch.uint8, device=device)
                 fakes.append(node.meta["val"])
         return fakes
 

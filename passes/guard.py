@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput
 
-from cacompile.kernels import masked_bmm, masked_conv_dw, masked_mm
+from cacompile.kernels import masked_bmm, masked_conv_dw, masked_grouped_mm, masked_mm
 from cacompile.plan import Plan, Product, Skip, WeightGrad
 
-from .products import exits, uses
+from .products import exits, follows_dense, is_experts, is_transposed, output_of, reached, result_of, uses
 
 aten = torch.ops.aten
 
@@ -38,18 +39,26 @@ class Mark:
     """For each dimension of the product's result, its first block among the flags."""
     blocks: tuple[int, ...]
     """For each dimension, entries a block; 0 where it is not masked."""
+    shared: tuple[int, ...] = ()
+    """Where it flows into gradients by several ways: of which parameters, by position among Dynamo's inputs."""
 
     @classmethod
-    def of(cls, grad: WeightGrad, product: Product) -> Mark:
+    def of(cls, grad: WeightGrad, product: Product, shared: tuple[int, ...] = ()) -> Mark:
         slot, block = grad.slot + product.lo // grad.block, grad.block * product.inner
-        here = [dim == product.dim for dim in range(3 if product.kind == "batched" else 2)]
-        return cls(grad.param.name, tuple(slot * on for on in here), tuple(block * on for on in here))
+        here = [dim == product.dim for dim in range(3 if product.kind in ("batched", "grouped") else 2)]
+        return cls(grad.param.name, tuple(slot * on for on in here), tuple(block * on for on in here), shared)
 
     @property
     def only(self) -> tuple[int, int, int]:
         """(slot, block, dimension) of the one dimension that is masked."""
         [dim] = (dim for dim, block in enumerate(self.blocks) if block)
         return self.slots[dim], self.blocks[dim], dim
+
+    @property
+    def transposed(self) -> Mark:
+        """For the transposed product of each expert."""
+        (experts, rows, columns), (e, m, n) = self.slots, self.blocks
+        return replace(self, slots=(experts, columns, rows), blocks=(e, n, m))
 
     def arguments(self) -> tuple[list[int], list[int]]:
         """slots and blocks, as an operation takes them."""
@@ -59,8 +68,12 @@ class Mark:
 def mark_products(plan: Plan) -> None:
     """Write each planned product's Mark on its node: the partitioner copies `meta` into the backward graph."""
     for grad in plan.grads:
+        members = [grad, *(other for other in plan.grads if other.follows == grad.param.name)]
+        shared = tuple(member.param.index for member in members)
         for product in grad.products:
-            product.node.meta[MARK] = Mark.of(grad, product)
+            result = result_of(product.node)
+            straight = result is None or all(uses(node) == 1 for node in reached(result))
+            product.node.meta[MARK] = Mark.of(grad, product, () if straight else shared)
 
 
 def guard_weight_grads(gm: fx.GraphModule, plan: Plan, host: bool = False) -> Plan:
@@ -74,39 +87,60 @@ def guard_weight_grads(gm: fx.GraphModule, plan: Plan, host: bool = False) -> Pl
 
     A convolution's backward is split: the data gradient stays with it, the weight gradient leaves, the bias gradient
     becomes a sum, because CPU libraries compute the whole weight gradient whenever they are asked for that of the bias.
-    A parameter whose products did not all reach this graph unchanged stays dense, with the reason in `skips`.
+    So is the backward of transformers' experts, of which two outputs are asked: dX becomes their forward operation.
+    A parameter whose products did not all reach this graph unchanged stays dense, with the reason in `skips`, and so do
+    those that follow it.
     """
     marked: dict[str, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         if mark := node.meta.get(MARK):
             marked.setdefault(mark.param, []).append(node)
-    guarded, skips = [], []
+    reasons = {g.param.name: _why_not(g, marked.get(g.param.name, [])) for g in plan.grads if not g.follows}
     extra: Extra | None = None
-    for grad in plan.grads:
-        nodes = marked.get(grad.param.name, [])
-        if reason := _why_not(grad, nodes):
-            skips.append(Skip(grad.param.name, grad.kind, reason, grad.flops))
-            continue
+    for name in [name for name, reason in reasons.items() if reason is None]:
         extra = extra or (_input(gm.graph, FLAGS), _input(gm.graph, HOST_FLAGS) if host else None)
-        for node in nodes:
-            _MASK[node.target](node, extra, node.meta[MARK])
-        guarded.append(grad.param.name)
-    if guarded:
+        for node in marked[name]:
+            twin = _twin(node)
+            assert twin is not None
+            twin(node, extra, node.meta[MARK])
+    for grad in plan.grads:
+        if grad.follows:
+            dense = reasons.get(grad.follows, "") is not None
+            reasons[grad.param.name] = follows_dense(grad) if dense else None
+    if extra:
         gm.graph.lint()
         gm.recompile()
-    return replace(plan, guarded=tuple(guarded), skips=(*plan.skips, *skips))
+    guarded = tuple(g.param.name for g in plan.grads if reasons[g.param.name] is None)
+    skips = [Skip(g.param.name, g.kind, reason, g.flops) for g in plan.grads if (reason := reasons[g.param.name])]
+    return replace(plan, guarded=guarded, skips=(*plan.skips, *skips))
 
 
 def _why_not(grad: WeightGrad, nodes: list[fx.Node]) -> str | None:
     if len(nodes) != len(grad.products):
         return f"{len(nodes)} of its {len(grad.products)} products reached the backward graph as they were planned"
+    shared: list[fx.Node] = []
+    params: tuple[int, ...] = ()
     for node in nodes:
-        if node.target not in _MASK:
+        if _twin(node) is None:
             return f"the compiler's own passes turned its product into {node.target}"
-        result = node if node.target is not aten.convolution_backward.default else _output(node, 1)
-        if result is None or uses(result) != 1 or exits(result) != 1:
+        result, mark = result_of(node), node.meta[MARK]
+        if result is not None and mark.shared:
+            shared, params = [*shared, result], mark.shared
+        elif result is None or uses(result) != 1 or len(exits(result)) != 1:
             return "its product makes more than this gradient in the backward graph"
+    if shared and not _make_just(shared, params):
+        return "its product makes other things in the backward graph than the gradients that were planned"
     return None
+
+
+def _make_just(results: list[fx.Node], params: tuple[int, ...]) -> bool:
+    """Whether these nodes are made into the gradients of these parameters, all of them, and nothing else."""
+    places = {place for result in results for place in exits(result)}
+    descs = results[0].graph.output_node().meta.get("desc")
+    if descs is None or len(places) != len(params):
+        return len(places) == len(params)
+    made = [desc.grad_of for place in places if isinstance(desc := descs[place], GradAOTOutput)]
+    return sorted(desc.idx for desc in made if isinstance(desc, PlainAOTInput)) == sorted(params)
 
 
 def _input(graph: fx.Graph, name: str) -> fx.Node:
@@ -114,10 +148,25 @@ def _input(graph: fx.Graph, name: str) -> fx.Node:
         return graph.placeholder(name)
 
 
-def _replace(old: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+def _before(node: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, args)
+    new.meta["val"] = value
+    return new
+
+
+def _permuted(node: fx.Node, matrix: Any, order: list[int]) -> fx.Node:
+    """A view, in front of `node`."""
+    return _before(node, aten.permute.default, (matrix, order), matrix.meta["val"].permute(order))
+
+
+def _replace(old: fx.Node, target: Any, args: tuple[Any, ...], *, contiguous: bool = False) -> None:
+    """contiguous: what comes now is so, whatever was before."""
     with old.graph.inserting_after(old):
         new = old.graph.call_function(target, args)
     new.meta = dict(old.meta)
+    if contiguous:
+        new.meta["val"] = old.meta["val"].new_empty(old.meta["val"].shape)
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
 
@@ -130,13 +179,36 @@ def _mask_bmm(node: fx.Node, extra: Extra, mark: Mark) -> None:
     _replace(node, masked_bmm, (*node.args, *extra, *mark.arguments()))
 
 
-def _output(conv: fx.Node, index: int) -> fx.Node | None:
-    return next((user for user in conv.users if user.target is operator.getitem and user.args[1] == index), None)
+def _mask_grouped(node: fx.Node, extra: Extra, mark: Mark) -> None:
+    _replace(node, masked_grouped_mm, (*node.args, *extra, *mark.arguments()), contiguous=True)
+
+
+def _mask_experts(node: fx.Node, extra: Extra, mark: Mark) -> None:
+    """dX is the forward with each expert's weights transposed; dW is computed as it lies in memory."""
+    x, weight, offs, grad_out = node.args
+    dx, dw = output_of(node, 0), output_of(node, 1)
+    assert dw is not None
+    if dx is not None:
+        turned = _permuted(dx, weight, [0, 2, 1])
+        _replace(dx, experts_forward(), (grad_out, turned, offs), contiguous=True)
+    if is_transposed(node):
+        call = (_permuted(dw, grad_out, [1, 0]), x, offs, *extra, *mark.transposed.arguments())
+        product = _before(dw, masked_grouped_mm, call, dw.meta["val"].permute([0, 2, 1]))
+        _replace(dw, aten.permute.default, (product, [0, 2, 1]))
+    else:
+        call = (_permuted(dw, x, [1, 0]), grad_out, offs, *extra, *mark.arguments())
+        _replace(dw, masked_grouped_mm, call, contiguous=True)
+    node.graph.erase_node(node)
+
+
+def experts_forward() -> Any:
+    """Only looked up beside its backward, so that transformers has been imported."""
+    return torch.ops.transformers.grouped_mm_fallback.default
 
 
 def _mask_convolution(conv: fx.Node, extra: Extra, mark: Mark) -> None:
     grad_out, x, weight, bias_sizes, *settings, (needs_dx, _, _) = conv.args
-    dw, db = _output(conv, 1), _output(conv, 2)
+    dw, db = output_of(conv, 1), output_of(conv, 2)
     assert dw is not None
     dw.meta[MARK] = mark
     _replace(dw, masked_conv_dw, (grad_out, x, weight, *extra, *mark.only, *settings))
@@ -155,8 +227,14 @@ def sites(grad_out: Any) -> list[int]:
     return [dim for dim in range(grad_out.meta["val"].dim()) if dim != 1]
 
 
-_MASK = {
+_TWINS = {
     aten.mm.default: _mask_mm,
     aten.bmm.default: _mask_bmm,
+    aten._grouped_mm.default: _mask_grouped,
     aten.convolution_backward.default: _mask_convolution,
 }
+
+
+def _twin(node: fx.Node) -> Callable[[fx.Node, Extra, Mark], None] | None:
+    """What swaps a product for its masked twin."""
+    return _mask_experts if is_experts(node) else _TWINS.get(node.target)

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from cacompile.kernels import masked_bmm, masked_conv_dw, masked_mm
+from cacompile.kernels import masked_bmm, masked_conv_dw, masked_grouped_mm, masked_mm
 
-from .guard import FLAGS, HOST_FLAGS, MARK, sites
+from .guard import FLAGS, HOST_FLAGS, MARK, experts_forward, sites
+from .products import is_experts, is_split, is_transposed
 
 aten = torch.ops.aten
-_TWIN = {aten.mm.default: masked_mm, aten.bmm.default: masked_bmm}
+_TWIN = {aten.mm.default: masked_mm, aten.bmm.default: masked_bmm, aten._grouped_mm.default: masked_grouped_mm}
+
+_PREVIOUS = object()
+"""Among expected arguments: the node that was expected before this one."""
+
+_Map = Callable[[Any], Any]
+"""Arguments in the graph before -> the same in the graph after."""
 
 
 class Broken(Exception):
     """A rewrite did something it did not announce; the graph must not run."""
+
+
+class _Call(NamedTuple):
+    """What a node must be."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = {}
+    op: str = "call_function"
 
 
 def verify(before: fx.Graph, after: fx.Graph, guarded: tuple[str, ...]) -> None:
@@ -28,7 +45,7 @@ def verify(before: fx.Graph, after: fx.Graph, guarded: tuple[str, ...]) -> None:
     beyond the input for the flags, which comes last, or the two for flags on the device and on the host.
     """
     names = set(guarded)
-    image: dict[fx.Node, fx.Node | tuple[fx.Node, ...]] = {}
+    image: dict[fx.Node, Any] = {}
     inputs = after.find_nodes(op="placeholder")
     added = [node for node in inputs if node.target in (FLAGS, HOST_FLAGS)]
     if [node.target for node in added] not in ([[FLAGS], [FLAGS, HOST_FLAGS]] if names else [[]]):
@@ -41,43 +58,58 @@ def verify(before: fx.Graph, after: fx.Graph, guarded: tuple[str, ...]) -> None:
     def mapped(arg: Any) -> Any:
         return fx.map_arg(arg, image.get)
 
-    splits = {n for n in before.nodes if _is_planned(n, names) and n.target is aten.convolution_backward.default}
     for old in before.nodes:
-        if old in splits and not old.args[-1][0]:
-            continue  # no data gradient is asked of this convolution: it goes
-        new = next(rest, None)
-        if new is None:
-            raise Broken(f"{old.name} was lost")
+        new: Any = None
+        for call in _expected(old, names, mapped, given):
+            previous, new = new, next(rest, None)
+            if new is None:
+                raise Broken(f"{old.name} was lost")
+            args = tuple(previous if arg is _PREVIOUS else arg for arg in call.args)
+            if (new.op, new.target, new.args, new.kwargs) != (call.op, call.target, args, call.kwargs):
+                raise Broken(f"{old.format_node()} became {new.format_node()}")
         image[old] = new
-        if old in splits:
-            expected = (mapped(old.args[:-1]), [True, False, False])
-            same = new.target is old.target and (new.args[:-1], list(new.args[-1])) == expected
-        elif _is_output(old, splits, 2):
-            grad_out = old.args[0].args[0]
-            same = new.target is aten.sum.dim_IntList and new.args == (mapped(grad_out), sites(grad_out))
-        elif _is_output(old, splits, 1):
-            grad_out, x, weight, _, *settings = mapped(old.args[0].args[:-1])
-            mark = old.args[0].meta[MARK]
-            same = _is_call(new, masked_conv_dw, (grad_out, x, weight, *given, *mark.only, *settings))
-        elif _is_planned(old, names):
-            same = _is_call(new, _TWIN.get(old.target), (*mapped(old.args), *given, *old.meta[MARK].arguments()))
-        else:
-            same = (new.op, new.target, new.args, new.kwargs) == (
-                old.op, old.target, mapped(old.args), mapped(old.kwargs))  # fmt: skip
-        if not same:
-            raise Broken(f"{old.format_node()} became {new.format_node()}")
     if extra := next(rest, None):
         raise Broken(f"{extra.format_node()} was added")
+
+
+def _expected(old: fx.Node, names: set[str], mapped: _Map, given: tuple[Any, ...]) -> list[_Call]:
+    """The nodes that must stand in the place of one."""
+    source: Any = old.args[0] if old.target is operator.getitem else None
+    if source is not None and is_split(source) and _is_planned(source, names):
+        return (_experts if is_experts(source) else _convolution)(old, source, mapped, given)
+    if not _is_planned(old, names):
+        return [_Call(old.target, mapped(old.args), mapped(old.kwargs), old.op)]
+    if not is_split(old):
+        return [_Call(_TWIN.get(old.target), (*mapped(old.args), *given, *old.meta[MARK].arguments()))]
+    if is_experts(old) or not old.args[-1][0]:
+        return []  # all that was asked of it comes from elsewhere
+    return [_Call(old.target, (*mapped(old.args[:-1]), [True, False, False]))]
+
+
+def _convolution(old: fx.Node, conv: fx.Node, mapped: _Map, given: tuple[Any, ...]) -> list[_Call]:
+    grad_out, x, weight, _, *settings = mapped(conv.args[:-1])
+    if old.args[1] == 1:
+        return [_Call(masked_conv_dw, (grad_out, x, weight, *given, *conv.meta[MARK].only, *settings))]
+    if old.args[1] == 2:
+        return [_Call(aten.sum.dim_IntList, (grad_out, sites(conv.args[0])))]
+    return [_Call(old.target, mapped(old.args))]
+
+
+def _experts(old: fx.Node, experts: fx.Node, mapped: _Map, given: tuple[Any, ...]) -> list[_Call]:
+    x, weight, offs, grad_out = mapped(experts.args)
+    if old.args[1] == 0:
+        turned = _Call(aten.permute.default, (weight, [0, 2, 1]))
+        return [turned, _Call(experts_forward(), (grad_out, _PREVIOUS, offs))]
+    mark, flip = experts.meta[MARK], is_transposed(experts)
+    a, b = (grad_out, x) if flip else (x, grad_out)
+    where = (mark.transposed if flip else mark).arguments()
+    product = [
+        _Call(aten.permute.default, (a, [1, 0])),
+        _Call(masked_grouped_mm, (_PREVIOUS, b, offs, *given, *where)),
+    ]
+    return [*product, _Call(aten.permute.default, (_PREVIOUS, [0, 2, 1]))] if flip else product
 
 
 def _is_planned(node: fx.Node, names: set[str]) -> bool:
     mark = node.meta.get(MARK)
     return mark is not None and mark.param in names
-
-
-def _is_output(node: fx.Node, splits: set[fx.Node], index: int) -> bool:
-    return node.target is operator.getitem and node.args[0] in splits and node.args[1] == index
-
-
-def _is_call(new: fx.Node, target: Any, arguments: tuple[Any, ...]) -> bool:
-    return target is not None and new.target is target and tuple(new.args) == arguments

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import compare, mlp
-from torch import Tensor, nn
+from functorch.compile import make_boxed_func
+from helpers import compare as compare_models
+from helpers import compile_all, masks, mlp, square_mean
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from cacompile import region
+from cacompile.config import Config
+from cacompile.passes import guard_weight_grads, locate, verify
+from cacompile.plan import Param, Plan
+from cacompile.versions import _erase_handle
+
+
+def small_blocks(model: nn.Module, backend: str, **settings: Any) -> Callable[..., Any]:
+    """What is looked at here are single layers: of rows that lead nowhere a group has many."""
+    options = {"options": {"block_rows": 4}} if backend == "convaware" else {}
+    return compile_all(model, backend, **options, **settings)
+
+
+compare = functools.partial(compare_models, compile_it=small_blocks)
 
 
 class Function(nn.Module):
@@ -175,12 +198,13 @@ def test_weight_sliced_before_its_use(name: str) -> None:
     compare(lambda: Function(SLICED[name], (96, 32)), normal(8, 32), guards=["w0"])
 
 
-def test_slices_where_no_block_ends_stay_dense() -> None:
+def test_slices_where_no_block_ends_are_cut_the_other_way() -> None:
     def function(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
         return F.linear(x, w[:37]).sum(-1, keepdim=True) + F.linear(x, w[37:]).square().sum(-1, keepdim=True) + x @ v
 
     model = lambda: Function(function, (80, 32), (32, 32))  # noqa: E731
-    compare(model, normal(8, 32), guards=["w1"], stays={"w0": "meet at rows 37"})
+    found = compare(model, normal(8, 32), guards=["w0", "w1"])
+    assert masks(found)["w0"][0] == 1
 
 
 def test_weight_used_twice() -> None:
@@ -230,3 +254,137 @@ def test_a_gradient_that_is_also_the_inputs_stays_dense() -> None:
 
     inputs = lambda: [torch.randn(8, 32, requires_grad=True)]  # noqa: E731
     compare(lambda: Function(function, (8, 32), (48, 32)), inputs, guards=["w1"], stays={"w0": "used 2 times"})
+
+
+class Standardized(nn.Conv2d):
+    """Filters of mean 0 and variance 1, times a gain."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 32, 3)
+        self.gain = nn.Parameter(torch.rand(32, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
+        return F.conv2d(x, self.gain * (self.weight - mean) * (variance + 1e-5).rsqrt(), self.bias)
+
+
+class BatchNormalized(Standardized):
+    """The same, as timm does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.view(1, 32, -1)
+        rows = F.batch_norm(rows, None, None, weight=self.gain.view(-1), training=True, eps=1e-5)
+        return F.conv2d(x, rows.view_as(self.weight), self.bias)
+
+
+def scaled(x: Tensor, w: Tensor, gain: Tensor) -> Tensor:
+    return F.linear(F.linear(x, gain * w).relu(), gain * w)
+
+
+V, G = (f"parametrizations.weight.original{i}" for i in (1, 0))
+
+CHAINS = {
+    "weight norm, linear": (lambda: weight_norm(nn.Linear(32, 48)), (8, 32), V, [G]),
+    "weight norm, columns": (lambda: weight_norm(nn.Linear(32, 48), dim=1), (8, 32), V, [G]),
+    "weight norm, conv": (lambda: weight_norm(nn.Conv2d(4, 32, 3)), (2, 4, 8, 8), V, [G]),
+    "standardized conv": (Standardized, (2, 4, 8, 8), "weight", ["gain"]),
+    "standardized by batch norm": (BatchNormalized, (2, 4, 8, 8), "weight", ["gain"]),
+    "normalized rows": (lambda: Function(lambda x, w: F.linear(x, F.normalize(w)), (48, 32)), (8, 32), "w0", []),
+    "scale, used twice": (lambda: Function(scaled, (32, 32), (32, 1)), (8, 32), "w0", ["w1"]),
+    "scale of one dimension": (
+        lambda: Function(lambda x, w, g: F.linear(x, w * g.view(-1, 1)), (48, 32), (48,)), (8, 32), "w0", ["w1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_gradients_that_share_a_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, x, leader, followers = CHAINS[name]
+    plan, dense, masked = backward_by_hand(make(), [torch.randn(x, requires_grad=True)], monkeypatch)
+    assert {g.param.name: g.follows for g in plan.grads} == {leader: "", **dict.fromkeys(followers, leader)}
+    assert set(plan.guarded or ()) == {leader, *followers}
+    dims = {g.param.name: g.dim for g in plan.grads}
+    for param, expected in dense.items():
+        if param not in dims:
+            torch.testing.assert_close(masked[param], expected)
+            continue
+        ours, expected = (grad.movedim(dims[param], 0) for grad in (masked[param], expected))
+        assert not ours[:16].any() and expected[:16].any()
+        torch.testing.assert_close(ours[16:], expected[16:])
+
+
+def test_scale_of_a_whole_weight_keeps_it_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Function(lambda x, w, g, v: F.linear(x, w * g) @ v, (48, 32), (1,), (48, 32))
+    plan, *_ = backward_by_hand(model, [torch.randn(8, 32)], monkeypatch)
+    assert [g.param.name for g in plan.grads] == ["w2"]
+    assert "gradient of w1" in next(skip.reason for skip in plan.skips if skip.param == "w0")
+    assert plan.flops == 2 * 8 * 48 * 32 * 2
+
+
+def test_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def experts(x: Tensor, w: Tensor) -> Tensor:
+        offs = torch.tensor([8, 8, 24, 32], dtype=torch.int32)
+        return torch._grouped_mm(x.bfloat16(), w.mT, offs=offs)
+
+    model = Function(experts, (4, 48, 32), dtype=torch.bfloat16)
+    plan, dense, masked = backward_by_hand(model, [torch.randn(32, 32)], monkeypatch, block=2)
+    [grad] = plan.grads
+    assert (grad.kind, plan.guarded, grad.flops) == ("grouped", ("w0",), 2 * 32 * 48 * 32)
+    assert not masked["w0"][:2].any() and dense["w0"][:1].any()
+    assert torch.equal(masked["w0"][2:], dense["w0"][2:])
+
+
+def backward_by_hand(
+    model: nn.Module, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch, block: int = 16
+) -> tuple[Plan, dict[str, Tensor], dict[str, Tensor]]:
+    """The plan, with blocks that are set here; all gradients dense, and with the first block of each weight off.
+
+    The backward graph is AOTAutograd's own, and run as it is. With all blocks on it gives the same bits.
+    """
+
+    def plan_by_hand(params: tuple[Param, ...], **_: Any) -> Plan:
+        plan = locate(Plan(params=params))
+        slots = itertools.count(step=1000)
+        return replace(plan, grads=tuple(replace(g, block=block, slot=next(slots), others=()) for g in plan.grads))
+
+    def eager(gm: fx.GraphModule, _inputs: Any, **_settings: Any) -> Callable[[list[Any]], Any]:
+        return make_boxed_func(gm.forward)
+
+    def versions(gm: fx.GraphModule, inputs: Any, settings: Any, *, handle: int, plan: Plan, **_: Any) -> Any:
+        slot = _erase_handle(gm, handle)
+        before, guarded = copy.deepcopy(gm.graph), copy.deepcopy(gm)
+        plans.append(guard_weight_grads(guarded, plan))
+        verify(before, guarded.graph, plans[-1].guarded or ())
+
+        def run(args: list[Any]) -> list[Any]:
+            args.pop(handle)
+            flags = torch.ones(1000 * len(plan.grads), dtype=torch.uint8)
+            if modes[0] == "off":
+                flags[[grad.slot for grad in plan.grads]] = 0
+            every = list(gm(*args) if modes[0] == "dense" else guarded(*args, flags))
+            if slot is not None:
+                every.insert(slot, None)
+            return every
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        _, compiled = region.compile_region(gm, inputs, Config(), {}, compile_inner=eager)
+        return lambda *args: compiled(*args, torch.tensor(0))
+
+    plans: list[Plan] = []
+    modes = ["dense", "on", "off"]
+    monkeypatch.setattr(region, "make_plan", plan_by_hand)
+    monkeypatch.setattr(region, "BackwardVersions", versions)
+    call = torch.compile(model, backend=backend)
+    results = []
+    while modes:
+        model.zero_grad()
+        square_mean(call(*inputs)).backward()
+        results.append({name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None})
+        modes.pop(0)
+    dense, on, off = results
+    for name in {grad.param.name for grad in plans[0].grads}:
+        assert torch.equal(on[name], dense[name]), name
+    return plans[0], dense, off

@@ -9,7 +9,7 @@ from helpers import Block
 from torch import nn
 
 import cacompile
-from cacompile.report.explain import _CAN_ISOLATE
+from cacompile.report.look import CAN_ISOLATE
 
 OPTIONS = {"block_rows": 16}
 
@@ -68,7 +68,14 @@ def test_explain_names_every_parameter_and_says_why_not(tokens):
     found = cacompile.explain(model, tokens, options=OPTIONS)
     rows = {row.param: row for row in found.rows}
     assert set(rows) == {name for name, _ in model.named_parameters()}
-    assert (rows["up.weight"].operation, rows["up.weight"].groups, rows["up.weight"].block) == ("masked_mm", 4, 16)
+    assert [(r.operation, r.blocks, r.block, r.along) for r in (rows["up.weight"], rows["down.weight"])] == [
+        ("masked_mm", 4, 16, "rows"),
+        ("masked_mm", 4, 16, "columns"),
+    ]
+    assert rows["up.weight"].families == rows["up.bias"].families == rows["down.weight"].families == ("up.neurons",)
+    assert [(g.name, g.share) for g in found.groups if g.flops] == [
+        (f"up.neurons[{i}:{i + 16}]", pytest.approx(0.25)) for i in range(0, 64, 16)
+    ]
     # dW of [64, 32] from 8 tokens: two FLOPs for each of 64 * 32 * 8 products
     assert rows["up.weight"].flops == 2 * 64 * 32 * 8
     assert rows["up.weight"].share == pytest.approx(0.5)
@@ -102,9 +109,10 @@ def test_explain_of_a_model_that_has_run_needs_no_inputs(tokens):
     assert found.to_dict() == cacompile.explain(model).to_dict()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     traced = cacompile.explain(model, tokens)
-    assert [(r.param, r.operation, r.groups) for r in traced.rows] == [
-        (r.param, r.operation, r.groups) for r in found.rows
+    assert [(r.param, r.operation, r.blocks) for r in traced.rows] == [
+        (r.param, r.operation, r.blocks) for r in found.rows
     ]
+    assert cacompile.session(model).groups == [group.name for group in found.groups if group.flops]
 
 
 def test_explain_across_graph_breaks():
@@ -124,20 +132,20 @@ def test_status_counts_what_a_pinned_mask_skips(tokens):
     compiled = torch.compile(model, backend="convaware", options=OPTIONS)
     compiled(tokens).sum().backward()
     dense = cacompile.status(compiled)
-    assert (dense.groups, dense.skipped, dense.skipped_flops, dense.saved_flops) == (6, 0, 0.0, 0.0)
+    assert (dense.groups, dense.skipped, dense.skipped_flops, dense.saved_flops) == (4, 0, 0.0, 0.0)
     assert dense.total_flops == 2 * (2 * 64 * 32 * 8)
     cacompile.session(model).pin({"up.weight": False})
     compiled(tokens).sum().backward()
     half = cacompile.status(model)
     assert (half.skipped, half.skipped_flops) == (4, pytest.approx(0.5))
     assert half.saved_flops == pytest.approx(half.total_flops / 4)
-    assert {family.name: family.skipped for family in half.families} == {"up.weight": 4, "down.weight": 0}
-    assert "4 of 6 groups skipped" in str(half)
+    assert {family.name: family.skipped for family in half.families} == {"up.neurons": 4}
+    assert "4 of 4 groups skipped" in str(half)
     assert half.to_dict()["families"][0]["groups"] == 4
 
 
 @pytest.mark.parametrize(
-    "ran", [False, pytest.param(True, marks=pytest.mark.skipif(not _CAN_ISOLATE, reason="needs a newer torch"))]
+    "ran", [False, pytest.param(True, marks=pytest.mark.skipif(not CAN_ISOLATE, reason="needs a newer torch"))]
 )
 def test_explain_ten_times_is_the_same_and_uses_up_no_recompilations(ran):
     model, x = Twice(), torch.randn(8, 32)
@@ -187,12 +195,12 @@ def test_status_of_blocks_compiled_one_by_one():
     model = stack(Block(), Block(), Block())
     cacompile.session(model).pin(keep=0.0)
     found = cacompile.status(model)
-    assert (found.skipped, found.skipped_flops) == (18, pytest.approx(1.0))
+    assert (found.skipped, found.skipped_flops) == (12, pytest.approx(1.0))
     cacompile.session(model).pin({"1.up.weight": False})
     assert cacompile.status(model).skipped_flops == pytest.approx(1 / 6)
 
 
-@pytest.mark.parametrize(("guarded", "skipped"), [(None, 6), (("up.weight",), 4), ((), 0)])
+@pytest.mark.parametrize(("guarded", "skipped"), [(None, 1.0), (("up.weight",), 0.5), ((), 0.0)])
 def test_status_counts_what_is_really_left_out(guarded, skipped):
     """Of a graph whose guarded version was not made for all that was planned."""
     [block] = stack(Block())
@@ -201,7 +209,7 @@ def test_status_counts_what_is_really_left_out(guarded, skipped):
         instance.plan = replace(instance.plan, guarded=guarded)
     session.pin(keep=0.0)
     found = cacompile.status(block)
-    assert (found.skipped, found.skipped_flops) == (skipped, pytest.approx(skipped / 6 if skipped != 4 else 0.5))
+    assert (found.skipped, found.skipped_flops) == (4 if skipped else 0, pytest.approx(skipped))
     assert not session.mask.any()
 
 
@@ -211,7 +219,7 @@ def test_status_of_a_graph_that_cuts_a_parameter_otherwise():
     first = torch.compile(model, backend="convaware", options=OPTIONS)
     first(x)
     cacompile.session(model).pin(keep=0.0)
-    assert cacompile.status(model).skipped == 6
+    assert cacompile.status(model).skipped == 4
     other = torch.compile(model, backend="convaware", options={"block_rows": 32})
     del first
     torch._dynamo.reset()

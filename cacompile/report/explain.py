@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import sys
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
-from torch._C._dynamo import eval_frame
-from torch._dynamo import config as dynamo_config
-from torch._dynamo.convert_frame import register_bytecode_hook
-from torch._functorch import config as functorch_config
 
 from cacompile.config import Config
 from cacompile.errors import ConvAwareError
-from cacompile.joint import has_trainable
-from cacompile.plan import Plan, WeightGrad
-from cacompile.region import Region, compile_region
+from cacompile.plan import Plan, Shared, WeightGrad
 from cacompile.runtime.session import named_parameters, session
 
-_OPERATION = {"linear": "masked_mm", "batched": "masked_bmm", "convolution": "masked_conv_dw"}
-_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # in newer torch only
+from .groups import Group, list_groups
+from .look import Run, trace
+
+_OPERATION = {
+    "linear": "masked_mm",
+    "batched": "masked_bmm",
+    "grouped": "masked_grouped_mm",
+    "convolution": "masked_conv_dw",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +32,7 @@ class Row:
     """What is known of one parameter in one compiled graph."""
 
     graph: int
+    """Which compiled graph; -1 for none."""
     param: str
     shape: tuple[int, ...]
     kind: str
@@ -42,9 +42,13 @@ class Row:
     """dW FLOPs of one backward; counted."""
     share: float
     """Of all dW FLOPs, 0 to 1."""
-    groups: int
+    blocks: int
     block: int
-    """Rows a group."""
+    """Rows a block."""
+    along: str
+    """Which way it is cut: the dimension that its blocks lie along, such as `rows`, or empty."""
+    families: tuple[str, ...]
+    """Families of groups that its blocks belong to."""
     operation: str
     """What replaces the product when something is skipped; empty if it stays dense."""
     reason: str
@@ -57,26 +61,69 @@ class Explanation:
 
     rows: tuple[Row, ...]
     graphs: int
+    groups: tuple[Group, ...]
+    """What is kept or skipped together; skipped are those with FLOPs."""
+    axes: tuple[Shared, ...]
+    """Axes that dimensions of parameters have in common: the coupling graph. `family` counts among `families`."""
+    families: tuple[str, ...]
+    """Names of the families, graph by graph."""
+    cuts: Mapping[str, int]
+    """Operations through which the meaning of dimensions could not be followed, and how often."""
+    nodes: int
+    """Nodes of the joint graphs."""
+    analysis_s: float
+    """Seconds that it took to analyse them."""
 
     @property
     def coverage(self) -> float:
         """Share of dW FLOPs that guarded operations compute, 0 to 1."""
         return sum(row.share for row in self.rows if row.operation)
 
+    @property
+    def semantic(self) -> float:
+        """Share of guarded dW FLOPs in groups that mean something (not plain rows), 0 to 1."""
+        guarded = {row.param for row in self.rows if row.operation}
+        groups = [g for g in self.groups if any(piece.param in guarded for piece in g.slices)]
+        total = sum(group.flops for group in groups)
+        return sum(group.flops for group in groups if group.kind != "rows") / total if total else 0.0
+
     def to_dict(self) -> dict[str, Any]:
-        return {"graphs": self.graphs, "coverage": self.coverage, "rows": [asdict(row) for row in self.rows]}
+        return {
+            "graphs": self.graphs,
+            "coverage": self.coverage,
+            "semantic": self.semantic,
+            "nodes": self.nodes,
+            "cuts": dict(self.cuts),
+            "rows": [asdict(row) for row in self.rows],
+            "groups": [asdict(group) for group in self.groups],
+            "axes": [asdict(axis) for axis in self.axes],
+            "families": list(self.families),
+        }
+
+    def to_svg(self, path: str | os.PathLike[str] | None = None) -> str:
+        """A picture of the coupling graph, repeated layers drawn once; written to `path` as well."""
+        from .draw import svg
+
+        return _written(svg(self), path)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """A page of its own: the picture, all families and all parameters; written to `path` as well."""
+        from .draw import html
+
+        return _written(html(self), path)
 
     def __str__(self) -> str:
         from tabulate import tabulate  # here, so that training needs torch and numpy alone
 
-        heads = ["parameter", "shape", "gradient from", "dW FLOPs", "groups", "when skipping, or why not"]
+        heads = ["parameter", "shape", "gradient from", "dW FLOPs", "blocks", "groups", "when skipping, or why not"]
         table = [
             (
                 row.param,
                 "x".join(map(str, row.shape)),
                 ", ".join(row.nodes) or row.kind,
                 f"{row.share:.1%}",
-                f"{row.groups} x {row.block}" if row.groups else "",
+                f"{row.blocks} x {row.block} {row.along}" if row.blocks else "",
+                ", ".join(row.families),
                 row.operation or f"dense: {row.reason}",
             )
             for row in self.rows
@@ -84,9 +131,18 @@ class Explanation:
         guarded = sum(bool(row.operation) for row in self.rows)
         foot = (
             f"{guarded} of {len(self.rows)} parameters guarded, {self.coverage:.1%} of dW FLOPs (counted), "
+            f"{self.semantic:.1%} of those in groups with a meaning, "
             f"{self.graphs} graph{'s' if self.graphs != 1 else ''}"
         )
+        if self.cuts:
+            foot += "\ngroups end at: " + ", ".join(f"{reason} ({count}x)" for reason, count in self.cuts.items())
         return f"{tabulate(table, headers=heads, disable_numparse=True)}\n{foot}"
+
+
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
 
 
 def explain(
@@ -102,7 +158,7 @@ def explain(
     model = getattr(model, "_orig_mod", model)
     if example_inputs or example_kwargs:
         config = Config.from_options(options)[0] if options is not None else view.config or Config()
-        return _explanation(_trace(model, config, example_inputs, example_kwargs), model)
+        return _explanation(trace(model, config, example_inputs, example_kwargs), model)
     # of several over the same parameters, as after a recompilation for other sizes, the newest
     newest = {frozenset(map(id, (params := i.params).values())): (i.plan, params) for i in view.instances}
     if not newest:
@@ -113,116 +169,80 @@ def explain(
     return _explanation(list(newest.values()), model)
 
 
-_Run = tuple[Plan, Mapping[str, torch.Tensor]]
-"""A graph, and the parameters that it ran with under its own names for them."""
-
-
-def _explanation(runs: Sequence[_Run], model: torch.nn.Module) -> Explanation:
+def _explanation(runs: Sequence[Run], model: torch.nn.Module) -> Explanation:
     names = {id(param): name for name, param in named_parameters(model)}
-    total = sum(plan.flops for plan, _ in runs) or 1
+    called = [{own: names.get(id(param), own) for own, param in params.items()} for _, params in runs]
+    plans = [plan for plan, _ in runs]
+    families_of_plans, groups = list_groups(list(zip(plans, called)))
+    total = sum(plan.flops for plan in plans) or 1
+    families: dict[str, list[str]] = {}
+    for group in groups:
+        for piece in group.slices:
+            families.setdefault(piece.param, []).append(group.family)
     rows = []
-    for number, (plan, params) in enumerate(runs):
+    for number, (plan, name_of) in enumerate(zip(plans, called)):
         dense = {skip.param: skip for skip in plan.skips}
         grads = {grad.param.name: grad for grad in plan.grads if grad.param.name not in dense}
         for param in plan.params:
+            name = name_of.get(param.name, param.name)
             grad, skip = grads.get(param.name), dense.get(param.name)
             source: Any = grad or skip
             rows.append(
                 Row(
                     graph=number,
-                    param=names.get(id(params.get(param.name)), param.name),
+                    param=name,
                     shape=param.shape,
                     kind=source.kind,
                     nodes=tuple(product.node.name for product in grad.products) if grad else (),
                     flops=source.flops,
                     share=source.flops / total,
-                    groups=grad.blocks if grad else 0,
+                    blocks=grad.blocks if grad else 0,
                     block=min(grad.block, param.shape[grad.dim]) if grad else 0,
-                    operation=_operations(grad) if grad else "",
+                    along=_along(grad) if grad else "",
+                    families=tuple(dict.fromkeys(families.get(name, ()))),
+                    operation=_operations(grad, grads) if grad else "",
                     reason=skip.reason if skip else "",
                 )
             )
-    return Explanation(tuple(rows), len(runs))
+    seen = {row.param for row in rows}
+    rows += [
+        Row(-1, name, tuple(param.shape), "other", (), 0, 0.0, 0, 0, "", (), "", "in no compiled graph that has run")
+        for name, param in named_parameters(model)
+        if param.requires_grad and name not in seen
+    ]
+    cuts: Counter[str] = Counter()
+    for plan in plans:
+        cuts.update(dict(plan.cuts))
+    return Explanation(
+        rows=tuple(rows),
+        graphs=len(runs),
+        groups=groups,
+        axes=_axes(plans, called),
+        families=families_of_plans,
+        cuts=cuts,
+        nodes=sum(plan.nodes for plan in plans),
+        analysis_s=sum(plan.analysis_s for plan in plans),
+    )
 
 
-def _operations(grad: WeightGrad) -> str:
+def _axes(plans: Sequence[Plan], called: Sequence[Mapping[str, str]]) -> tuple[Shared, ...]:
+    axes = []
+    first = 0
+    for plan, name_of in zip(plans, called):
+        for axis in plan.axes:
+            members = tuple((name_of.get(name, name), dim) for name, dim in axis.members)
+            axes.append(replace(axis, members=members, family=axis.family + first if axis.family >= 0 else -1))
+        first += len(plan.families)
+    return tuple(axes)
+
+
+def _along(grad: WeightGrad) -> str:
+    if any(p.kind in ("batched", "grouped") and p.dim == 0 for p in grad.products):
+        return "matrices"
+    return "filters" if grad.kind == "convolution" else ("rows", "columns", "entries")[grad.dim]
+
+
+def _operations(grad: WeightGrad, grads: Mapping[str, WeightGrad]) -> str:
+    if grad.follows:
+        return f"with {grad.follows}" if grad.follows in grads else ""
     return ", ".join(dict.fromkeys(_OPERATION[product.kind] for product in grad.products))
-
-
-def _trace(model: torch.nn.Module, config: Config, args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[_Run]:
-    """All graphs that `model` would be compiled to, each checked by building its guarded backward."""
-    runs: dict[tuple[int, ...], tuple[Region, dict[str, torch.Tensor]]] = {}
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        if not has_trainable(inputs):
-            return gm.forward
-        # the backward at once, not when it first runs: nothing runs backward here
-        with functorch_config.patch(force_non_lazy_backward_lowering=True):
-            region, compiled = compile_region(gm, inputs, config, {}, compile_inner=_interpreted)
-
-        def run(*args: Any) -> Any:
-            params = {param.name: args[param.index] for param in region.plan.params}
-            runs[id(region), *map(id, params.values())] = region, params
-            # a handle that leads nowhere: looking must not leave an instance behind
-            return compiled(*args, torch.tensor(0, device="cpu"))
-
-        return run
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return model.forward(*args, **kwargs)
-
-    # what Dynamo compiles it keeps with the code object, so a new one each time
-    fresh = types.FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
-    with _untouched(model), _untouched_dynamo() as options, torch.enable_grad():
-        torch.compile(fresh, backend=backend, **options)(*args, **kwargs)
-    for region, _ in runs.values():
-        if region.backward is not None:
-            region.backward.guarded()
-    return [(region.plan, params) for region, params in runs.values()]
-
-
-def _interpreted(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
-    def run(args: list[Any]) -> Any:
-        return torch.fx.Interpreter(gm).boxed_run(args)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
-
-
-@contextlib.contextmanager
-def _untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Put buffers and random state back after a forward pass."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-
-
-@contextlib.contextmanager
-def _untouched_dynamo() -> Iterator[dict[str, Any]]:
-    """Have Dynamo forget what it compiles here, as after a graph break it does with the model's own code objects.
-
-    Else looking would use up the recompilations that the model may have, and look different the next time.
-    Gives options for `torch.compile` that keep apart what it holds already; forgetting that would recompile the model.
-    """
-    seen: dict[int, tuple[types.CodeType, bool]] = {}
-
-    def note(code: types.CodeType, _: types.CodeType) -> None:
-        seen.setdefault(id(code), (code, not eval_frame._debug_get_cache_entry_list(code)))
-
-    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
-    apart = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
-    hook = register_bytecode_hook(note)
-    try:
-        with dynamo_config.patch(**limits, automatic_dynamic_shapes=False):
-            yield apart
-    finally:
-        hook.remove()
-        for code, was_new in seen.values():
-            if was_new:
-                eval_frame.reset_code(code)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from cacompile.runtime.instance import Instance
@@ -14,7 +15,7 @@ from cacompile.runtime.session import session
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Groups that belong together, in this step."""
+    """Groups of one kind in one layer, in this step."""
 
     name: str
     groups: int
@@ -61,24 +62,26 @@ class Status:
 def status(model: torch.nn.Module) -> Status:
     """Where training of a convaware model stands; reads host state only, waits for nothing."""
     view = session(model)
-    tracked = {name: record for name, record in view.tracked.items() if record.groups}
-    instances = view.instances
+    units, instances = view.units, view.instances
+    names, _ = view.names()
     # a graph whose guarded version could not be made computes everything, whatever the mask says
     skippable = {id(record) for instance in instances for record in instance.skippable}
-    off = {name: ~record.state.on & (id(record) in skippable) for name, record in tracked.items()}
+    off = [~record.state.on & (id(record) in skippable) for record in units.records]
+    skipped = ~units.every(~np.concatenate([np.zeros(0, bool), *off]))
+    keep = view.keep.numpy()
     families = tuple(
-        Family(name, record.groups, int(off[name].sum()), float(record.state.keep.mean()))
-        for name, record in tracked.items()
+        Family(name, int(own.sum()), int(skipped[own].sum()), float(keep[own].mean()))
+        for i, name in enumerate(names)
+        for own in [units.family == i]
     )
-    groups = sum(family.groups for family in families)
     total, saved = view.flops
     once = _flops_of_one_backward(instances)
-    left_out = sum(float(record.flops[off[name]].sum()) for name, record in tracked.items())
+    left_out = sum(float(record.flops[blocks].sum()) for record, blocks in zip(units.records, off))
     return Status(
         step=view.step_count,
-        groups=groups,
-        skipped=sum(family.skipped for family in families),
-        keep=sum(family.keep * family.groups for family in families) / groups if groups else 1.0,
+        groups=len(keep),
+        skipped=int(skipped.sum()),
+        keep=float(keep.mean()) if len(keep) else 1.0,
         skipped_flops=left_out / once if once else 0.0,
         saved_flops=saved,
         total_flops=total,

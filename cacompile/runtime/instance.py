@@ -15,6 +15,7 @@ from cacompile.config import Config
 from cacompile.plan import Plan, WeightGrad
 
 from .tracked import Partition, Spent, Tracked, registry
+from .units import Group, Member, tie
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +37,14 @@ class Instance:
         self.spent = Spent()
         self.guarded_backwards = 0
         self._params = {param.name: weakref.ref(inputs[param.index]) for param in plan.params}
-        self._records = [_join(plan, grad, inputs[grad.param.index], config) for grad in plan.grads]
+        self._records = [_join(grad, inputs[grad.param.index], config) for grad in plan.grads]
+        _tie(plan, self._records)
         for record in self.records:
             record.spent.append(self.spent)
         self._epoch = -1
         self._any_off = False
         self._off_flops = 0.0
-        self._host = torch.ones(len(plan.groups), dtype=torch.uint8, device="cpu")
+        self._host = torch.ones(plan.blocks, dtype=torch.uint8, device="cpu")
         device = inputs[plan.grads[0].param.index].device if plan.grads else torch.device("cpu")
         self._device = None if device.type == "cpu" else torch.ones_like(self._host, device=device)
         self._captured: list[torch.Tensor] = []
@@ -81,7 +83,7 @@ class Instance:
             for grad, record in zip(self.plan.grads, self._records, strict=True):
                 if record is not None and grad.param.name in guarded:
                     record.skipped |= ~record.state.on
-                    self._off_flops += float(_flops(self.plan, grad)[~record.state.on].sum())
+                    self._off_flops += float(_flops(grad)[~record.state.on].sum())
         self.spent.saved += self._off_flops
         self.guarded_backwards += 1
         return self._host if self._device is None else self._device
@@ -94,7 +96,7 @@ class Instance:
     def _refresh(self) -> None:
         self._epoch = registry.epoch
         self._off_flops = -1.0  # to be noted by the first backward that skips
-        flags = np.ones(len(self.plan.groups), np.uint8)
+        flags = np.ones(self.plan.blocks, np.uint8)
         for grad, record in zip(self.plan.grads, self._records, strict=True):
             if record is not None:
                 flags[grad.slot : grad.slot + grad.blocks] = record.state.on
@@ -111,11 +113,11 @@ class Instance:
         self._host = host
 
 
-def _flops(plan: Plan, grad: WeightGrad) -> np.ndarray:
-    return np.array([float(group.flops) for group in plan.groups[grad.slot : grad.slot + grad.blocks]])
+def _flops(grad: WeightGrad) -> np.ndarray:
+    return np.array(grad.block_flops, float)
 
 
-def _join(plan: Plan, grad: WeightGrad, param: Any, config: Config) -> Tracked | None:
+def _join(grad: WeightGrad, param: Any, config: Config) -> Tracked | None:
     """The parameter's record, cut as this graph cuts it; None if another graph cut it otherwise."""
     if not isinstance(param, torch.nn.Parameter):
         return None
@@ -124,10 +126,32 @@ def _join(plan: Plan, grad: WeightGrad, param: Any, config: Config) -> Tracked |
         log.warning("%s is cut into other groups by another graph; in this one it stays dense", record.name)
         return None
     # a recompilation for other sizes uses the same parameters again, so not a sum
-    if (flops := _flops(plan, grad)).max() > record.flops.max():
+    if (flops := _flops(grad)).max() > record.flops.max():
         record.flops[:] = flops
         registry.generation += 1
     return record
+
+
+def _tie(plan: Plan, records: Sequence[Tracked | None]) -> None:
+    """Blocks that this graph has in one group are one group from now on."""
+    called = {grad.param.name: record for grad, record in zip(plan.grads, records) if record is not None}
+    members: dict[int, list[Member]] = {}
+    for grad, record in zip(plan.grads, records):
+        if record is not None:
+            for block, number in enumerate(grad.groups):
+                members.setdefault(number, []).append((record, block))
+    by_family: dict[int, list[Group]] = {}
+    for number, group in enumerate(plan.groups):
+        if number in members:
+            by_family.setdefault(group.family, []).append(Group(group.start, group.stop, members[number]))
+    for number, groups in by_family.items():
+        family = plan.families[number]
+        makers, weights = ([called[n] for n in names if n in called] for names in (family.makers, family.weights))
+        if tie(family.kind, family.kin, makers, weights, groups):
+            registry.generation += 1
+    for record in called.values():
+        if record.pin is not None:
+            record.apply_pin()
 
 
 def instances_of(tracked: Iterable[Tracked]) -> list[Instance]:

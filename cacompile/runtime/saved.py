@@ -13,7 +13,7 @@ from cacompile.errors import ConvAwareError, unknown
 
 from .tracked import GroupState, Partition, Tracked
 
-FORMAT = 1
+FORMAT = 2
 ENTRY = "state_dict entry "
 
 
@@ -22,8 +22,9 @@ def check_state(state: Any, tracked: Mapping[str, Tracked]) -> None:
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         got = state.get("format") if isinstance(state, Mapping) else type(state).__name__
         raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {FORMAT}, got {got!r}")
-    _keys(state, {"flops", "parameters"}, "state_dict")
-    flops, saved = state["flops"], state["parameters"]
+    _keys(state, {"flops", "groups", "parameters"}, "state_dict")
+    flops, groups, saved = state["flops"], state["groups"], state["parameters"]
+    _must(_is_row(groups) and all(isinstance(g, str) for g in groups), "groups", groups, "a list of names")
     _must(_is_row(flops) and len(flops) == 2 and all(map(_is_number, flops)), "flops", flops, "two finite numbers")
     _must(isinstance(saved, Mapping), "parameters", saved, "a mapping of names to entries")
     for name, entry in saved.items():

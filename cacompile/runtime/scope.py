@@ -17,6 +17,7 @@ from .mask import draw, generator
 from .monitor import learn, read_scores, read_together, settings_by_param
 from .policy import keep_probabilities
 from .tracked import GroupState, Tracked, registry
+from .units import Units
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Scope:
         self.state = GroupState.joined([record.state for record in self.tracked])
         self._flops = np.concatenate([record.flops for record in self.tracked])
         self._tables = Tables()
-        self._family = np.repeat(np.arange(len(self.tracked)), [record.groups for record in self.tracked])
+        self._units = Units(self.tracked)
 
     @property
     def valid(self) -> bool:
@@ -84,8 +85,10 @@ class Scope:
         else:
             # with a parameter's key, so that the scopes of one model do not draw alike
             random = generator(self.config.seed, step, self.tracked[0].key or 0)
-            state.on[:] = draw(state.keep, self._family, random)
-            state.on |= (state.age >= self.config.max_age) | (steps < self.config.warmup_steps)[self._family]
+            on = draw(self._units.least(state.keep), self._units.family, random)
+            young = np.repeat(steps < self.config.warmup_steps, [record.groups for record in self.tracked])
+            on |= ~self._units.every((state.age < self.config.max_age) & ~young)
+            state.on[:] = on[self._units.of_block]
         for record in self.tracked:
             if record.pin is not None:
                 record.state.on[:] = record.pin.mask_of(record)
@@ -104,9 +107,14 @@ class Scope:
                 learn(record, due)
         rates = settings_by_param(optimizer)
         rate = [_rate(rates.get(id(record.ref()), {}).get("lr", 1.0)) for record in self.tracked]
-        descent = self.state.score * np.array(rate)[self._family]
-        settled = 1.0 - self.state.score / np.where(self.state.peak > 0.0, self.state.peak, 1.0)
-        self.state.keep[:] = keep_probabilities(descent, settled, self._flops, self.config)
+        score, units = self.state.score, self._units
+        # what costs nothing need not be known: the gain of a standardized weight that has no gradient yet
+        score = np.where((self._flops == 0.0) & ~np.isfinite(score), 0.0, score)
+        descent = units.sum(score * np.repeat(rate, [record.groups for record in self.tracked]))
+        peak = units.sum(self.state.peak)
+        settled = 1.0 - units.sum(score) / np.where(peak > 0.0, peak, 1.0)
+        keep = keep_probabilities(descent, settled, units.sum(self._flops), self.config)
+        self.state.keep[:] = keep[units.of_block]
 
 
 def _rate(lr: float | torch.Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from .instance import Instance, instances_of
 from .saved import FORMAT, check_state
 from .stepping import Scopes
 from .tracked import Pin, Tracked, registry
+from .units import Units
 
 _TOO_EARLY = " (groups are known after the first forward pass)"
 _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -47,6 +48,7 @@ class Session:
         self._model = weakref.ref(model)
         self._scopes = Scopes()
         self._carried = (0.0, 0.0)
+        self._loaded_groups: list[str] = []
 
     @property
     def tracked(self) -> dict[str, Tracked]:
@@ -70,27 +72,41 @@ class Session:
         return next((record.config for record in self.tracked.values() if record.groups), None)
 
     @property
+    def units(self) -> Units:
+        """The groups, and which blocks of which parameters they are."""
+        return Units([record for record in self.tracked.values() if record.groups])
+
+    @property
     def groups(self) -> list[str]:
-        """Names of all groups, in the order of `mask`."""
-        return [name for owner, record in self.tracked.items() for name in _group_names(owner, record)]
+        """Names of all groups, in the order of `mask`: `layers.3.mlp.neurons[0:128]`."""
+        return self.names()[1]
+
+    @property
+    def families(self) -> list[str]:
+        """Names of all families of groups: `layers.3.mlp.neurons`."""
+        return self.names()[0]
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """(families', groups') names."""
+        return self.units.names({id(record): name for name, record in self.tracked.items()})
 
     @property
     def mask(self) -> torch.Tensor:
         """This step's mask, bool [groups] on the host; True: the gradient is computed."""
-        return torch.from_numpy(self._joined("on", bool))
+        units = self.units
+        return torch.from_numpy(units.every(_joined(units, "on", bool)))
 
     @property
     def keep(self) -> torch.Tensor:
         """Probabilities of this step's draw, float64 [groups]."""
-        return torch.from_numpy(self._joined("keep", float))
+        units = self.units
+        return torch.from_numpy(units.least(_joined(units, "keep", float)))
 
     @property
     def scores(self) -> torch.Tensor:
         """Expected descent of each group at the last reading, float64 [groups]; NaN before the first."""
-        return torch.from_numpy(self._joined("score", float))
-
-    def _joined(self, name: str, dtype: type) -> np.ndarray:
-        return np.concatenate([np.zeros(0, dtype), *(getattr(r.state, name) for r in self.tracked.values())])
+        units = self.units
+        return torch.from_numpy(units.sum(_joined(units, "score", float)))
 
     @property
     def step_count(self) -> int:
@@ -115,7 +131,8 @@ class Session:
 
         Change pins between steps: what a pin skipped gets its estimate in the next step unless gradients are None.
 
-        mask: bool for each of `groups`, or {group or parameter name: bool} with all others on; or
+        mask: bool for each of `groups`; or {name of a group, family or parameter: bool} with all others on, where the
+        narrower name decides and a parameter's leaves the rest of its groups on; or
         keep, seed: draw it once, every group kept with probability `keep`.
         """
         tracked = self.tracked
@@ -124,12 +141,45 @@ class Session:
         if mask is None:
             pins: dict[str, Pin | None] = dict.fromkeys(tracked, _drawn(keep, seed))
         elif isinstance(mask, Mapping):
-            pins = _named(mask, tracked)
+            pins = self._named(mask)
         else:
-            pins = _listed(mask, tracked)
+            pins = self._listed(mask)
         for name, record in tracked.items():
             record.pin = pins[name]
             record.apply_pin()
+
+    def _listed(self, mask: torch.Tensor | Sequence[bool]) -> dict[str, Pin | None]:
+        if not isinstance(mask, (torch.Tensor, np.ndarray, Sequence)) or isinstance(mask, str):
+            raise ConvAwareError(f"mask must be a sequence or a tensor of bool, or a dict, got {mask!r}")
+        values = mask.reshape(-1).tolist() if isinstance(mask, (torch.Tensor, np.ndarray)) else list(mask)
+        units = self.units
+        if len(values) != len(units.all):
+            hint = "" if units.all else _TOO_EARLY
+            wanted = f"one entry for each of the {len(units.all)} groups{hint}"
+            raise ConvAwareError(f"mask must have {wanted}, got {len(values)}")
+        split = units.split(np.array(values, bool))
+        pins = {id(record): Pin(mask=tuple(map(bool, each))) for record, each in zip(units.records, split)}
+        return {name: pins.get(id(record)) for name, record in self.tracked.items()}
+
+    def _named(self, mask: Mapping[str, bool]) -> dict[str, Pin | None]:
+        units, tracked = self.units, self.tracked
+        families, groups = self.names()
+        known = {*tracked, *families, *groups}
+        for name in mask:
+            if name not in known:
+                hint = "" if groups else _TOO_EARLY
+                raise unknown(f"group, family or parameter in mask{hint}:", name, known)
+        chosen = [mask.get(name, mask.get(families[f])) for name, f in zip(groups, units.family)]
+        pins: dict[int, Pin] = {}
+        for record, name in ((r, n) for n, r in tracked.items()):
+            otherwise = bool(mask.get(name, True))
+            # a parameter whose groups are not known yet can only be pinned as a whole
+            pins[id(record)] = Pin(keep=float(otherwise))
+        split = units.split(np.arange(len(groups)))
+        for record, each in zip(units.records, split):
+            otherwise = bool(pins[id(record)].keep)
+            pins[id(record)] = Pin(mask=tuple(otherwise if chosen[i] is None else bool(chosen[i]) for i in each))
+        return {name: pins[id(record)] for name, record in tracked.items()}
 
     def unpin(self) -> None:
         """End `pin`: all groups are on until scores are read and a mask is drawn again."""
@@ -148,6 +198,7 @@ class Session:
         return {
             "format": FORMAT,
             "flops": self.flops,
+            "groups": self.groups or self._loaded_groups,
             "parameters": {name: record.to_dict() for name, record in tracked.items()},
         }
 
@@ -160,16 +211,14 @@ class Session:
         check_state(state, tracked)
         for name, entry in state["parameters"].items():
             tracked[name].load(entry)
+        self._loaded_groups = list(state["groups"])
         self._carried = (0.0, 0.0)
         total, saved = self.flops
         self._carried = state["flops"][0] - total, state["flops"][1] - saved
 
 
-def _group_names(owner: str, record: Tracked) -> list[str]:
-    if record.partition is None:
-        return []
-    block, rows = record.partition.block, record.partition.rows
-    return [f"{owner}[{start}:{min(start + block, rows)}]" for start in range(0, rows, block)]
+def _joined(units: Units, name: str, dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *(getattr(record.state, name) for record in units.records)])
 
 
 def _drawn(keep: Any, seed: Any) -> Pin:
@@ -178,35 +227,3 @@ def _drawn(keep: Any, seed: Any) -> Pin:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConvAwareError(f"seed must be an int >= 0, got {seed!r}")
     return Pin(keep=float(keep), seed=seed)
-
-
-def _listed(mask: torch.Tensor | Sequence[bool], tracked: dict[str, Tracked]) -> dict[str, Pin | None]:
-    if not isinstance(mask, (torch.Tensor, np.ndarray, Sequence)) or isinstance(mask, str):
-        raise ConvAwareError(f"mask must be a sequence or a tensor of bool, or a dict, got {mask!r}")
-    values = mask.reshape(-1).tolist() if isinstance(mask, (torch.Tensor, np.ndarray)) else list(mask)
-    wanted = sum(record.groups for record in tracked.values())
-    if len(values) != wanted:
-        hint = "" if wanted else _TOO_EARLY
-        raise ConvAwareError(f"mask must have one entry for each of the {wanted} groups{hint}, got {len(values)}")
-    rest = iter(values)
-    return {name: _given(next(rest) for _ in range(record.groups)) for name, record in tracked.items()}
-
-
-def _named(mask: Mapping[str, bool], tracked: dict[str, Tracked]) -> dict[str, Pin | None]:
-    names = {owner: _group_names(owner, record) for owner, record in tracked.items()}
-    known = {*names, *(name for groups in names.values() for name in groups)}
-    for name in mask:
-        if name not in known:
-            hint = "" if any(names.values()) else _TOO_EARLY
-            raise unknown(f"group or parameter in mask{hint}:", name, known)
-    # a parameter whose groups are not known yet can only be pinned as a whole
-    return {
-        owner: _given(mask.get(name, mask.get(owner, True)) for name in groups)
-        or Pin(keep=float(mask.get(owner, True)))
-        for owner, groups in names.items()
-    }
-
-
-def _given(values: Iterable[Any]) -> Pin | None:
-    mask = tuple(map(bool, values))
-    return Pin(mask=mask) if mask else None

@@ -17,13 +17,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cacompile.config import Config
 
 from .mask import draw, generator
+from .units import Kinship, Unit, by_itself
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class GroupState:
-    """What is known of each group; one entry a group. Views into one longer state while a scope draws for several."""
+    """What is known of each block of a parameter. Views into one longer state while a scope draws for several.
+
+    Blocks that belong to one group agree in `on`, `keep` and `age`; scores are each block's own.
+    """
 
     on: np.ndarray
     """bool: the gradient is computed this step."""
@@ -70,7 +74,7 @@ class GroupState:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """How a parameter is cut: `block` rows a group along dimension `dim`, `rows` in all."""
+    """How a parameter is cut: blocks of `block` rows along dimension `dim`, `rows` in all."""
 
     dim: int
     block: int
@@ -133,12 +137,14 @@ class Tracked:
         """Names it in random draws and fixes the order: given when it is cut, so the same on every rank."""
         self.config = Config()
         self.partition: Partition | None = None
+        self.units: list[Unit] = []
+        """For each block, the group that it belongs to."""
         self.state = GroupState.fresh(0)
         self.flops = np.zeros(0)
-        """dW FLOPs of one backward, for each group, in the graph in which it costs most."""
+        """dW FLOPs of one backward, for each block, in the graph in which it costs most."""
         self.spent: list[Spent] = []
         self.skipped = np.zeros(0, bool)
-        """Groups whose gradient some backward left out since the last optimizer step."""
+        """Blocks whose gradient some backward left out since the last optimizer step."""
         self.step = 0
         """Optimizer steps seen."""
         self.pin: Pin | None = None
@@ -149,6 +155,7 @@ class Tracked:
 
     @property
     def groups(self) -> int:
+        """Blocks, each of which belongs to a group."""
         return len(self.state.on)
 
     def cut(self, partition: Partition, config: Config, name: str) -> bool:
@@ -164,6 +171,7 @@ class Tracked:
         self.skipped = np.zeros(partition.groups, bool)
         if self.key is None:
             self.key = registry.new_key(name)
+        self.units = by_itself(self, partition.groups, partition.block, partition.rows)
         registry.generation += 1
         self._take_groups()
         if self.pin is not None:
@@ -232,11 +240,19 @@ class Pin:
     seed: int = 0
 
     def mask_of(self, record: Tracked) -> np.ndarray:
-        """The mask for one parameter, bool [G]; the same whatever else is pinned with it."""
+        """The mask for one parameter's blocks, bool [G]; the same for all of a group, and whatever else is pinned."""
         if self.mask is not None:
             return np.array(self.mask, bool)
-        assert record.key is not None
-        return draw(self.keep_of(record), np.zeros(record.groups, int), generator(self.seed, record.key))
+        drawn: dict[int, dict[int, bool]] = {}
+        for unit in record.units:
+            if id(unit.family) not in drawn:
+                drawn[id(unit.family)] = self._draw(unit.family)
+        return np.array([drawn[id(unit.family)][id(unit)] for unit in record.units], bool)
+
+    def _draw(self, family: Kinship) -> dict[int, bool]:
+        keep = np.full(len(family.units), self.keep)
+        chosen = draw(keep, np.zeros(len(keep), int), generator(self.seed, *family.key))
+        return dict(zip(map(id, family.units), map(bool, chosen)))
 
     def keep_of(self, record: Tracked) -> np.ndarray:
         """The probabilities that the mask was drawn with, float [G]; of a given mask, the mask itself."""

@@ -1,5 +1,7 @@
 """group: how the rows of a gradient are cut into blocks."""
 
+from dataclasses import replace
+
 import pytest
 from tiny import Tiny, aten, located, reason
 from torch import fx
@@ -23,16 +25,18 @@ def spans(plan: Plan) -> list[tuple[int, int]]:
 
 def test_blocks_of_rows_the_last_one_smaller() -> None:
     plan = cut(product(Tiny(), 300), 128)
-    assert [g.name for g in plan.groups] == ["w[0:128]", "w[128:256]", "w[256:300]"]
+    assert [g.name for g in plan.groups] == ["w.rows[0:128]", "w.rows[128:256]", "w.rows[256:300]"]
     assert [g.flops for g in plan.groups] == [2 * rows * 8 * 32 for rows in (128, 128, 44)]
-    assert {g.family for g in plan.groups} == {"w"} and plan.grads[0].blocks == 3
+    assert [f.name for f in plan.families] == ["w.rows"] and not plan.families[0].semantic
+    assert plan.grads[0].blocks == 3 and plan.grads[0].groups == (0, 1, 2)
 
 
 def test_slots_run_through_all_parameters() -> None:
     tiny = Tiny()
     one, two = located(product(tiny, 64)), located(product(Tiny(), 32))
-    plan = group(Plan(grads=one.grads + two.grads), block_rows=16)
-    assert [g.slot for g in plan.grads] == [0, 4] and len(plan.groups) == 6
+    [other] = two.grads
+    plan = group(Plan(grads=(*one.grads, replace(other, param=replace(other.param, name="v")))), block_rows=16)
+    assert [g.slot for g in plan.grads] == [0, 4] and len(plan.groups) == plan.blocks == 6
 
 
 def test_sum_of_products_counts_both() -> None:

@@ -1,13 +1,16 @@
 """guard: planned products become their masked twins, all else stays as it was."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from experts import experts_backward
 from tiny import Tiny, aten, copied, marked_conv, marked_mm, param
+from torch import fx
 from torch.testing import FileCheck
 
-from cacompile.passes import group, guard_weight_grads, locate, mark_products
+from cacompile.passes import group, guard_weight_grads, locate, mark_products, verify
 from cacompile.passes.guard import FLAGS as FLAGS_INPUT
 from cacompile.passes.guard import HOST_FLAGS, MARK, Mark
 from cacompile.plan import Plan
@@ -132,3 +135,57 @@ def test_mark_says_where_a_part_begins() -> None:
     mark_products(plan)
     assert [p.meta[MARK] for p in parts] == [Mark("w", (0, 0), (16, 0)), Mark("w", (2, 0), (16, 0))]
     assert parts[1].meta[MARK].only == (2, 16, 0)
+
+
+def by_hand(tiny: Tiny, grad: fx.Node, dim: int, *others: fx.Node) -> tuple[fx.GraphModule, Plan]:
+    """A graph that returns this gradient, and its plan in blocks of 2 along `dim`."""
+    gm = tiny.returns(grad, *others)
+    [found] = locate(Plan(params=(param(grad),))).grads
+    [found] = [cut for cut in (found, *found.others) if cut.dim == dim]
+    plan = Plan(grads=(replace(found, block=2, slot=3, others=()),))
+    mark_products(plan)
+    return gm, plan
+
+
+def test_grouped_product_is_masked() -> None:
+    tiny = Tiny()
+    a, b = tiny.input("dy_t", 16, 24), tiny.input("x", 24, 8)
+    offs = tiny.input("offs", 4, dtype=torch.int32)
+    dw = tiny.graph.call_function(aten._grouped_mm.default, (a, b, offs))
+    dw.meta["val"] = torch.empty(4, 16, 8, device="meta")
+    gm, plan = by_hand(tiny, dw, 1)
+    before = copied(gm)
+    verify(before, gm.graph, ())
+    plan = guard_weight_grads(gm, plan)
+    assert plan.guarded == ("w",)
+    call = "cacompile.masked_grouped_mm.default(dy_t, x, offs, convaware_flags, None, [0, 3, 0], [0, 2, 0])"
+    FileCheck().check(call).run(gm.code)
+    verify(before, gm.graph, plan.guarded)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("needs_dx", [False, True])
+def test_experts_backward_is_split(transposed: bool, dim: int, needs_dx: bool) -> None:
+    tiny = Tiny()
+    dx, dw = experts_backward(tiny, transposed=transposed)
+    if not needs_dx:
+        tiny.graph.erase_node(dx)
+    gm, plan = by_hand(tiny, dw, dim, *([dx] if needs_dx else []))
+    before = copied(gm)
+    plan = guard_weight_grads(gm, plan)
+    assert plan.guarded == ("w",) and "fallback_backward" not in gm.code
+    verify(before, gm.graph, plan.guarded)
+
+    weight = torch.randn(4, 16, 12).mT if transposed else torch.randn(4, 12, 16)
+    args = [torch.randn(24, 12), torch.randn(24, 16), weight, torch.tensor([5, 5, 20, 24], dtype=torch.int32)]
+    flags = torch.ones(3 + 8, dtype=torch.uint8)
+    dense = fx.GraphModule({}, before)(*args)
+    for ours, theirs in zip(gm(*args, flags), dense, strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    flags[3] = 0  # the first two experts, rows or columns
+    ours = gm(*args, flags)
+    assert not ours[0].narrow(dim, 0, 2).any()
+    rest = dense[0].shape[dim] - 2
+    torch.testing.assert_close(ours[0].narrow(dim, 2, rest), dense[0].narrow(dim, 2, rest))
+    assert all(map(torch.equal, ours[1:], dense[1:]))

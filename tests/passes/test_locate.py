@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from experts import experts_backward
 from tiny import Tiny, aten, found, located, param, reason
 from torch import fx
 
@@ -199,3 +200,51 @@ def test_what_has_no_kernel_stays_dense_under_cuda_graphs(dtype: torch.dtype, gr
     plan = locate(Plan(params=(Param("w", 0, (48, 32), placeholder, dw),)), graphs=graphs)
     assert bool(plan.grads) != dense
     assert not dense or "no kernel under CUDA graphs for torch.float64" in plan.skips[0].reason
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1]])
+def test_experts_of_a_grouped_product(order: list[int]) -> None:
+    tiny = Tiny()
+    a, b = tiny.input("dy_t", 48, 64, dtype=torch.bfloat16), tiny.input("x", 64, 32, dtype=torch.bfloat16)
+    product = tiny.graph.call_function(aten._grouped_mm.default, (a, b, tiny.input("offs", 4, dtype=torch.int32)))
+    product.meta["val"] = torch.empty(4, 48, 32, dtype=torch.bfloat16, device="meta")
+    grad = found(located(tiny.call(aten.permute.default, product, order)))
+    assert [(g.dim, where(g.products[0])[0]) for g in (grad, *grad.others)] == list(enumerate(order))
+    assert grad.kind == "grouped" and grad.flops == 2 * 48 * 32 * 64
+
+
+def test_grouped_product_of_tokens_makes_no_weight_gradient() -> None:
+    tiny = Tiny()
+    dy, w = tiny.input("dy", 64, 48), tiny.input("w", 4, 48, 32)
+    product = tiny.graph.call_function(aten._grouped_mm.default, (dy, w, tiny.input("offs", 4, dtype=torch.int32)))
+    product.meta["val"] = torch.empty(64, 32, device="meta")
+    plan = located(product)
+    assert "_grouped_mm" in reason(plan) and plan.skips[0].kind == "other"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_experts_backward_of_transformers(index: int) -> None:
+    grad = experts_backward(Tiny(), transposed=False)[index]
+    if index == 0:
+        assert "is output 0 of transformers" in reason(located(grad))
+        return
+    weight = found(located(grad))
+    assert weight.kind == "grouped" and weight.flops == 2 * 24 * 12 * 16 and len(weight.others) == 2
+    assert weight.products[0].node is grad.args[0]
+
+
+def test_weights_gathered_for_each_token_are_named_and_counted() -> None:
+    tiny = Tiny()
+    zeros = tiny.call(aten.full.default, [4, 48, 32], 0)
+    outer = tiny.call(aten.mul.Tensor, tiny.input("dy", 10, 48, 1), tiny.input("x", 10, 1, 32))
+    ids = [tiny.input("experts", 10, dtype=torch.int64)]
+    plan = located(tiny.call(aten.index_put.default, zeros, ids, outer, True))
+    assert "gathered for each token" in reason(plan)
+    assert (plan.skips[0].kind, plan.flops) == ("gathered", 2 * 10 * 48 * 32)
+
+
+def test_flops_are_not_sought_behind_what_is_not_understood() -> None:
+    tiny = Tiny()
+    dx = tiny.mm(tiny.input("a", 48, 8), tiny.input("b", 8, 32))
+    plan = located(tiny.call(aten.exp.default, dx))
+    assert (plan.skips[0].kind, plan.flops) == ("other", 0)

@@ -1,14 +1,17 @@
 """verify: every kind of broken promise is caught."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from tiny import Tiny, aten, copied, marked_conv, marked_mm
+from experts import experts_backward
+from tiny import Tiny, aten, copied, marked_conv, marked_mm, param
 from torch import fx
 
-from cacompile.kernels import masked_conv_dw, masked_mm
-from cacompile.passes import Broken, guard_weight_grads, verify
-from cacompile.passes.guard import FLAGS, HOST_FLAGS, MARK
+from cacompile.kernels import masked_conv_dw, masked_grouped_mm, masked_mm
+from cacompile.passes import Broken, guard_weight_grads, locate, mark_products, verify
+from cacompile.passes.guard import FLAGS, HOST_FLAGS, MARK, experts_forward
+from cacompile.plan import Plan
 
 Graphs = tuple[fx.Graph, fx.GraphModule]
 
@@ -187,6 +190,52 @@ def bias_over_channels(gm: fx.GraphModule) -> None:
 @pytest.mark.parametrize("break_it", [conv_keeps_dw, conv_other_stride, bias_over_channels])
 def test_broken_convolution(break_it: Callable[[fx.GraphModule], None]) -> None:
     before, gm = guarded(marked_conv)
+    break_it(gm)
+    with pytest.raises(Broken):
+        verify(before, gm.graph, ("w",))
+
+
+def experts() -> tuple[fx.GraphModule, Plan]:
+    tiny = Tiny()
+    dx, dw = experts_backward(tiny, transposed=True)
+    gm = tiny.returns(dw, dx)
+    [grad] = locate(Plan(params=(param(dw),))).grads
+    plan = Plan(grads=(replace(grad, block=1, others=()),))
+    mark_products(plan)
+    return gm, plan
+
+
+def weight_not_turned(gm: fx.GraphModule) -> None:
+    turned = node_of(gm, experts_forward())
+    turned.update_arg(1, gm.graph.find_nodes(op="placeholder")[2])
+
+
+def tokens_of_others(gm: fx.GraphModule) -> None:
+    forward = node_of(gm, experts_forward())
+    forward.update_arg(0, gm.graph.find_nodes(op="placeholder")[0])
+
+
+def result_not_turned_back(gm: fx.GraphModule) -> None:
+    [back] = node_of(gm, masked_grouped_mm).users
+    back.update_arg(1, [0, 1, 2])
+
+
+def columns_for_rows(gm: fx.GraphModule) -> None:
+    node_of(gm, masked_grouped_mm).update_arg(6, [0, 1, 0])
+
+
+def operands_exchanged(gm: fx.GraphModule) -> None:
+    product = node_of(gm, masked_grouped_mm)
+    product.args = (product.args[1], product.args[0], *product.args[2:])
+
+
+BROKEN_EXPERTS = [weight_not_turned, tokens_of_others, result_not_turned_back, columns_for_rows, operands_exchanged]
+
+
+@pytest.mark.parametrize("break_it", BROKEN_EXPERTS)
+def test_broken_experts(break_it: Callable[[fx.GraphModule], None]) -> None:
+    before, gm = guarded(experts)
+    verify(before, gm.graph, ("w",))
     break_it(gm)
     with pytest.raises(Broken):
         verify(before, gm.graph, ("w",))

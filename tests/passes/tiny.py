@@ -86,12 +86,14 @@ def marked_conv(*, needs_dx: bool = True, bias: bool = True) -> tuple[fx.GraphMo
     dx, dw, db = (
         tiny.call(operator.getitem, conv, i) if wanted else None for i, wanted in enumerate([needs_dx, True, bias])
     )
-    return _marked(tiny, dw, [dx, db])
+    return _marked(tiny, dw, [dx, db], block_rows=32)  # of filters, half as many
 
 
-def _marked(tiny: Tiny, dw: fx.Node, others: Sequence[fx.Node | None]) -> tuple[fx.GraphModule, Plan]:
+def _marked(
+    tiny: Tiny, dw: fx.Node, others: Sequence[fx.Node | None], block_rows: int = 16
+) -> tuple[fx.GraphModule, Plan]:
     gm = tiny.returns(dw, *others)
-    plan = group(locate(Plan(params=(param(dw),))), block_rows=16)
+    plan = group(locate(Plan(params=(param(dw),))), block_rows=block_rows)
     mark_products(plan)
     return gm, plan
 

@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
 class Run:
     """A model in training, from the same seed every time; keeps what it did."""
 
-    def __init__(self, optimizer: str = "adamw", width: int = 64, **options: Any) -> None:
+    def __init__(self, optimizer: str = "adamw", width: int = 96, **options: Any) -> None:
         torch._dynamo.reset()
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, 32))
@@ -61,7 +61,7 @@ class Run:
 
 @pytest.fixture
 def run() -> Run:
-    """After one backward: 4 groups of "0.weight", 2 of "2.weight"."""
+    """After one backward: 6 groups, rows of "0.weight" and columns of "2.weight"."""
     run = Run()
     run.backward(0)
     return run
@@ -122,10 +122,8 @@ def test_other_blocks_start_anew(run: Run, caplog: pytest.LogCaptureFixture):
 
 
 def test_groups_have_names_and_an_order(run: Run):
-    assert run.session.groups == [
-        *(f"0.weight[{i}:{i + 16}]" for i in (0, 16, 32, 48)),
-        *(f"2.weight[{i}:{i + 16}]" for i in (0, 16)),
-    ]
+    assert run.session.groups == [f"0.neurons[{i}:{i + 16}]" for i in range(0, 96, 16)]
+    assert run.session.families == ["0.neurons"]
     assert run.session.mask.dtype == torch.bool and run.session.mask.all()
     assert (run.session.keep == 1).all() and run.session.scores.isnan().all()
 
@@ -133,20 +131,22 @@ def test_groups_have_names_and_an_order(run: Run):
 def test_the_session_is_the_same_for_the_model_and_what_was_compiled_of_it(run: Run):
     assert cacompile.session(run.compiled) is run.session
     part = cacompile.session(run.model[2])
-    assert part.groups == ["weight[0:16]", "weight[16:32]"]
-    part.pin([True, False])
+    assert part.groups == [f"neurons[{i}:{i + 16}]" for i in range(0, 96, 16)]
+    part.pin([True] * 5 + [False])
     assert run.session.mask.tolist() == [True] * 5 + [False]
+    assert run.session.tracked["0.weight"].state.on.all(), "only what it was asked for"
 
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
-        ({"0.weight": False}, [0, 0, 0, 0, 1, 1]),
-        ({"0.weight": False, "2.weight": True}, [0, 0, 0, 0, 1, 1]),
+        ({"0.weight": False}, [0] * 6),
+        ({"0.weight": False, "2.weight": True}, [0] * 6),
         ({}, [1] * 6),
-        ({"0.weight[16:32]": False, "2.weight": False}, [1, 0, 1, 1, 0, 0]),
-        ({"0.weight": False, "0.weight[16:32]": True}, [0, 1, 0, 0, 1, 1]),
+        ({"0.neurons[16:32]": False, "0.neurons[64:80]": False}, [1, 0, 1, 1, 0, 1]),
+        ({"0.neurons": False, "0.neurons[16:32]": True}, [0, 1, 0, 0, 0, 0]),
+        ({"2.weight": False, "0.neurons[0:16]": True}, [1, 0, 0, 0, 0, 0]),
         ([1, 0, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0]),
         (torch.tensor([[1, 0, 0], [0, 1, 1]]).bool(), [1, 0, 0, 0, 1, 1]),
     ],
@@ -155,7 +155,7 @@ def test_pin(mask: Any, expected: list[int], early: bool):
     run = Run()
     if not early:
         run.backward(0)
-    elif not isinstance(mask, dict) or any("[" in name for name in mask):
+    elif not isinstance(mask, dict) or any("neurons" in name for name in mask):
         with pytest.raises(ValueError, match="first forward"):
             run.session.pin(mask)
         return
@@ -173,7 +173,7 @@ def test_a_drawn_pin_is_a_function_of_its_seed(run: Run):
         masks.append(run.session.mask.clone())
     assert torch.equal(masks[0], masks[1])
     assert len({m.numpy().tobytes() for m in masks}) > 5
-    assert {int(m[:4].sum()) for m in masks} == {2}
+    assert {int(m.sum()) for m in masks} == {3}
     for keep in (0, 1.0):
         run.session.pin(keep=keep)
         assert (run.session.mask == bool(keep)).all()
@@ -197,7 +197,7 @@ def test_a_pin_made_after_loading_wins_over_the_saved_one(run: Run):
         ((3,), ["sequence", "got 3"]),
         (("0.weight",), ["sequence", "got '0.weight'"]),
         (({"0.wieght": False},), ["unknown", "'0.wieght'", "did you mean '0.weight'"]),
-        (({"0.weight": False, "2.weight[0:8]": False},), ["'2.weight[0:8]'", "'2.weight[0:16]'"]),
+        (({"0.weight": False, "0.neurons[0:8]": False},), ["'0.neurons[0:8]'", "did you mean '0.neurons[0:16]'"]),
         ((None, 1.5), ["keep", "between 0 and 1", "1.5"]),
         ((None, float("nan")), ["keep", "nan"]),
         ((None, True), ["keep", "True"]),
@@ -224,12 +224,13 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda s: None, ["format 1", "NoneType"]),
-        (lambda s: {**s, "format": 7}, ["format 1", "got 7"]),
-        (lambda s: {"weight": torch.ones(2)}, ["format 1", "got None"]),
+        (lambda s: None, ["format 2", "NoneType"]),
+        (lambda s: {**s, "format": 7}, ["format 2", "got 7"]),
+        (lambda s: {"weight": torch.ones(2)}, ["format 2", "got None"]),
         (lambda s: without(s, "flops"), ["lacks flops"]),
         (lambda s: {**s, "flops": None}, ["flops", "two finite numbers", "got None"]),
         (lambda s: {**s, "flops": (1.0, "2")}, ["flops", "two finite numbers", "'2'"]),
+        (lambda s: {**s, "groups": "all"}, ["groups", "list of names", "'all'"]),
         (lambda s: {**s, "parameters": None}, ["parameters", "mapping", "None"]),
         (lambda s: {**s, "parameters": without(s["parameters"], "2.weight")}, ["lacks 1", "'2.weight'"]),
         (lambda s: {**s, "parameters": {**s["parameters"], "3.weight": {}}}, ["unknown", "'3.weight'", "'2.weight'"]),
@@ -252,7 +253,7 @@ def test_a_wrong_state_is_one_clear_error_and_changes_nothing(run: Run, spoil: C
 
 def test_the_state_of_another_model_is_refused(run: Run):
     before, other = run.session.state_dict(), Run(width=80)
-    with pytest.raises(ValueError, match=r"'0.weight' is for shape \(80, 16\), the model's parameter has \(64, 16\)"):
+    with pytest.raises(ValueError, match=r"'0.weight' is for shape \(80, 16\), the model's parameter has \(96, 16\)"):
         run.session.load_state_dict(other.session.state_dict())
     assert same(run.session.state_dict(), before)
 

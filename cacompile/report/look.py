@@ -1,0 +1,107 @@
+"""Looks at a model: the graphs that it would be compiled to, without compiling them and without leaving a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._C._dynamo import eval_frame
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.convert_frame import register_bytecode_hook
+from torch._functorch import config as functorch_config
+
+from cacompile.config import Config
+from cacompile.joint import has_trainable
+from cacompile.plan import Plan
+from cacompile.region import Region, compile_region
+
+CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""In newer torch only."""
+
+Run = tuple[Plan, Mapping[str, torch.Tensor]]
+"""A graph, and the parameters that it ran with under its own names for them."""
+
+
+def trace(model: torch.nn.Module, config: Config, args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Run]:
+    """All graphs that `model` would be compiled to, each checked by building its guarded backward."""
+    runs: dict[tuple[int, ...], tuple[Region, dict[str, torch.Tensor]]] = {}
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        if not has_trainable(inputs):
+            return gm.forward
+        # the backward at once, not when it first runs: nothing runs backward here
+        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            region, compiled = compile_region(gm, inputs, config, {}, compile_inner=_interpreted)
+
+        def run(*args: Any) -> Any:
+            params = {param.name: args[param.index] for param in region.plan.params}
+            runs[id(region), *map(id, params.values())] = region, params
+            # a handle that leads nowhere: looking must not leave an instance behind
+            return compiled(*args, torch.tensor(0, device="cpu"))
+
+        return run
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return model.forward(*args, **kwargs)
+
+    # what Dynamo compiles it keeps with the code object, so a new one each time
+    fresh = types.FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
+    with _untouched(model), _untouched_dynamo() as options, torch.enable_grad():
+        torch.compile(fresh, backend=backend, **options)(*args, **kwargs)
+    for region, _ in runs.values():
+        if region.backward is not None:
+            region.backward.guarded()
+    return [(region.plan, params) for region, params in runs.values()]
+
+
+def _interpreted(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+    def run(args: list[Any]) -> Any:
+        return torch.fx.Interpreter(gm).boxed_run(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+@contextlib.contextmanager
+def _untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Put buffers and random state back after a forward pass."""
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+@contextlib.contextmanager
+def _untouched_dynamo() -> Iterator[dict[str, Any]]:
+    """Have Dynamo forget what it compiles here, as after a graph break it does with the model's own code objects.
+
+    Else looking would use up the recompilations that the model may have, and look different the next time.
+    Gives options for `torch.compile` that keep apart what it holds already; forgetting that would recompile the model.
+    """
+    seen: dict[int, tuple[types.CodeType, bool]] = {}
+
+    def note(code: types.CodeType, _: types.CodeType) -> None:
+        seen.setdefault(id(code), (code, not eval_frame._debug_get_cache_entry_list(code)))
+
+    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    apart = {"isolate_recompiles": True} if CAN_ISOLATE else {}
+    hook = register_bytecode_hook(note)
+    try:
+        with dynamo_config.patch(**limits, automatic_dynamic_shapes=False):
+            yield apart
+    finally:
+        hook.remove()
+        for code, was_new in seen.values():
+            if was_new:
+                eval_frame.reset_code(code)
