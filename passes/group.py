@@ -7,18 +7,18 @@ down [D, F] columns 0:128 ┘
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
-from cacompile.names import Named, family_names, group_name
-from cacompile.plan import Family, Param, ParamGroup, Plan, Shared, Skip, Slice, WeightGrad
+from cacompile.plan import Plan, Skip, WeightGrad
 
 from .axes import Axis
 from .components import THINNEST, Components, Owner, Part, stretch
 from .couple import Coupling
-from .kin import kin_of
+from .families import name_families, shared_axes
+from .owned import Owned, edges_of, inner_of, is_batch
 
 TARGETS = {"filters": 0.5, "tokens": 4.0, "outputs": 4.0}
 """Kind -> rows a block, as a multiple of `block_rows`; 1 for others.
@@ -26,51 +26,6 @@ TARGETS = {"filters": 0.5, "tokens": 4.0, "outputs": 4.0}
 So groups cost about the same: a neuron is a row or a column in two or three weights, a token a row in one alone; a row
 of filters has nine taps.
 """
-
-
-@dataclass
-class _Part:
-    """A future family: one axis with the slices that it owns."""
-
-    kind: str
-    leaf: Axis
-    slices: list[tuple[WeightGrad, np.ndarray]] = field(default_factory=list)
-    """Weights, and the unit of each row."""
-    others: list[tuple[Param, int, np.ndarray]] = field(default_factory=list)
-    """The same, with their dimension, of parameters whose gradients cost nothing: biases, norms, embeddings."""
-    units: int = 1
-    """Units a group."""
-    first: int = 0
-    """Its first group among all groups of the plan."""
-
-    @property
-    def groups(self) -> int:
-        return -(-self.leaf.size // self.units)
-
-    @property
-    def thickest(self) -> int:
-        """Neighbouring rows of one unit in the weight where they are most."""
-        runs = [_run(units) * inner_of(grad) for grad, units in self.slices]
-        return max(runs, default=1)
-
-    @property
-    def least(self) -> int:
-        """Units that cannot be parted: the output channels of one convolution group."""
-        return max((-(-grad.unit // _run(units)) for grad, units in self.slices), default=1)
-
-    def may_have(self, units: int) -> bool:
-        """Whether groups of so many units end where products and indivisible rows of its weights do."""
-        for grad, each in self.slices:
-            rows = units * _run(each)
-            if (np.diff(each) >= 0).all() and (rows % grad.unit or any(edge % rows for edge in edges_of(grad))):
-                return False
-        return True
-
-
-def _run(units: np.ndarray) -> int:
-    """Length of the first stretch of rows that belong to one unit."""
-    start = int(np.argmax(units >= 0))
-    return int(np.argmax(np.append(units[start:], -2) != units[start]))
 
 
 def group(plan: Plan, coupling: Coupling | None = None, *, block_rows: int) -> Plan:
@@ -106,7 +61,7 @@ def _owners(grad: WeightGrad, components: Components, followed: bool) -> list[Ow
     return [*ranked, Owner(grad, (Part(Axis(len(rows)), rows),), alone=True)]
 
 
-_Parts = dict[tuple[Axis, str | None], _Part]
+Parts = dict[tuple[Axis, str | None], Owned]
 """By axis; where a weight is alone with its share of the stream, by its name as well."""
 
 
@@ -114,13 +69,13 @@ def _key(owner: Owner, part: Part) -> tuple[Axis, str | None]:
     return part.leaf, owner.grad.param.name if owner.alone else None
 
 
-def _collect(owners: dict[str, list[Owner]], components: Components) -> _Parts:
-    parts: _Parts = {}
+def _collect(owners: dict[str, list[Owner]], components: Components) -> Parts:
+    parts: Parts = {}
     for owner, *_ in owners.values():
         for part in owner.parts:
             key = _key(owner, part)
             if key not in parts:
-                parts[key] = _Part(_kind(owner, part, components), part.leaf)
+                parts[key] = Owned(_kind(owner, part, components), part.leaf)
             parts[key].slices.append((owner.grad, part.units))
     return parts
 
@@ -133,7 +88,7 @@ def _kind(owner: Owner, part: Part, components: Components) -> str:
     return "rows" if not kind or (kind == "outputs" and len(owner.parts) > 1) else kind
 
 
-def _size(parts: _Parts, block_rows: int) -> None:
+def _size(parts: Parts, block_rows: int) -> None:
     """How many units make a group: so many that a kernel's tile is full; a unit is never cut."""
     first = 0
     for part in parts.values():
@@ -144,7 +99,7 @@ def _size(parts: _Parts, block_rows: int) -> None:
         part.first, first = first, first + part.groups
 
 
-def _labels(owner: Owner, parts: _Parts) -> np.ndarray:
+def _labels(owner: Owner, parts: Parts) -> np.ndarray:
     """int [rows]: the group of each row along the owned dimension; -1 for none."""
     labels = np.full(owner.grad.param.shape[owner.grad.dim], -1)
     for part in owner.parts:
@@ -154,7 +109,7 @@ def _labels(owner: Owner, parts: _Parts) -> np.ndarray:
     return labels
 
 
-def _block(owner: Owner, parts: _Parts, block_rows: int) -> int:
+def _block(owner: Owner, parts: Parts, block_rows: int) -> int:
     """Rows a block, so that no block has rows of two groups, or of two products; 0 if that is too thin."""
     grad, labels = owner.grad, _labels(owner, parts)
     block = stretch(labels, edges_of(grad))
@@ -164,7 +119,7 @@ def _block(owner: Owner, parts: _Parts, block_rows: int) -> int:
     return block if thick and block % grad.unit == 0 and (labels >= 0).all() else 0
 
 
-def _plan(plan: Plan, owners: dict[str, Owner], parts: _Parts, components: Components, block_rows: int) -> Plan:
+def _plan(plan: Plan, owners: dict[str, Owner], parts: Parts, components: Components, block_rows: int) -> Plan:
     skips: list[Skip] = []
     blocks: dict[str, int] = {}
     for name, owner in owners.items():
@@ -189,7 +144,8 @@ def _plan(plan: Plan, owners: dict[str, Owner], parts: _Parts, components: Compo
         for part in owner.parts:
             parts[_key(owner, part)].others.append((grad.param, grad.dim, part.units))
     _add_others(plan, parts, components, {grad.param.name for grad in plan.grads}, block_rows)
-    families, groups = _families(parts, components)
+    used = [part for part in parts.values() if part.slices or part.others]
+    families, groups = name_families(used, components)
     grads: list[WeightGrad] = []
     slot = 0
     for name, block in blocks.items():
@@ -202,22 +158,23 @@ def _plan(plan: Plan, owners: dict[str, Owner], parts: _Parts, components: Compo
         if (leader := made.get(grad.follows)) is not None:
             grads.append(replace(grad, block=leader.block, slot=slot, groups=leader.groups))
             slot += leader.blocks
+    spent: Counter[int] = Counter()
     for grad in grads:
         for label, flops in zip(grad.groups, grad.block_flops):
-            groups[label] = replace(groups[label], flops=groups[label].flops + flops)
+            spent[label] += flops
     return replace(
         plan,
         grads=tuple(grads),
-        groups=tuple(groups),
+        groups=tuple(replace(group, flops=spent[i]) for i, group in enumerate(groups)),
         families=tuple(families),
-        axes=_axes(components, [part for part in parts.values() if part.slices or part.others]),
+        axes=shared_axes(components, used),
         skips=(*plan.skips, *skips),
         cuts=tuple(components.coupling.cuts.items()),
         nodes=components.coupling.nodes,
     )
 
 
-def _add_others(plan: Plan, parts: _Parts, components: Components, owned: set[str], block_rows: int) -> None:
+def _add_others(plan: Plan, parts: Parts, components: Components, owned: set[str], block_rows: int) -> None:
     """Biases, norms and other parameters without products of their own, and embeddings: where their axis has groups."""
     layers = {layer.bit: layer for layer in components.coupling.layers}
     for param in plan.params:
@@ -239,79 +196,6 @@ def _add_others(plan: Plan, parts: _Parts, components: Components, owned: set[st
             for d, part in found:
                 if part.leaf in components.tokens:
                     units = max(1, int(block_rows * TARGETS["tokens"]))
-                    tokens = parts.setdefault((part.leaf, None), _Part("tokens", part.leaf, units=units))
+                    tokens = parts.setdefault((part.leaf, None), Owned("tokens", part.leaf, units=units))
                     tokens.others.append((param, d, part.units))
                     break
-
-
-def _families(parts: _Parts, components: Components) -> tuple[list[Family], list[ParamGroup]]:
-    """Named, in the order of the parameters; sets where each part's groups begin."""
-    used = [part for part in parts.values() if part.slices or part.others]
-    kin = kin_of(components, [part.leaf for part in used])
-    named = [Named(part.kind, _makers(part, components), _weights(part)) for part in used]
-    families: list[Family] = []
-    groups: list[ParamGroup] = []
-    for part, name, about, relatives in zip(used, family_names(named), named, kin):
-        part.first = len(groups)
-        scale = 1 if part.kind in ("heads", "experts") else _scale(part)
-        for start in range(0, part.leaf.size, part.units):
-            stop = min(start + part.units, part.leaf.size)
-            slices = tuple(_slices(part, start, stop))
-            text = group_name(name, start * scale, stop * scale)
-            groups.append(ParamGroup(text, start * scale, stop * scale, slices, len(families)))
-        families.append(Family(name, part.kind, about.makers, about.weights, relatives))
-    return families, groups
-
-
-def _axes(components: Components, used: Sequence[_Part]) -> tuple[Shared, ...]:
-    family = {part.leaf: i for i, part in enumerate(used)}
-    return tuple(
-        Shared(
-            "stream" if leaf in components.streams else components.kind(leaf),
-            leaf.size,
-            tuple(members),
-            family.get(leaf, -1),
-        )
-        for leaf, members in components.members.items()
-        if len(members) > 1 or leaf in family
-    )
-
-
-def _scale(part: _Part) -> int:
-    """Rows that one unit is in what makes it, such as channels of one group of a group norm."""
-    units = [units for _, units in part.slices] or [units for *_, units in part.others]
-    return _run(units[0])
-
-
-def _weights(part: _Part) -> tuple[str, ...]:
-    return tuple(grad.param.name for grad, _ in part.slices) or tuple(param.name for param, *_ in part.others)
-
-
-def _makers(part: _Part, components: Components) -> tuple[str, ...]:
-    made = [name for layer in components.made[part.leaf] for name in sorted(layer.weights)]
-    return tuple(name for name in dict.fromkeys(made) if name in _weights(part))
-
-
-def inner_of(grad: WeightGrad) -> int:
-    """Rows or columns of the product that one row of the weight is; of an expert, those of its matrix."""
-    return grad.param.shape[1] if is_batch(grad) else min(p.inner for p in grad.products)
-
-
-def is_batch(grad: WeightGrad) -> bool:
-    """Whether it is cut into whole matrices of a batched product."""
-    return any(p.kind in ("batched", "grouped") and p.dim == 0 for p in grad.products)
-
-
-def edges_of(grad: WeightGrad) -> list[int]:
-    """Rows at which one product ends and another begins."""
-    rows = grad.param.shape[grad.dim]
-    return sorted({edge for p in grad.products for edge in (p.lo, p.hi)} - {0, rows})
-
-
-def _slices(part: _Part, start: int, stop: int) -> Iterable[Slice]:
-    weights = [(grad.param.name, grad.dim, units) for grad, units in part.slices]
-    for name, dim, units in [*weights, *((param.name, dim, units) for param, dim, units in part.others)]:
-        inside = np.concatenate(([False], (units >= start) & (units < stop), [False]))
-        edges: Sequence[int] = np.flatnonzero(np.diff(inside.astype(np.int8))).tolist()
-        for lo, hi in zip(edges[::2], edges[1::2]):
-            yield Slice(name, dim, lo, hi)
