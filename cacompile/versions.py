@@ -66,7 +66,8 @@ class BackwardVersions:
         self._donated = _donated(self._context, handle)
         # overrides of Inductor's config live here, and not in the autograd thread that will want the guarded version
         self._overrides = contextvars.copy_context()
-        self._source: fx.GraphModule | None = copy.deepcopy(gm)  # Inductor edits the graph that it compiles
+        # Inductor edits the graph that it compiles; constants are not copied, which a fake mode would not let us
+        self._source: fx.GraphModule | None = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         self._guarded: Guarded | None = None
         self._settled = False
         with _donating(self._context, self._donated):

@@ -131,9 +131,11 @@ def _flex_attention(walk: Walk, node: fx.Node) -> list[Dims | None]:
 
 def _grouped_matmul(walk: Walk, node: fx.Node) -> list[Dims]:
     """Tokens sorted by expert [T, K] times each expert's matrix [E, K, N] -> [T, N]."""
-    a, b = node.args[:2]
+    a, b, borders = node.args[:3]
     ours, theirs = walk.dims(a), walk.dims(b)
     tie(ours[-1], theirs[-2])
+    if len(theirs) == 3:
+        tie(theirs[0], walk.dims(borders)[0])  # which experts' products have in common
     if len(theirs) == 3 and walk.weights(b) and not walk.weights(a):
         walk.layer(node, b, "linear", rows=theirs[-1], columns=theirs[-2], batch=theirs[0])
     return [[*ours[:-1], theirs[-1]]]

@@ -35,6 +35,15 @@ def _reshape(walk: Walk, node: fx.Node) -> list[Dims]:
         return [[*before[:head], *result[head : len(result) - tail], *before[len(before) - tail :]]]
 
 
+def _as_strided(walk: Walk, node: fx.Node) -> list[Dims]:
+    """A reshape, where all of a contiguous tensor is seen as another (group norms of torch are made with it)."""
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    same = before.is_contiguous() and after.is_contiguous() and before.numel() == after.numel()
+    if not same or before.storage_offset() != after.storage_offset():
+        raise Uncoupled("memory seen with other strides")
+    return _reshape(walk, node)
+
+
 def _equal(a: Dims, b: Dims) -> int:
     """How many leading dimensions are of equal size."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if size_of(x) != size_of(y)), min(len(a), len(b)))
@@ -145,8 +154,20 @@ def _unchanged(walk: Walk, node: fx.Node) -> list[Dims]:
     return [[dim if size_of(dim) == size_of(new) else new for dim, new in zip(source, walk.dims(node))]]
 
 
+def _glu(walk: Walk, node: fx.Node) -> list[Dims]:
+    """One half gates the other."""
+    dims = list(walk.dims(node.args[0]))
+    dim = node.args[1] if len(node.args) > 1 else -1
+    half = size_of(dims[dim]) // 2
+    first, second = cut_out(dims[dim], 0, half), cut_out(dims[dim], half, 2 * half)
+    tie(first, second)
+    dims[dim] = first
+    return [dims]
+
+
 SHAPES: list[tuple[Callable[[Walk, fx.Node], Sequence[Dims]], list[Any]]] = [
     (_reshape, packets(aten, "view reshape _unsafe_view squeeze unsqueeze flatten _reshape_alias")),
+    (_as_strided, packets(aten, "as_strided")),
     (_permute, packets(aten, "permute")),
     (_transpose, packets(aten, "transpose t")),
     (_expand, packets(aten, "expand expand_as")),
@@ -159,6 +180,7 @@ SHAPES: list[tuple[Callable[[Walk, fx.Node], Sequence[Dims]], list[Any]]] = [
     (_cat, packets(aten, "cat concat")),
     (_stack, packets(aten, "stack")),
     (_unchanged, packets(aten, "constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d pad")),
+    (_glu, packets(aten, "glu")),
     (_getitem, [operator.getitem]),
 ]
 """Rule, and the operations that it is for."""

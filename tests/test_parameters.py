@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers import Block, assert_masked, assert_same, compare, compile_all, masks, mlp, pin_mixed, train_step
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 import cacompile
 
@@ -76,6 +78,32 @@ def test_adapters() -> None:
             return self.base(x) + self.b(self.a(x)) * 2.0
 
     compare(Adapted, batch, guards=["a.weight", "b.weight"])
+
+
+class Standardized(nn.Conv2d):
+    """Every filter of mean 0 and variance 1, times a gain, as NFNet has it."""
+
+    def __init__(self, channels: int, filters: int) -> None:
+        super().__init__(channels, filters, 3, padding=1)
+        self.gain = nn.Parameter(torch.rand(filters, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.view(1, len(self.weight), -1), None, None, self.gain.view(-1), training=True)
+        return F.conv2d(x, weight.view_as(self.weight), self.bias, padding=1)
+
+
+def test_standardized_weights_take_their_gains_along() -> None:
+    """One product makes the gradients of weight and gain: both are zero where it is off."""
+    weight, gain = "1.parametrizations.weight.original1", "1.parametrizations.weight.original0"
+    make = lambda: nn.Sequential(Standardized(8, 32), weight_norm(nn.Conv2d(32, 48, 3)), nn.Flatten())  # noqa: E731
+    guards = ["0.weight", "0.gain", weight, gain]
+    model = compare(make, lambda: [torch.randn(2, 8, 5, 5)], guards=guards, near=["0.bias", "1.bias"])
+    session = cacompile.session(model)
+    assert session.families == ["0.filters", "1.filters"]
+    tracked = session.tracked
+    for one, other in (("0.weight", "0.gain"), (weight, gain)):
+        assert (tracked[one].state.on == tracked[other].state.on).all()
+        assert not tracked[other].flops.any()
 
 
 def test_tied_embedding_and_head() -> None:

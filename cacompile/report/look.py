@@ -54,8 +54,9 @@ def trace(model: torch.nn.Module, config: Config, args: Iterable[Any], kwargs: M
     fresh = types.FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
     with _untouched(model), _untouched_dynamo() as options, torch.enable_grad():
         torch.compile(fresh, backend=backend, **options)(*args, **kwargs)
-    for region, _ in runs.values():
-        if region.backward is not None:
+    for region, params in runs.values():
+        # of a backward on meta Inductor leaves nothing to compute: what is planned stands
+        if region.backward is not None and not any(param.is_meta for param in params.values()):
             region.backward.guarded()
     return [(region.plan, params) for region, params in runs.values()]
 

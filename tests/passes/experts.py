@@ -1,40 +1,13 @@
-"""The experts of transformers 5, whose operations are registered here where that package is not."""
+"""The experts of transformers 5, as graphs built by hand."""
 
 from __future__ import annotations
 
 import operator
 
 import torch
+import transformers.integrations.moe  # noqa: F401  registers its operations
 from tiny import Tiny
-from torch import Tensor, fx
-
-_LIBRARY = torch.library.Library("transformers", "FRAGMENT")
-
-
-def _forward(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    out, start = torch.zeros(len(x), weight.shape[2], dtype=x.dtype), 0
-    for expert, stop in enumerate(offs.tolist()):
-        torch.mm(x[start:stop], weight[expert], out=out[start:stop])
-        start = stop
-    return out
-
-
-def _backward(x: Tensor, weight: Tensor, offs: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dw, start = torch.zeros_like(x), torch.zeros_like(weight), 0
-    for expert, stop in enumerate(offs.tolist()):
-        torch.mm(grad[start:stop], weight[expert].T, out=dx[start:stop])
-        torch.mm(x[start:stop].T, grad[start:stop], out=dw[expert])
-        start = stop
-    return dx, dw
-
-
-if not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
-    _LIBRARY.define("grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -> Tensor")
-    _LIBRARY.define(
-        "grouped_mm_fallback_backward(Tensor input, Tensor weight, Tensor offs, Tensor grad_output) -> (Tensor, Tensor)"
-    )
-    _LIBRARY.impl("grouped_mm_fallback", _forward, "CPU")
-    _LIBRARY.impl("grouped_mm_fallback_backward", _backward, "CPU")
+from torch import fx
 
 
 def experts_backward(tiny: Tiny, *, transposed: bool) -> tuple[fx.Node, fx.Node]:

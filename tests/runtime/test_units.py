@@ -81,7 +81,7 @@ def test_a_group_s_blocks_need_not_be_neighbours(records: Records) -> None:
 
 
 def test_numbers_of_groups_from_numbers_of_blocks(records: Records) -> None:
-    up, down, other = records
+    up, down, _ = records
     neurons(up, down)
     units = Units(records)
     blocks = np.array([1.0, 2.0, 3.0, 4.0, 10.0, 20.0, 30.0, 40.0, 5.0, 6.0])
@@ -92,7 +92,7 @@ def test_numbers_of_groups_from_numbers_of_blocks(records: Records) -> None:
 
 
 def test_split_gives_each_record_its_blocks(records: Records) -> None:
-    up, down, other = records
+    up, down, _ = records
     neurons(up, down)
     units = Units(records)
     split = units.split(np.arange(6))

@@ -1,0 +1,71 @@
+"""Groups of a Llama as large as 8B, whose weights take no memory: how many, and that time grows with nodes alone."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import zoo_scale
+
+from cacompile import region
+
+PER_NODE = 1.0 / 10_000
+"""Seconds that a node of the joint graph may take."""
+
+
+@pytest.fixture(scope="module")
+def spent() -> dict[int, tuple[zoo_scale.Scale, float]]:
+    """Layers -> what was found, and the processor's seconds: others on the machine do not count.."""
+    found = {}
+    make_plan, seconds = region.make_plan, []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        gc.disable()  # it would look through all that other tests have left
+        try:
+            start = time.thread_time()
+            return make_plan(*args, **kwargs)
+        finally:
+            seconds.append(time.thread_time() - start)
+            gc.enable()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(region, "make_plan", timed)
+        for layers in (2, 8):
+            seconds.clear()
+            scale = zoo_scale.measure(layers, rounds=1)
+            found[layers] = scale, min(seconds)
+    return found
+
+
+@pytest.mark.parametrize("layers", [2, 8])
+def test_groups_are_counted_out(spent: dict[int, tuple[zoo_scale.Scale, float]], layers: int) -> None:
+    scale, _ = spent[layers]
+    blocks = -(-zoo_scale.VOCABULARY // (4 * 128))
+    assert (scale.heads, scale.neurons, scale.tokens) == (8 * layers, 14336 // 128 * layers, 2 * blocks)
+    assert scale.coverage == pytest.approx(1.0)
+
+
+def test_time_is_linear_and_short(spent: dict[int, tuple[zoo_scale.Scale, float]]) -> None:
+    """The vocabulary, 502 groups of it, is the same for few layers and for many, so only growth is held to a line."""
+    (few, before), (many, after) = spent[2], spent[8]
+    assert after / many.nodes <= PER_NODE
+    assert after / many.nodes <= 2 * before / few.nodes
+
+
+def test_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo_scale, "VOCABULARY", 1024)
+    assert zoo_scale.main(["--layers", "1", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    with open(tmp_path / "zoo_scale.csv", newline="") as lines:
+        [row] = csv.DictReader(lines)
+    assert (row["layers"], row["heads"], row["neurons"], row["tokens"]) == ("1", "8", "112", "4")
+    assert int(row["nodes"]) > 100
+    assert float(row["analysis_s"]) > 0.0
