@@ -97,7 +97,7 @@ class ParamGroup:
     start: int
     stop: int
     slices: tuple[Slice, ...]
-    """Of weights, whose gradients are skipped, and of what belongs to them but costs nothing: biases, norms."""
+    """Of weights, whose gradients are skipped, then of what belongs to them and is always computed: biases, norms."""
     family: int
     """Index among the plan's families."""
     flops: int = 0

@@ -16,7 +16,7 @@ import numpy as np
 
 from cacompile.plan import WeightGrad
 
-from .axes import Axis, factors, size_of
+from .axes import Axis, Dim, factors, leaves, size_of
 from .couple import Coupling, Layer, leaf_set
 
 THINNEST = 16
@@ -55,6 +55,8 @@ class Components:
         self.read: dict[Axis, list[Layer]] = defaultdict(list)
         self.batched: dict[Axis, list[Layer]] = defaultdict(list)
         self.tokens: set[Axis] = set()
+        self._weights: dict[Axis, set[str]] = {}
+        self._parts: dict[Dim, list[Part]] = {}
         self._first: dict[Axis, int] = {}
         self._last: dict[Axis, int] = {}
         for number, layer in enumerate(coupling.layers):
@@ -74,16 +76,24 @@ class Components:
         found: dict[Axis, list[tuple[str, int]]] = defaultdict(list)
         for name, dims in self.coupling.params.items():
             for d, dim in enumerate(dims):
-                for leaf in leaf_set([dim]):
+                for leaf in dict.fromkeys(leaves(dim)):  # a set would have another order in each run
                     found[leaf].append((name, d))
         return found
 
     def weights(self, leaf: Axis) -> set[str]:
         """Parameters of two or more dimensions that it occurs in."""
-        return {name for name, _ in self.members[leaf] if len(self.coupling.params[name]) > 1}
+        if leaf not in self._weights:
+            self._weights[leaf] = {name for name, _ in self.members[leaf] if len(self.coupling.params[name]) > 1}
+        return self._weights[leaf]
 
     def parts(self, dim: Sequence[Axis]) -> list[Part]:
         """The axes that own a dimension's rows: of a product the one that most weights share, then the outermost."""
+        key = tuple(dim)
+        if key not in self._parts:
+            self._parts[key] = self._find_parts(key)
+        return self._parts[key]
+
+    def _find_parts(self, dim: Dim) -> list[Part]:
         axes = factors(dim)
         best: list[Part] = []
         most = -1

@@ -184,7 +184,7 @@ def _add_others(plan: Plan, parts: Parts, components: Components, owned: set[str
         found = [(d, part) for d, dim in enumerate(dims) for part in components.parts(dim)]
         origin = components.coupling.origins.get(param.name)
         maker = layers.get(origin.nearest) if origin is not None else None
-        for alone in [None, *(maker.weights if maker else ())]:
+        for alone in [None, *sorted(maker.weights if maker else ())]:
             mine = [(d, part) for d, part in found if (part.leaf, alone) in parts]
             if mine:
                 dim = max(mine, key=lambda pair: len(parts[pair[1].leaf, alone].slices))[0]

@@ -58,6 +58,8 @@ def _locate(param: Param) -> WeightGrad | Skip:
     """A gradient that shares its products with nothing else."""
     if param.grad is None:
         return Skip(param.name, "other", "no gradient in this graph")
+    if 0 in param.shape:
+        return Skip(param.name, "other", "empty")
     if len(param.shape) < 2:
         return Skip(param.name, "vector", "one-dimensional, a cheap reduction")
     found: list[WeightGrad] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Group:
     kin: str
     """Equal for the same kind in other layers."""
     slices: tuple[Slice, ...]
-    """Weights first, then what goes with them but costs nothing and is always computed: biases, norms, embeddings."""
+    """Weights first, then what goes with them and is always computed: biases, norms, embeddings, what stays dense."""
     flops: int
     """dW FLOPs of one backward; counted. 0: nothing of it is ever skipped."""
     share: float
@@ -35,19 +36,20 @@ def list_groups(plans: Sequence[tuple[Plan, Mapping[str, str]]]) -> tuple[tuple[
     plans: each with the model's name for each of its own parameter names.
     """
     total = sum(plan.flops for plan, _ in plans) or 1
-    named = []
+    named: list[tuple[Named, int]] = []
     for plan, called in plans:
+        seen: Counter[Named] = Counter()
         for family in plan.families:
-            named.append(
-                Named(
-                    family.kind,
-                    tuple(called.get(name, name) for name in family.makers),
-                    tuple(called.get(name, name) for name in family.weights),
-                )
+            about = Named(
+                family.kind,
+                tuple(called.get(name, name) for name in family.makers),
+                tuple(called.get(name, name) for name in family.weights),
             )
-    # the same family in several graphs has one name
+            named.append((about, seen[about]))
+            seen[about] += 1
+    # the same family in several graphs has one name, two of one weight in one graph have two
     distinct = list(dict.fromkeys(named))
-    names = dict(zip(distinct, family_names(distinct)))
+    names = dict(zip(distinct, family_names([about for about, _ in distinct])))
     groups = []
     first = 0
     for plan, called in plans:

@@ -37,7 +37,7 @@ class Instance:
         self.spent = Spent()
         self.guarded_backwards = 0
         self._params = {param.name: weakref.ref(inputs[param.index]) for param in plan.params}
-        self._records = [_join(grad, inputs[grad.param.index], config) for grad in plan.grads]
+        self._records = _whole(plan, [_join(grad, inputs[grad.param.index], config) for grad in plan.grads])
         _tie(plan, self._records)
         for record in self.records:
             record.spent.append(self.spent)
@@ -132,6 +132,15 @@ def _join(grad: WeightGrad, param: Any, config: Config) -> Tracked | None:
     return record
 
 
+def _whole(plan: Plan, records: list[Tracked | None]) -> list[Tracked | None]:
+    """Gradients that one product makes are masked together or not at all."""
+    made: dict[str, list[int]] = {}
+    for i, grad in enumerate(plan.grads):
+        made.setdefault(grad.follows or grad.param.name, []).append(i)
+    dense = {i for each in made.values() if any(records[i] is None for i in each) for i in each}
+    return [None if i in dense else record for i, record in enumerate(records)]
+
+
 def _tie(plan: Plan, records: Sequence[Tracked | None]) -> None:
     """Blocks that this graph has in one group are one group from now on."""
     called = {grad.param.name: record for grad, record in zip(plan.grads, records) if record is not None}
@@ -149,7 +158,9 @@ def _tie(plan: Plan, records: Sequence[Tracked | None]) -> None:
         makers, weights = ([called[n] for n in names if n in called] for names in (family.makers, family.weights))
         if tie(family.kind, family.kin, makers, weights, groups):
             registry.generation += 1
-    for record in called.values():
+            registry.epoch += 1
+    mates = {id(mate): mate for r in called.values() for unit in r.units for mate, _ in unit.members}
+    for record in mates.values():
         if record.pin is not None:
             record.apply_pin()
 

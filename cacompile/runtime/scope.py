@@ -91,7 +91,7 @@ class Scope:
             state.on[:] = on[self._units.of_block]
         for record in self.tracked:
             if record.pin is not None:
-                record.state.on[:] = record.pin.mask_of(record)
+                record.state.on[:] = record.pinned_mask()
                 record.state.keep[:] = record.pin.keep_of(record)
         state.age[:] = np.where(state.on, 0, state.age + 1)
         if not (was_dense and state.on.all()):
@@ -108,8 +108,10 @@ class Scope:
         rates = settings_by_param(optimizer)
         rate = [_rate(rates.get(id(record.ref()), {}).get("lr", 1.0)) for record in self.tracked]
         score, units = self.state.score, self._units
-        # what costs nothing need not be known: the gain of a standardized weight that has no gradient yet
-        score = np.where((self._flops == 0.0) & ~np.isfinite(score), 0.0, score)
+        # what costs nothing need not be known, nor what has had no gradient yet while the rest of its group has
+        known = np.isfinite(score)
+        some = units.sum(known & (self._flops > 0.0))[units.of_block] > 0.0
+        score = np.where(~known & ((self._flops == 0.0) | some), 0.0, score)
         descent = units.sum(score * np.repeat(rate, [record.groups for record in self.tracked]))
         peak = units.sum(self.state.peak)
         settled = 1.0 - units.sum(score) / np.where(peak > 0.0, peak, 1.0)

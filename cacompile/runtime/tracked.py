@@ -148,6 +148,7 @@ class Tracked:
         self.step = 0
         """Optimizer steps seen."""
         self.pin: Pin | None = None
+        self._pinned: tuple[Pin, int, np.ndarray] | None = None
         self.awaited: Scores | None = None
         """A reading that is taken over at the next one, when its copy from the device is surely complete."""
         self.pending: dict[str, Any] | None = None
@@ -184,9 +185,16 @@ class Tracked:
             param = self.ref()
             if param is None or param.grad is None:  # what was skipped under the pin before is gone
                 self.skipped[:] = False
-            self.state.on[:] = True if self.pin is None else self.pin.mask_of(self)
+            self.state.on[:] = True if self.pin is None else self.pinned_mask()
             self.state.keep[:] = 1.0 if self.pin is None else self.pin.keep_of(self)
             registry.epoch += 1
+
+    def pinned_mask(self) -> np.ndarray:
+        """The pin's mask, bool [G], drawn once as long as pin and groups stay."""
+        assert self.pin is not None
+        if self._pinned is None or self._pinned[:2] != (self.pin, registry.generation):
+            self._pinned = self.pin, registry.generation, self.pin.mask_of(self)
+        return self._pinned[2]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that the next draws depend on; before the partition is known, what was loaded."""

@@ -55,27 +55,43 @@ class Group:
 
 
 def tie(kind: str, kin: str, makers: Sequence[Tracked], weights: Sequence[Tracked], groups: Sequence[Group]) -> bool:
-    """Make each group one unit of one family, with all that its members were tied to before; False if all were so."""
-    before = {id(unit.family): unit.family for g in groups for unit in _units(g.members)}
-    if len(before) == 1:
-        [family] = before.values()
-        same = all(
-            len(units := _units(group.members)) == 1 and (units[0].start, units[0].stop) == (group.start, group.stop)
-            for group in groups
-        )
-        if same and family.kind == kind and len(family.units) == len(groups):
-            return False
-    family = Kinship(kind, kin, list(makers), list(weights))
+    """Make each group one unit of one family, with all that its members were tied to before; False if all were so.
+
+    Groups that were tied to one unit before become one. A unit of which some was on is all on.
+    """
+    if _are_so(kind, groups):
+        return False
+    units: list[tuple[Group, dict[Member, None]] | None] = []
+    place: dict[tuple[int, int], int] = {}
     for group in groups:
-        members = list(dict.fromkeys(m for unit in _units(group.members) for m in unit.members))
-        unit = Unit(family, group.start, group.stop, members)
+        members = dict.fromkeys(m for unit in _units(group.members) for m in unit.members)
+        first = group
+        for i in sorted({place[id(r), b] for r, b in members if (id(r), b) in place}):
+            found = units[i]
+            assert found is not None
+            first, members, units[i] = min(found[0], first, key=lambda g: g.start), found[1] | members, None
+        place.update({(id(r), b): len(units) for r, b in members})
+        units.append((first, members))
+    family = Kinship(kind, kin, list(makers), list(weights))
+    for merged in filter(None, units):
+        group, members = merged
+        unit = Unit(family, group.start, group.stop, list(members))
         family.units.append(unit)
+        on = any(record.state.on[block] for record, block in members)
         for record, block in members:
             record.units[block] = unit
+            record.state.on[block] = on
     for record in {id(r): r for unit in family.units for r, _ in unit.members}.values():
         if record not in family.weights:
             family.weights.append(record)
     return True
+
+
+def _are_so(kind: str, groups: Sequence[Group]) -> bool:
+    units = [_units(group.members) for group in groups]
+    return all(len(each) == 1 for each in units) and all(
+        each[0].family is units[0][0].family and each[0].family.kind == kind for each in units
+    )
 
 
 def by_itself(record: Tracked, blocks: int, block: int, rows: int) -> list[Unit]:
