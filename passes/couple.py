@@ -16,7 +16,7 @@ from torch import fx
 
 from cacompile.joint import forward_nodes
 
-from .axes import Axis, Dim, Uncoupled, fresh, leaves, mark_layered, size_of, tie
+from .axes import Axis, Dim, Uncoupled, fresh, leaves, mark_layered, tie
 from .products import hint
 
 Dims = list[Dim]
@@ -171,11 +171,10 @@ class Walk:
                 if dims is not None and (node, output) in self._dims:
                     self._dims[node, output] = list(dims)
 
-    def lose(self, node: fx.Node, reason: Uncoupled, dim: Dim) -> Dim:
-        """Nothing is known of one dimension of a node, which was made from `dim`: a new one."""
+    def lose(self, node: fx.Node, reason: Uncoupled, dim: Dim) -> None:
+        """Nothing is known of one dimension of a node, which was made from `dim`."""
         self.found.cuts[f"{node.target}: {reason}"] += 1
         self.found.lost.append(dim)
-        return fresh(size_of(dim))
 
     def cut(self, node: fx.Node, reason: str) -> None:
         """Nothing is known of what this node makes."""

@@ -17,12 +17,12 @@ ROUNDS = 3
 def coupling_graph(components: Components) -> nx.Graph:
     """Nodes: (parameter, dimension), and every axis; edges: which dimension has which axis, and which parameter.
 
-    Attributes: `size` and `kind` of an axis; `name`, `dim` and `shape` of a dimension.
+    The attribute `what` says of a node all that is the same in every layer.
     """
     graph = nx.Graph()
     coupling = components.coupling
     for leaf, members in components.members.items():
-        graph.add_node(leaf, size=leaf.size, kind=components.kind(leaf), what=f"{components.kind(leaf)} {leaf.size}")
+        graph.add_node(leaf, what=f"{components.kind(leaf)} {leaf.size}")
         graph.add_edges_from((leaf, member) for member in members)
     roles: dict[str, list[str]] = defaultdict(list)
     for layer in coupling.layers:
@@ -31,8 +31,7 @@ def coupling_graph(components: Components) -> nx.Graph:
     for name, dims in coupling.params.items():
         shape = tuple(map(size_of, dims))
         for dim in range(len(dims)):
-            what = f"{shape} {dim} {roles[name]}"
-            graph.add_node((name, dim), name=name, dim=dim, shape=shape, what=what)
+            graph.add_node((name, dim), what=f"{shape} {dim} {roles[name]}")
         graph.add_edges_from(((name, 0), (name, dim)) for dim in range(1, len(dims)))
     return graph
 

@@ -168,7 +168,7 @@ _FAMILIES: list[tuple[Rule, list[Any]]] = [
     (_norm, packets(aten, "native_layer_norm native_group_norm _fused_rms_norm native_batch_norm")),
     (_norm, packets(aten, "_native_batch_norm_legit _native_batch_norm_legit_functional cudnn_batch_norm")),
 ]
-_EVERYTHING_ELSE: dict[Any, Rule] = {packet: rule for rule, packets in _FAMILIES for packet in packets}
+_EVERYTHING_ELSE: dict[Any, Rule] = {packet: rule for rule, family in _FAMILIES for packet in family}
 
 
 class _Rules(dict):

@@ -80,8 +80,8 @@ def _convolution(walk: Walk, node: fx.Node) -> list[Dims]:
         made = (*theirs, *made_inside)
     own = walk.dims(node)
     pixels = own[2:]
-    sized = map(hint, sizes(node)[2:]), map(hint, sizes(x)[2:])
-    if all(n == 1 for n in filters_sizes(weight)) and all(a == b for a, b in zip(*sized)):
+    taps, after, before = (list(map(hint, sizes(value)[2:])) for value in (weight, node, x))
+    if set(taps) == {1} and after == before:
         pixels = image[2:]  # 1x1: every pixel for itself
     if walk.weights(weight):
         walk.layer(node, weight, "convolution", rows=made, columns=filters[1], batch=batch)
@@ -90,10 +90,6 @@ def _convolution(walk: Walk, node: fx.Node) -> list[Dims]:
         for name in walk.weights(bias):
             walk.found.origins[name] = walk.origin(node)
     return [[image[0], made, *pixels]]
-
-
-def filters_sizes(weight: Any) -> list[int]:
-    return [hint(size) for size in sizes(weight)[2:]]
 
 
 def _embedding(walk: Walk, node: fx.Node) -> list[Dims]:
@@ -125,10 +121,6 @@ def _attention(walk: Walk, node: fx.Node) -> list[Dims | None]:
     return [result, *rest]
 
 
-def _flex_attention(walk: Walk, node: fx.Node) -> list[Dims | None]:
-    return _attention(walk, node)
-
-
 def _grouped_matmul(walk: Walk, node: fx.Node) -> list[Dims]:
     """Tokens sorted by expert [T, K] times each expert's matrix [E, K, N] -> [T, N]."""
     a, b, borders = node.args[:3]
@@ -156,5 +148,5 @@ PRODUCTS: dict[Any, Callable[[Walk, fx.Node], Any]] = {
     **dict.fromkeys(packets(aten, "embedding"), _embedding),
     **dict.fromkeys(packets(aten, _ATTENTION), _attention),
     **dict.fromkeys(packets(aten, "_grouped_mm"), _grouped_matmul),
-    torch.ops.higher_order.flex_attention: _flex_attention,
+    torch.ops.higher_order.flex_attention: _attention,
 }

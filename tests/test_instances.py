@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import Block, assert_bits, assert_masked, assert_same, compile_all, masks, mlp, train_step
+from helpers import OPTIONS, Block, assert_bits, assert_masked, assert_same, compile_all, masks, mlp, train_step
 from torch import nn
 
 import cacompile
@@ -252,3 +252,66 @@ def test_a_default_device_does_not_move_the_flags() -> None:
         cacompile.session(model).pin(keep=0.5)
         train_step((model, call), x)
     assert [i.guarded_backwards for i in cacompile.session(model).instances] == [1]
+
+
+class Shared(nn.Module):
+    """Two ways through weights that they share; each is compiled by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(64, 1) + 0.5)
+        self.one, self.two = nn.Parameter(torch.randn(64, 32)), nn.Parameter(torch.randn(64, 32))
+        self.fused, self.down, self.wide = nn.Linear(32, 128), nn.Linear(64, 32), nn.Linear(128, 32)
+
+    def normalized(self, weight: nn.Parameter) -> torch.Tensor:
+        return weight * (self.gain / weight.norm(dim=1, keepdim=True))
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(nn.functional.linear(x, self.normalized(self.one))))
+
+    def outputs(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.normalized(self.two))
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.fused(x).chunk(2, -1)
+        return self.down(nn.functional.silu(gate) * up)
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wide(torch.relu(self.fused(x)))
+
+
+@pytest.mark.parametrize("order", [("hidden", "outputs"), ("outputs", "hidden")])
+def test_what_one_product_makes_is_masked_together_or_not_at_all(order: tuple[str, str]) -> None:
+    """The gain is cut by the first graph; in the second, whose blocks are others, its weight stays dense as well."""
+    model, x = Shared(), torch.randn(8, 32)
+    calls = {name: torch.compile(getattr(model, name), backend="convaware", options=OPTIONS) for name in order}
+    for name in order:
+        calls[name](x)
+    session = cacompile.session(model)
+    session.pin(keep=0.0)
+    first, second = ({"hidden": "one", "outputs": "two"}[name] for name in order)
+    for name, weight, skipped in zip(order, (first, second), (True, False)):
+        model.zero_grad()
+        calls[name](x).square().mean().backward()
+        for each in (weight, "gain"):
+            grad, record = model.get_parameter(each).grad, session.tracked[each]
+            assert bool(grad.any()) != skipped, each
+            assert bool(record.skipped.any()) == skipped, each
+            record.skipped[:] = False
+
+
+def test_a_graph_that_is_never_trained_keeps_nothing_on() -> None:
+    """Its weights have no gradient and no score, and the groups that they were tied to go on being skipped."""
+    model, x = Shared(), torch.randn(64, 32)
+    options = {**OPTIONS, "warmup_steps": 0, "monitor_every": 1, "tolerance": 0.5}
+    gated, whole = (torch.compile(f, backend="convaware", options=options) for f in (model.gated, model.whole))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    kept = []
+    for step in range(16):
+        if step == 8:
+            whole(x)
+        gated(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        kept.append(float(cacompile.session(model).mask.float().mean()))
+    assert min(kept[:8]) < 1.0 and max(kept[9:]) < 1.0, kept
