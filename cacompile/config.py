@@ -18,10 +18,10 @@ class Config:
     """Options of the convaware backend, checked when made; hashable, so that it can key caches."""
 
     tolerance: float = _option(
-        0.3, "Share of the expected loss decrease that may be given up per step; 0 never skips.", low=0.0, high=1.0
+        0.05, "Share of the expected loss decrease that may be given up per step; 0 never skips.", low=0.0, high=1.0
     )
-    max_skip: float = _option(0.8, "Highest probability with which a group may be skipped.", low=0.0, high=1.0)
-    warmup_steps: int = _option(200, "Optimizer steps before anything is skipped.", low=0)
+    max_skip: float = _option(0.8, "Largest share of the steps in which a group may be skipped.", low=0.0, high=1.0)
+    warmup_steps: int = _option(20, "Optimizer steps before anything is skipped.", low=0)
     monitor_every: int = _option(20, "Optimizer steps between two readings of the scores.", low=1)
     max_age: int = _option(20, "Most optimizer steps in a row that a group may be skipped.", low=1)
     block_rows: int = _option(

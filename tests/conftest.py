@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from interpreter import interpreter_process, skip_without_interpreter
+
+from cacompile.runtime import policy
 
 
 @pytest.fixture(autouse=True)
@@ -28,4 +31,10 @@ def launch(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole scripts first: of two processes, neither should be left with the slowest at the end."""
-    items.sort(key=lambda item: item.path.name != "test_scripts.py")
+    items.sort(key=lambda item: item.path.name not in ("test_scripts.py", "test_quality.py"))
+
+
+@pytest.fixture
+def however_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are skipped however fast they move, so that few steps at high rates suffice."""
+    monkeypatch.setattr(policy, "FAST", np.inf)

@@ -70,7 +70,7 @@ def test_a_choice_that_does_not_exist():
 
 
 def test_a_config_is_a_key():
-    assert {Config(), Config(tolerance=0.3)} == {Config()} != {Config(seed=1)}
+    assert {Config(), Config(tolerance=0.05)} == {Config()} != {Config(seed=1)}
     with pytest.raises(AttributeError):
         Config().seed = 2  # type: ignore[misc]
 

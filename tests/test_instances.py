@@ -300,10 +300,11 @@ def test_what_one_product_makes_is_masked_together_or_not_at_all(order: tuple[st
             record.skipped[:] = False
 
 
+@pytest.mark.usefixtures("however_fast")
 def test_a_graph_that_is_never_trained_keeps_nothing_on() -> None:
     """Its weights have no gradient and no score, and the groups that they were tied to go on being skipped."""
     model, x = Shared(), torch.randn(64, 32)
-    options = {**OPTIONS, "warmup_steps": 0, "monitor_every": 1, "tolerance": 0.5}
+    options = {**OPTIONS, "warmup_steps": 0, "monitor_every": 1, "tolerance": 1.0}
     gated, whole = (torch.compile(f, backend="convaware", options=options) for f in (model.gated, model.whole))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     kept = []

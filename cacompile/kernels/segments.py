@@ -107,8 +107,8 @@ class Sent(NamedTuple):
     """int64 [segments, roles]."""
     factors: Tensor
     """float32 [segments, factors]."""
-    chosen: Tensor
-    """uint8 [blocks of all segments]; empty where all are meant."""
+    weights: Tensor
+    """float32 [blocks of all segments]; empty where all are meant."""
 
 
 class SegmentTable:
@@ -123,12 +123,12 @@ class SegmentTable:
         """int64 [blocks + 1]: where each block's chunks start."""
         self.blocks = len(first) - 1
 
-    def send(self, batch: Batch, chosen: np.ndarray | None = None) -> Sent:
-        """The batch on the device, by one copy that nobody waits for. chosen: bool [blocks]."""
+    def send(self, batch: Batch, weights: np.ndarray | None = None) -> Sent:
+        """The batch on the device, by one copy that nobody waits for. weights: float32 [blocks]."""
         parts: tuple[np.ndarray, ...] = (
             np.array(batch.pointers, np.int64),
             np.array(batch.factors, np.float32),
-            np.zeros(0, np.uint8) if chosen is None else chosen.view(np.uint8),
+            np.zeros(0, np.float32) if weights is None else weights.astype(np.float32, copy=False),
         )
         # each part starts at a multiple of 16 bytes, so that kernels are compiled for one alignment only
         starts = np.cumsum([0, *(-(-part.nbytes // 16) * 16 for part in parts)]).tolist()
@@ -138,11 +138,11 @@ class SegmentTable:
         for start, part in zip(starts, parts):
             view[start : start + part.nbytes] = part.reshape(-1).view(np.uint8)
         there = host.to(self.device, non_blocking=True)
-        pointers, factors, flags = (
+        pointers, factors, of_blocks = (
             there[start : start + part.nbytes].view(dtype)
-            for start, part, dtype in zip(starts, parts, (torch.int64, torch.float32, torch.uint8))
+            for start, part, dtype in zip(starts, parts, (torch.int64, torch.float32, torch.float32))
         )
-        return Sent(pointers.view(parts[0].shape), factors.view(parts[1].shape), flags)
+        return Sent(pointers.view(parts[0].shape), factors.view(parts[1].shape), of_blocks)
 
 
 class Tables:

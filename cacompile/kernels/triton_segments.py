@@ -125,24 +125,29 @@ def block_sums_kernel(sums, partials, first, PARTIALS: tl.constexpr):
 
 @triton.jit
 def _write(
-    grad, x, y, by_x, by_y, base, stride, first, run, length,
+    grad, x, y, by_x, by_y, weight, base, stride, first, run, length,
     GRAD: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
     WIDE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     a, b = _read(x, y, base, stride, first, run, length, X, Y, WIDE, CHUNK, VECTOR)
     places, inside = _places(base, stride, first, run, length, WIDE, CHUNK, VECTOR)
-    tl.store(_start(grad, GRAD, WIDE) + places, (a * by_x + b * by_y).to(GRAD), mask=inside)
+    at = _start(grad, GRAD, WIDE) + places
+    value = a * by_x + b * by_y
+    if weight != 0.0:
+        value += weight * (tl.load(at, mask=inside, other=0.0).to(tl.float32) - value)
+    tl.store(at, value.to(GRAD), mask=inside)
 
 
 @triton.jit
 def fill_kernel(
-    chunks, pointers, factors, chosen,
+    chunks, pointers, factors, weights,
     GRAD: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
     CHUNK: tl.constexpr, VECTOR: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk; those of blocks that are not chosen end at once."""
+    """One program a chunk; those of blocks with weight 1 end at once."""
     at = chunks + tl.program_id(0).to(tl.int64) * FIELDS
-    if tl.load(chosen + tl.load(at + 6)) != 0:
+    weight = tl.load(weights + tl.load(at + 6))
+    if weight != 1.0:
         segment = tl.load(at + 5)
         base, stride, first, run, length = _chunk(chunks, FIELDS)
         grad = tl.load(pointers + segment * 4)
@@ -156,9 +161,9 @@ def fill_kernel(
             by_x *= by
             by_y *= by
         if _is_wide(grad | x | y, base, stride, first, run, length, VECTOR):
-            _write(grad, x, y, by_x, by_y, base, stride, first, run, length, GRAD, X, Y, True, CHUNK, VECTOR)
+            _write(grad, x, y, by_x, by_y, weight, base, stride, first, run, length, GRAD, X, Y, True, CHUNK, VECTOR)
         else:
-            _write(grad, x, y, by_x, by_y, base, stride, first, run, length, GRAD, X, Y, False, CHUNK, VECTOR)
+            _write(grad, x, y, by_x, by_y, weight, base, stride, first, run, length, GRAD, X, Y, False, CHUNK, VECTOR)
 
 
 def group_sums(table: SegmentTable, sent: Sent, dtypes: Sequence[torch.dtype], adam: bool) -> Tensor:
@@ -183,15 +188,15 @@ def group_sums(table: SegmentTable, sent: Sent, dtypes: Sequence[torch.dtype], a
 
 
 def fill_estimates(table: SegmentTable, sent: Sent, dtypes: Sequence[torch.dtype]) -> None:
-    """grad = scale * (by_x * x + by_y * y) in the chosen blocks of all segments; nothing else is touched.
+    """grad = e + weight * (grad - e), e = scale * (by_x * x + by_y * y), each block of all segments with its weight.
 
-    pointers (grad, x, y, scale), factors (by_x, by_y): x or y at address 0 counts as zeros, scale, one float32 on the
-    device, as 1. dtypes: of grad, x and y; computed in float32.
+    Weight 1: the block is not touched; 0: grad is not read. pointers (grad, x, y, scale), factors (by_x, by_y): x or y
+    at address 0 counts as zeros, scale, one float32 on the device, as 1. dtypes: of grad, x and y; computed in float32.
     """
     if len(table.chunks):
         with torch.cuda.device_of(sent.pointers):
             fill_kernel[(len(table.chunks),)](
-                table.chunks, sent.pointers, sent.factors, sent.chosen,
+                table.chunks, sent.pointers, sent.factors, sent.weights,
                 **{role: TYPES[dtype] for role, dtype in zip(("GRAD", "X", "Y"), dtypes, strict=True)},
                 CHUNK=table.chunk, VECTOR=VECTOR, FIELDS=FIELDS, num_warps=FILL_WARPS,
             )  # fmt: skip

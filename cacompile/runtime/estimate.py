@@ -1,4 +1,14 @@
-"""What a skipped gradient is taken to be: the optimizer's own first moment, so that momentum stays as it is."""
+"""What a skipped gradient is taken to be: the optimizer's own first moment, so that momentum stays as it is.
+
+A gradient g that is computed again after `age` steps in a row without it is weighted up around its estimate e:
+
+    g' = e + sqrt(age + 1) (g - e)
+
+Of k = age + 1 steps one was computed. With weight 1 the mean lags k times as long as that of a dense run, with weight k
+it is as noisy as one gradient. sqrt(k) keeps the mean square of what the optimizer is told the same as when every step
+is computed (k * variance / k), so that Adam's second moment stays what it was. Of the exponents 0, 1/2 and 1 it was
+measured best (docs/policy.md has the figures). Where no mean is kept there is nothing to be weighted up around.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch._logging import warning_once
-from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from cacompile.kernels.segments import Batch, Cut, Tables, find_cut, fits
 
@@ -20,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Term = tuple[torch.Tensor, float]
 
-COUPLED = (Adam, Adamax, NAdam, RAdam, SGD)
+COUPLED = (Adam, Adamax, NAdam, RAdam, RMSprop, SGD)
 """Optimizers that add weight decay to the gradient, unless `decoupled_weight_decay` is set; others apply it apart."""
 
 AVERAGED: dict[str, tuple[type, ...]] = {
@@ -51,15 +61,24 @@ def _moment_of(optimizer_type: type) -> str | None:
 def first_moment(optimizer: Optimizer, settings: Mapping[str, Any], param: torch.Tensor) -> list[Term]:
     """The gradient that leaves the optimizer's first moment unchanged, as a sum of tensor * factor; empty for zeros.
 
-    Adam's family keeps m = b1 m + (1 - b1) g: g = m does it. SGD keeps b = mu b + (1 - dampening) g:
-    g = (1 - mu) / (1 - dampening) b. Weight decay that is added to the gradient is taken out again,
-    and `maximize` turns the sign. Of an optimizer that is not known nothing is assumed: zeros.
+    Adam's family, Muon and Lion keep m = b1 m + (1 - b1) g: g = m does it. SGD keeps b = mu b + (1 - dampening) g:
+    g = (1 - mu) / (1 - dampening) b. RMSprop with momentum keeps b = mu b + g / rms: g = (1 - mu) rms b, nearly, as the
+    step changes the rms that it divides by: where the mean is below it, b grows by up to (1 - mu) (1 - alpha) / 2 of
+    itself, 0.05 % if mu is 0.9. Weight decay that is added to the gradient is taken out again, and `maximize` turns the
+    sign.
+
+    Zeros where no mean of gradients is kept: plain SGD and RMSprop, Adagrad, Adafactor. Squares alone do not tell which
+    way to go. Centered RMSprop's mean does not count: as a gradient it takes its own variance, which updates are
+    divided by, to zero. Of an optimizer that is not known nothing is assumed: zeros.
     """
     state = optimizer.state.get(param, {})
     sign = -1.0 if settings.get("maximize", False) else 1.0
     moment, factor = state.get(moment_name(optimizer)), 1.0
-    if isinstance(optimizer, SGD) and moment is not None and settings["dampening"] != 1:
-        factor = (1.0 - settings["momentum"]) / (1.0 - settings["dampening"])
+    if isinstance(optimizer, SGD) and moment is not None:
+        # what an earlier momentum has left is not read any more
+        moment, factor = moment if settings["momentum"] else None, mean_of_sum(settings)
+    elif isinstance(optimizer, RMSprop) and settings["momentum"] > 0 and "momentum_buffer" in state:
+        moment, factor = state["momentum_buffer"] * rms_of(state, settings), 1.0 - settings["momentum"]
     if not isinstance(moment, torch.Tensor) or moment.shape != param.shape or moment.dtype.is_complex:
         return []
     terms = [(moment, sign * factor)]
@@ -67,6 +86,29 @@ def first_moment(optimizer: Optimizer, settings: Mapping[str, Any], param: torch
     if coupled and settings["weight_decay"]:
         terms.append((param, -sign * settings["weight_decay"]))
     return terms
+
+
+def mean_of_sum(settings: Mapping[str, Any]) -> float:
+    """What SGD's buffer is multiplied by to give the mean gradient; 1 where it takes no gradients up any more."""
+    if settings["dampening"] == 1:
+        return 1.0
+    return (1.0 - settings["momentum"]) / (1.0 - settings["dampening"])
+
+
+def rms_of(state: Mapping[str, Any], settings: Mapping[str, Any]) -> torch.Tensor:
+    """What RMSprop divides gradients by: the root of its mean square, or of its variance if centered, plus eps."""
+    square = state["square_avg"]
+    if settings["centered"]:
+        square = square.addcmul(state["grad_avg"], state["grad_avg"], value=-1).clamp_(min=0.0)
+    return square.sqrt().add_(settings["eps"])
+
+
+def weights(skipped: np.ndarray, age: np.ndarray) -> np.ndarray:
+    """Weight of what was computed, around the estimate: float32 [G]; 0 where skipped, 1 where it is left as it is.
+
+    skipped: bool [G], in this step; age: int64 [G], steps in a row without it up to the previous one.
+    """
+    return np.where(skipped, 0.0, np.sqrt(age + 1.0)).astype(np.float32)
 
 
 def cut_of(tracked: Tracked, param: torch.Tensor) -> Cut | None:
@@ -78,21 +120,21 @@ def cut_of(tracked: Tracked, param: torch.Tensor) -> Cut | None:
 
 Tensors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 Filling = tuple[Cut, Tensors, tuple[float, float]]
-"""How kernels may fill a parameter: its cut, (gradient, moment, parameter where it decays), factors of the last two."""
+"""How kernels may fill a gradient: its cut, (gradient, moment, parameter where it decays), factors of the last two."""
 
 
 @torch.no_grad()
 def fill_together(
     records: Sequence[Tracked], optimizer: Optimizer, settings: Mapping[int, Mapping[str, Any]], tables: Tables
 ) -> list[Tracked]:
-    """`fill_skipped` for all records by one launch a device and combination of dtypes. For CUDA tensors.
+    """`fill` for all records by one launch a device and combination of dtypes. For CUDA tensors.
 
-    settings: by the parameter's id. Returns the records that are left to `fill_skipped`: where gradient or state have
+    settings: by the parameter's id. Returns the records that are left to `fill`: where gradient or state have
     other strides than the parameter, dtypes that no kernel takes, formats of their own, or are not as expected.
     Costs the host about 5 us a parameter, addresses and checks being 2 us a tensor of it (300 parameters, Adam, one
     core of a shared machine), whatever is skipped.
     """
-    batches: dict[tuple[Any, ...], tuple[Batch, list[np.ndarray]]] = {}
+    batches: dict[tuple[Any, ...], tuple[Batch, list[np.ndarray], list[np.ndarray]]] = {}
     scaler: torch.Tensor | None = getattr(optimizer, "grad_scale", None)  # while unscaling is left to a fused step
     scales: dict[torch.device, torch.Tensor] = {}
     left = []
@@ -115,20 +157,23 @@ def fill_together(
             dtype if decayed is None else decayed.dtype,
         )
         if (held := batches.get(key)) is None:
-            held = batches[key] = Batch(), []
+            held = batches[key] = Batch(), [], []
         held[0].add(cut, (grad, moment, decayed, scale), factors)
         # a parameter without a gradient keeps its place, so that the table stays
         held[1].append(record.skipped if grad is not None else np.zeros_like(record.skipped))
-    for (device, *dtypes), (batch, each) in batches.items():
-        if (chosen_blocks := np.concatenate(each)).any():
+        held[2].append(record.state.age if grad is not None and moment is not None else np.zeros_like(record.state.age))
+    for (device, *dtypes), (batch, skipped, ages) in batches.items():
+        if ((of_blocks := weights(np.concatenate(skipped), np.concatenate(ages))) != 1.0).any():
             from cacompile.kernels.triton_segments import fill_estimates  # torch for CPUs comes without triton
 
             table = tables.find(batch.cuts, device)
-            fill_estimates(table, table.send(batch, chosen_blocks), dtypes)
+            fill_estimates(table, table.send(batch, of_blocks), dtypes)
     return left
 
 
 def _filling(record: Tracked, param: torch.Tensor, optimizer: Optimizer, settings: Mapping[str, Any]) -> Filling | None:
+    if isinstance(optimizer, RMSprop) and settings.get("momentum") and record.config.estimate == "momentum":
+        return None  # this estimate is no tensor of the state, and would be gone before the launch
     terms: list[Term] = []
     try:
         if record.config.estimate == "momentum":
@@ -137,21 +182,28 @@ def _filling(record: Tracked, param: torch.Tensor, optimizer: Optimizer, setting
         decayed, by_param = terms[1] if len(terms) > 1 else (None, 0.0)
         cut, factors = cut_of(record, param), (float(by_moment), float(by_param))
     except Exception:
-        return None  # fill_skipped says so
+        return None  # fill says so
     if cut is None or not fits((tensors := (param.grad, moment, decayed)), cut, param.device):
         return None
     return cut, tensors, factors
 
 
 @torch.no_grad()
-def fill_skipped(optimizer: Optimizer | None, settings: Mapping[str, Any], tracked: Tracked) -> None:
-    """Write the estimate into the slices of `param.grad` that were skipped since the last step."""
+def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], tracked: Tracked, *, weight_up: bool = True) -> None:
+    """Write the estimate into the slices of `param.grad` that were skipped since the last step.
+
+    weight_up: those that are computed again are weighted up around theirs.
+    """
     param = tracked.ref()
     if param is None or param.grad is None or tracked.partition is None:
         return
+    age = tracked.state.age if weight_up else np.zeros_like(tracked.state.age)
+    if ((of_groups := weights(tracked.skipped, age)) == 1.0).all():
+        return
     if optimizer is not None and tracked.config.estimate == "momentum":
         try:
-            _fill(param.grad, tracked, first_moment(optimizer, settings, param), getattr(optimizer, "grad_scale", None))
+            terms = first_moment(optimizer, settings, param)
+            _fill(param.grad, tracked, of_groups, terms, getattr(optimizer, "grad_scale", None))
             return
         except Exception:
             warning_once(
@@ -160,26 +212,34 @@ def fill_skipped(optimizer: Optimizer | None, settings: Mapping[str, Any], track
                 type(optimizer).__name__,
                 exc_info=True,
             )
-    _fill(param.grad, tracked, [], None)
+    _fill(param.grad, tracked, of_groups, [], None)
 
 
-def _fill(grad: torch.Tensor, tracked: Tracked, terms: list[Term], scale: torch.Tensor | None) -> None:
+def _fill(
+    grad: torch.Tensor, tracked: Tracked, of_groups: np.ndarray, terms: list[Term], scale: torch.Tensor | None
+) -> None:
     """scale: set while GradScaler leaves unscaling to a fused step."""
     assert tracked.partition is not None
     dim = tracked.partition.dim
-    for start, length in tracked.partition.spans(tracked.skipped):
-        rows = grad.narrow(dim, start, length)
-        _write(rows, ((t.narrow(dim, start, length), factor) for t, factor in terms))
-        if scale is not None and terms:
-            rows.mul_(scale.to(rows.device))
+    for weight in map(float, np.unique(of_groups)):
+        if weight == 1.0 or (weight > 0.0 and not terms):
+            continue
+        for start, length in tracked.partition.spans(of_groups == weight):
+            rows = grad.narrow(dim, start, length)
+            estimate = rows if weight == 0.0 else torch.empty_like(rows)
+            _write(estimate, ((t.narrow(dim, start, length), factor) for t, factor in terms))
+            if scale is not None and terms:
+                estimate.mul_(scale.to(rows.device))
+            if weight > 0.0:
+                rows.copy_(torch.lerp(estimate, rows, weight))
 
 
-def _write(rows: torch.Tensor, terms: Iterable[Term]) -> None:
+def _write(estimate: torch.Tensor, terms: Iterable[Term]) -> None:
     first = next(iter(terms := iter(terms)), None)
     if first is None:
-        rows.zero_()
+        estimate.zero_()
         return
     tensor, factor = first
-    rows.copy_(tensor) if factor == 1.0 else torch.mul(tensor, factor, out=rows)
+    estimate.copy_(tensor) if factor == 1.0 else torch.mul(tensor, factor, out=estimate)
     for tensor, factor in terms:
-        rows.add_(tensor, alpha=factor)
+        estimate.add_(tensor, alpha=factor)

@@ -1,8 +1,10 @@
-"""This step's draw: which groups are kept. Pure functions of probabilities and a seed."""
+"""This step's choice: which groups are kept. Pure functions of probabilities, a seed and whose turn it is."""
 
 from __future__ import annotations
 
 import numpy as np
+
+ROUNDING = 1e-9
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:
@@ -23,3 +25,30 @@ def draw(keep: np.ndarray, family: np.ndarray, rng: np.random.Generator) -> np.n
     chosen = np.empty(len(keep), bool)
     chosen[order] = np.diff(reached, prepend=0.0) > 0
     return chosen | (keep >= 1.0)
+
+
+def first_turns(family: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Where each group starts on its way to its next turn, float [G] in 0..1: at random, evenly spread over a family.
+
+    family: int [G], equal numbers belong together.
+    """
+    order = np.lexsort((rng.random(len(family)), family))
+    _, first, sizes = np.unique(family[order], return_index=True, return_counts=True)
+    due = np.empty(len(family))
+    due[order] = (np.arange(len(family)) - np.repeat(first, sizes) + np.repeat(rng.random(len(sizes)), sizes)) / (
+        np.repeat(sizes, sizes)
+    )
+    return due
+
+
+def take_turns(keep: np.ndarray, due: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the groups whose turn has come: each as often as its probability says, at distances as equal as can be.
+
+    A group that is kept with probability 1/4 is computed in every fourth step. Independent draws have the same mean
+    but long gaps too, in which a parameter runs on along an old gradient (`docs/policy.md` has the figures).
+
+    keep: float [G] in 0..1; due: float [G] in 0..1. Returns (chosen: bool [G], due for the next step).
+    """
+    due = due + keep
+    chosen = (due >= 1.0 - ROUNDING) | (keep >= 1.0)
+    return chosen, np.clip(due - chosen, 0.0, 1.0)

@@ -1,20 +1,21 @@
-"""How converged each group is: its expected descent, read from the optimizer's own state."""
+"""How converged each group is: its expected descent, read from the optimizer's own state, and how fast it moves."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch._logging import warning_once
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from cacompile.kernels.segments import Batch, Cut, Tables, fits
 
-from .estimate import cut_of, moment_name
+from .estimate import cut_of
+from .sources import Source, descent, gradient_of, source_of
 from .tracked import Scores, Tracked
 
 log = logging.getLogger(__name__)
@@ -23,22 +24,13 @@ SMOOTHING = 0.5
 """Weight of the newest of two readings of a gradient that no optimizer state averages."""
 
 
-class Source(NamedTuple):
-    """What a parameter's expected descent is read from."""
-
-    tensors: tuple[torch.Tensor, ...]
-    """(mean, mean square) of Adam's family, or one: a mean of gradients, or a gradient."""
-    factors: tuple[Any, ...]
-    """(beta1, beta2, eps), or what the square of the one tensor is multiplied by."""
-    step: Any = None
-    """Steps that Adam has averaged over: a tensor where it counts on the device, which is not waited for."""
-
-
 Found = list[tuple[Tracked, Scores]]
+Speeds = Mapping[int, torch.Tensor]
+"""A record's id -> movement of its blocks in this step over their size, float32 [G] on its device, where known."""
 
 
 @torch.no_grad()
-def read_scores(tracked: Sequence[Tracked], optimizer: Optimizer | None) -> Found:
+def read_scores(tracked: Sequence[Tracked], optimizer: Optimizer | None, speeds: Speeds) -> Found:
     """Scores of each parameter's groups on their way to the host; taken without waiting for the device."""
     settings = settings_by_param(optimizer)
     taken: dict[torch.device, list[tuple[Tracked, torch.Tensor, bool]]] = {}
@@ -51,13 +43,13 @@ def read_scores(tracked: Sequence[Tracked], optimizer: Optimizer | None) -> Foun
             taken.setdefault(sums.device, []).append((record, sums, averaged))
     found: Found = []
     for parts in taken.values():
-        found += _scores([(r, averaged) for r, _, averaged in parts], torch.cat([sums for _, sums, _ in parts]))
+        found += _scores([(r, averaged) for r, _, averaged in parts], torch.cat([sums for _, sums, _ in parts]), speeds)
     return found
 
 
 @torch.no_grad()
 def read_together(
-    tracked: Sequence[Tracked], optimizer: Optimizer | None, tables: Tables
+    tracked: Sequence[Tracked], optimizer: Optimizer | None, tables: Tables, speeds: Speeds
 ) -> tuple[Found, list[Tracked]]:
     """`read_scores` by one reduction for each device, kind of average and combination of dtypes. For CUDA tensors.
 
@@ -70,11 +62,11 @@ def read_together(
         if (param := record.ref()) is None:
             continue
         try:
-            source = _averages(optimizer, settings.get(id(param), {}), record, param)
-            given = _given(source or _gradient(param), cut_of(record, param), param.device)
+            source = source_of(optimizer, settings.get(id(param), {}), param, record.step) or gradient_of(param)
+            given = _given(source, cut_of(record, param), param.device)
         except Exception:
-            given = None  # read_scores says so
-        if given is None:
+            source = given = None  # read_scores says so
+        if source is None or given is None:
             left.append(record)
             continue
         adam, cut, (first, last, step), factors = given
@@ -82,20 +74,22 @@ def read_together(
         if (held := batches.get(key)) is None:
             held = batches[key] = Batch(), []
         held[0].add(cut, (first, last if adam else None, step), factors)
-        held[1].append((record, source is not None))
+        held[1].append((record, source.averaged))
     found: Found = []
     for (device, adam, *dtypes), (batch, records) in batches.items():
         from cacompile.kernels.triton_segments import group_sums  # torch for CPUs comes without triton
 
         table = tables.find(batch.cuts, device)
-        found += _scores(records, group_sums(table, table.send(batch), dtypes, adam))
+        found += _scores(records, group_sums(table, table.send(batch), dtypes, adam), speeds)
     return found, left
 
 
-def _scores(records: Sequence[tuple[Tracked, bool]], sums: torch.Tensor) -> Found:
+def _scores(records: Sequence[tuple[Tracked, bool]], sums: torch.Tensor, speeds: Speeds) -> Found:
     """records: each with whether its sums are averages; sums: [groups of all of them]."""
-    host, event = _fetch(sums)
-    parts = host.split([record.groups for record, _ in records])
+    unknown = sums.new_full((1,), math.nan)
+    each = [speeds.get(id(record), unknown.expand(record.groups)) for record, _ in records]
+    host, event = _fetch(torch.stack([sums, torch.cat(each)]))
+    parts = host.split([record.groups for record, _ in records], dim=1)
     return [(r, Scores(part, event, None if averaged else ~r.skipped)) for (r, averaged), part in zip(records, parts)]
 
 
@@ -121,8 +115,8 @@ def _sums(
 ) -> tuple[torch.Tensor | None, bool]:
     """Expected descent a group [G] per unit of learning rate, and whether the optimizer has averaged it over steps."""
     try:
-        if (source := _averages(optimizer, settings, record, param)) is not None:
-            return _sum_groups(_descent(source), record), True
+        if (source := source_of(optimizer, settings, param, record.step)) is not None:
+            return _sum_groups(descent(source), record), source.averaged
     except Exception:
         warning_once(
             log,
@@ -130,42 +124,8 @@ def _sums(
             type(optimizer).__name__,
             exc_info=True,
         )
-    gradient = _gradient(param)
-    return (None if gradient is None else _sum_groups(_descent(gradient), record)), False
-
-
-def _averages(
-    optimizer: Optimizer | None, settings: Mapping[str, Any], record: Tracked, param: torch.Tensor
-) -> Source | None:
-    """The averages that the optimizer keeps; None where none are known."""
-    if optimizer is None:
-        return None
-    name, state = moment_name(optimizer), optimizer.state.get(param, {})
-    mean, square = state.get(name), state.get("exp_avg_sq")
-    if (
-        name == "exp_avg"
-        and isinstance(mean, torch.Tensor)
-        and isinstance(square, torch.Tensor)
-        and mean.shape == square.shape == param.shape
-    ):
-        betas, eps = settings.get("betas", (0.9, 0.999)), settings.get("eps", 1e-8)
-        return Source((mean, square), (*betas, eps), state.get("step", record.step))
-    if isinstance(optimizer, SGD) and isinstance(mean, torch.Tensor):
-        return Source((mean,), ((1.0 - settings["momentum"]) ** 2,))
-    return None
-
-
-def _gradient(param: torch.Tensor) -> Source | None:
-    return None if param.grad is None else Source((param.grad,), (1.0,))
-
-
-def _descent(source: Source) -> torch.Tensor:
-    """Expected descent of each element per unit of learning rate."""
-    if len(source.tensors) == 1:
-        return source.tensors[0].square() * source.factors[0]
-    (mean, square), (beta1, beta2, eps), step = source
-    rms = (square / (1.0 - beta2**step)).sqrt()
-    return (mean / (1.0 - beta1**step)).square() / (rms + eps)
+    gradient = gradient_of(param)
+    return (None if gradient is None else _sum_groups(descent(gradient), record)), False
 
 
 Given = tuple[bool, Cut, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[float, float, float]]
@@ -174,9 +134,9 @@ Given = tuple[bool, Cut, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
 
 def _given(source: Source | None, cut: Cut | None, device: torch.device) -> Given | None:
     """None where a kernel cannot read it, or would have to wait for numbers that are on the device."""
-    if source is None or cut is None or not fits(source.tensors, cut, device):
+    if source is None or source.rule is not None or cut is None or not fits(source.tensors, cut, device):
         return None
-    tensors, factors, step = source
+    tensors, factors, step = source.tensors, source.factors, source.step
     if any(isinstance(factor, torch.Tensor) for factor in factors):
         return None
     if len(tensors) == 1:
@@ -204,11 +164,11 @@ def _sum_groups(values: torch.Tensor, record: Tracked) -> torch.Tensor:
 
 def learn(record: Tracked, scores: Scores) -> None:
     """Take a reading over into the record's state."""
-    state, fresh, sampled = record.state, scores.values(), scores.sampled
+    state, (fresh, speed), sampled = record.state, scores.values(), scores.sampled
     if sampled is not None:
         # one noisy sample; an output that is not used gives a gradient of zeros, which says nothing
         before = np.where(np.isfinite(state.score), state.score, fresh)
         mixed = SMOOTHING * fresh + (1.0 - SMOOTHING) * before
         fresh = np.where(sampled & fresh.any(), mixed, state.score)
     state.score[:] = np.where(np.isfinite(fresh), fresh, state.score)
-    np.fmax(state.peak, state.score, out=state.peak)
+    state.speed[:] = np.where(np.isnan(speed), state.speed, speed)

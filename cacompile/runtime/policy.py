@@ -1,4 +1,4 @@
-"""How likely each group is kept, from how much loss its own gradient is expected to win per FLOP that it costs."""
+"""How often each group is computed: as long as a FLOP saved is worth more than the descent that it costs."""
 
 from __future__ import annotations
 
@@ -6,37 +6,66 @@ import numpy as np
 
 from cacompile.config import Config
 
+NOISE = 0.03
+"""Share of its expected descent that a group gives up when it is computed in every second step, however slowly it
+moves: half as many gradients tell half as much."""
 
-def keep_probabilities(descent: np.ndarray, settled: np.ndarray, flops: np.ndarray, config: Config) -> np.ndarray:
-    """Spend the tolerance where it saves most.
+FAST = 0.016
+"""Movement in one step, as a share of a group's own size, at which skipping every second step gives up all descent."""
 
-    A group is skipped with probability q = min(cap, u * flops / descent), cap = max_skip * settled: below its cap every
-    group gives up the same expected descent per FLOP saved, u, and u is as large as the budget allows:
-    sum(q * descent) <= tolerance * sum(descent).
+STEP = 3.0
+"""FLOPs of a whole step for each of dW: forward pass, input gradient and weight gradient cost the same."""
+
+MARGIN = 2.0
+"""How many times its price in descent a saved FLOP must be worth: all this is measured roughly (`docs/policy.md`)."""
+
+
+def keep_probabilities(descent: np.ndarray, speed: np.ndarray, flops: np.ndarray, config: Config) -> np.ndarray:
+    """How often each group is computed, float [G] in 0..1: 1/k for every k-th step.
+
+    A group computed in every k-th step saves (1 - 1/k) * flops and gives up loss * k (k - 1) / 2 * descent, with
+    loss = NOISE + (speed / FAST)^3: its estimate is up to k - 1 steps old. A shorter run would give up the descent of
+    the whole step for the FLOPs of the whole step. That is the price which a skipped FLOP has to beat, MARGIN times;
+    it is beaten up to some k for each group. Where all of them together would give up more than `tolerance` of the
+    expected descent, the price rises until they do not. 1 - 1/k is never above max_skip.
 
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
-    settled: float [G] in 0..1, how far a group has come down from the fastest that it ever moved;
-    flops: float [G] (0: never skipped, it saves nothing). Returns float [G], the probability of being kept.
+    speed: float [G], movement in a step over its size, NaN where not known yet (never skipped);
+    flops: float [G], of dW (0: never skipped, it saves nothing).
     """
-    known = np.isfinite(descent) & (flops > 0.0)
+    keep = np.ones(len(descent))
+    known = np.isfinite(descent) & np.isfinite(speed) & (flops > 0.0)
     if config.tolerance == 0.0 or not known.any():
-        return np.ones(len(descent))
-    descent = np.where(known, descent, 0.0)
-    cap = np.where(known, config.max_skip * np.clip(settled, 0.0, 1.0), 0.0)
-    level = _water_level((cap * descent)[known], flops[known], config.tolerance * descent[known].sum())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        skip = np.where(descent > 0.0, level * flops / descent, np.inf)
-    return np.where(known, 1.0 - np.minimum(cap, skip), 1.0)
+        return keep
+    descent, flops = descent[known], flops[known]
+    loss = (NOISE + (speed[known] / FAST) ** 3) * descent
+    longest = 1.0 / (1.0 - min(config.max_skip, 1.0 - 1e-6))
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        worth = descent.sum() * flops / (STEP * MARGIN * flops.sum() * loss)
+    worth[loss == 0.0] = np.inf
+
+    def every(price: float) -> np.ndarray:
+        return np.minimum(longest, _distance(worth / price))
+
+    def fits(price: float) -> bool:
+        k = every(price)
+        return bool((loss * k * (k - 1.0) / 2.0).sum() <= config.tolerance * descent.sum())
+
+    price = 1.0
+    if not fits(price):
+        low, high = 0.0, 64.0  # of the binary logarithm of the price: too cheap, dear enough
+        for _ in range(32):
+            middle = (low + high) / 2.0
+            low, high = (low, middle) if fits(2.0**middle) else (middle, high)
+        price = 2.0**high
+    keep[known] = 1.0 / every(price)
+    return keep
 
 
-def _water_level(most: np.ndarray, flops: np.ndarray, budget: float) -> float:
-    """Largest u with sum(min(most, u * flops)) <= budget; infinite if giving up the most of all stays within it."""
-    if most.sum() <= budget:
-        return np.inf
-    order = np.argsort(most / flops)
-    most, flops = most[order], flops[order]
-    below = np.cumsum(most) - most  # given up by the groups that met their cap earlier
-    rising = flops[::-1].cumsum()[::-1]  # FLOPs of the groups that have not
-    spent = below + most / flops * rising  # in all, when u stands where a group meets its cap
-    first = min(int(np.searchsorted(spent, budget)), len(spent) - 1)  # rounding may leave the last just below
-    return float((budget - below[first]) / rising[first])
+def _distance(worth: np.ndarray) -> np.ndarray:
+    """k >= 1 where one more FLOP saved costs just its worth: 1 / k^2 times that is (2 k - 1) / 2."""
+    x = np.minimum(2.0 * worth, 1e18)
+    k = 1.0 + np.cbrt(x / 2.0)  # never below the solution of k^2 (2 k - 1) = x, to which Newton's steps come down
+    for _ in range(6):
+        k -= (k * k * (2.0 * k - 1.0) - x) / (6.0 * k * k - 2.0 * k)
+    return np.maximum(k, 1.0)

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from cacompile.kernels.segments import Tables
 
-from .estimate import fill_skipped, fill_together
-from .mask import draw, generator
+from .drift import moved, sample
+from .estimate import fill, fill_together
+from .mask import first_turns, generator, take_turns
 from .monitor import learn, read_scores, read_together, settings_by_param
 from .policy import keep_probabilities
 from .tracked import GroupState, Tracked, registry
@@ -32,6 +33,8 @@ class Scope:
         self._flops = np.concatenate([record.flops for record in self.tracked])
         self._tables = Tables()
         self._units = Units(self.tracked)
+        self._before: dict[int, torch.Tensor] = {}
+        """A record's id -> what its weights were before this step, if the step is to be read."""
 
     @property
     def valid(self) -> bool:
@@ -53,15 +56,42 @@ class Scope:
         return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
     def fill(self, optimizer: Optimizer) -> None:
-        """Give every slice that was skipped its estimate; called right before the optimizer reads the gradients."""
-        if not np.concatenate([record.skipped for record in self.tracked]).any():
+        """Give every slice that was skipped its estimate, and weight up those that are computed again.
+
+        Called right before the optimizer reads the gradients.
+        """
+        skipped, captured = np.concatenate([record.skipped for record in self.tracked]), self._captured
+        if not captured:
+            self._look_before(self._step + 1)
+        # what is captured runs again and again with the same groups: none of them has been away
+        weight_up = not captured and bool(self.state.age.any())
+        if not (weight_up or skipped.any()):
             return
         settings = settings_by_param(optimizer)
         # what is captured must not hold a copy from the host, whose memory is used for other things by then
-        near, far = ([], self.tracked) if self._captured else self._by_device()
+        near, far = ([], self.tracked) if captured else self._by_device()
         for record in far + fill_together(near, optimizer, settings, self._tables):
-            if record.skipped.any():
-                fill_skipped(optimizer, settings.get(id(record.ref()), {}), record)
+            fill(optimizer, settings.get(id(record.ref()), {}), record, weight_up=weight_up)
+        if weight_up:
+            # an optimizer within another one calls again, with the same gradients
+            self.state.age[~skipped] = 0
+
+    @property
+    def _step(self) -> int:
+        """Optimizer steps done."""
+        return max(record.step for record in self.tracked)
+
+    def _look_before(self, step: int) -> None:
+        self._before = {}
+        if step % self.config.monitor_every == 0:
+            samples = ((record, sample(record)) for record in self.tracked)
+            self._before = {id(record): found for record, found in samples if found is not None}
+
+    def _speeds(self) -> dict[int, torch.Tensor]:
+        """A record's id -> how far its blocks have moved in this step, float32 [G]; those that could be seen."""
+        before, self._before = self._before, {}
+        now = {id(record): sample(record) for record in self.tracked if id(record) in before}
+        return {key: moved(before[key], found) for key, found in now.items() if found is not None}
 
     def advance(self, optimizer: Optimizer | None) -> None:
         """One optimizer step is done: read scores when it is time, and draw the next step's mask."""
@@ -72,36 +102,47 @@ class Scope:
             return
         for record in self.tracked:
             record.step += 1
-        steps = np.array([record.step for record in self.tracked])
-        step = int(steps.max())
+        steps, step = np.array([record.step for record in self.tracked]), self._step
         if step % self.config.monitor_every == 0:
             self._monitor(optimizer)
-        for record in self.tracked:
-            record.skipped[:] = False
+        if optimizer is None:  # then nobody tells when the next step begins
+            self._look_before(step + 1)
         state = self.state
+        for record in self.tracked:
+            record.state.age[:] = np.where(record.skipped, record.state.age + 1, 0)
+            record.skipped[:] = False
         was_dense = state.on.all()
         if step < self.config.warmup_steps:
             state.on[:] = True
         else:
-            # with a parameter's key, so that the scopes of one model do not draw alike
-            random = generator(self.config.seed, step, self.tracked[0].key or 0)
-            on = draw(self._units.least(state.keep), self._units.family, random)
             young = np.repeat(steps < self.config.warmup_steps, [record.groups for record in self.tracked])
-            on |= ~self._units.every((state.age < self.config.max_age) & ~young)
+            on = self._take_turns(step) | ~self._units.every((state.age < self.config.max_age) & ~young)
             state.on[:] = on[self._units.of_block]
         for record in self.tracked:
             if record.pin is not None:
                 record.state.on[:] = record.pinned_mask()
                 record.state.keep[:] = record.pin.keep_of(record)
-        state.age[:] = np.where(state.on, 0, state.age + 1)
         if not (was_dense and state.on.all()):
             registry.epoch += 1
+
+    def _take_turns(self, step: int) -> np.ndarray:
+        """bool [units]: those whose turn it is."""
+        state, units = self.state, self._units
+        due = units.least(state.due)
+        if (new := due < 0.0).any():
+            # with a parameter's key, so that the scopes of one model do not draw alike
+            random = generator(self.config.seed, step, self.tracked[0].key or 0)
+            due = np.where(new, first_turns(units.family, random), due)
+        on, due = take_turns(units.least(state.keep), due)
+        state.due[:] = due[units.of_block]
+        return on
 
     def _monitor(self, optimizer: Optimizer | None) -> None:
         """Use each last reading, or this one if it needs no waiting: always the same one, so that ranks agree."""
         near, far = self._by_device()
-        found, left = read_together(near, optimizer, self._tables)
-        for record, scores in found + read_scores(far + left, optimizer):
+        speeds = self._speeds()
+        found, left = read_together(near, optimizer, self._tables, speeds)
+        for record, scores in found + read_scores(far + left, optimizer, speeds):
             due, record.awaited = (scores, None) if scores.event is None else (record.awaited, scores)
             if due is not None:
                 learn(record, due)
@@ -113,9 +154,11 @@ class Scope:
         some = units.sum(known & (self._flops > 0.0))[units.of_block] > 0.0
         score = np.where(~known & ((self._flops == 0.0) | some), 0.0, score)
         descent = units.sum(score * np.repeat(rate, [record.groups for record in self.tracked]))
-        peak = units.sum(self.state.peak)
-        settled = 1.0 - units.sum(score) / np.where(peak > 0.0, peak, 1.0)
-        keep = keep_probabilities(descent, settled, units.sum(self._flops), self.config)
+        counted = np.where(known, self._flops, 0.0)
+        moving = units.sum(np.where(counted > 0.0, self.state.speed * counted, 0.0))
+        with np.errstate(invalid="ignore"):
+            speed = moving / units.sum(counted)
+        keep = keep_probabilities(descent, speed, units.sum(self._flops), self.config)
         self.state.keep[:] = keep[units.of_block]
 
 

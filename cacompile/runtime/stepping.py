@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from cacompile.config import Config
 
+from .clipping import follow_clipping
 from .scope import Scope
 from .tracked import Tracked, registry
 
@@ -87,6 +88,10 @@ def _then(closure: Callable[[], Any], after: Callable[[], None]) -> Callable[[],
 
 @functools.cache
 def follow_optimizers() -> None:
-    """Install the two hooks, once; they act only for optimizers that hold parameters of a convaware model."""
+    """Install the two hooks, once; they act only for optimizers that hold parameters of a convaware model.
+
+    Clipping, which comes before the step, is followed along with them.
+    """
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
+    follow_clipping()

@@ -26,27 +26,30 @@ log = logging.getLogger(__name__)
 class GroupState:
     """What is known of each block of a parameter. Views into one longer state while a scope draws for several.
 
-    Blocks that belong to one group agree in `on`, `keep` and `age`; scores are each block's own.
+    Blocks that belong to one group agree in `on`, `keep`, `due` and `age`; scores are each block's own.
     """
 
     on: np.ndarray
     """bool: the gradient is computed this step."""
     keep: np.ndarray
-    """Probability with which it was kept in this step's draw."""
+    """Probability with which it is kept in this step: how often its turn comes."""
+    due: np.ndarray
+    """How far it has come towards its next turn, 0 to 1; -1 before the first."""
     score: np.ndarray
     """Expected loss decrease per unit of learning rate at the last reading; NaN before the first."""
-    peak: np.ndarray
-    """Highest score so far."""
+    speed: np.ndarray
+    """Movement in one step over the block's size at the last reading; NaN before the first."""
     age: np.ndarray
-    """Optimizer steps since it was last on."""
+    """Optimizer steps in a row in which its gradient was skipped, up to the last one."""
 
     @classmethod
     def fresh(cls, groups: int) -> GroupState:
         return cls(
             on=np.ones(groups, bool),
             keep=np.ones(groups),
+            due=np.full(groups, -1.0),
             score=np.full(groups, np.nan),
-            peak=np.zeros(groups),
+            speed=np.full(groups, np.nan),
             age=np.zeros(groups, np.int64),
         )
 
@@ -97,13 +100,13 @@ class Scores:
     """One reading of one parameter's groups, maybe still on its way to the host."""
 
     host: torch.Tensor
-    """float [G] on the host; complete once `event` has passed."""
+    """float [2, G] on the host, expected descent and speed; complete once `event` has passed."""
     event: torch.cuda.Event | None
     sampled: np.ndarray | None
-    """bool [G]: the groups whose gradient was computed; None if the values are averages that any step may read."""
+    """bool [G]: the groups whose gradient was computed; None if the descents are averages that any step may read."""
 
     def values(self) -> np.ndarray:
-        """float64 [G]. Waits only if it is called sooner than the copy takes."""
+        """float64 [2, G]. Waits only if it is called sooner than the copy takes."""
         if self.event is not None:
             self.event.synchronize()
         return self.host.double().numpy()
@@ -151,6 +154,8 @@ class Tracked:
         self._pinned: tuple[Pin, int, np.ndarray] | None = None
         self.awaited: Scores | None = None
         """A reading that is taken over at the next one, when its copy from the device is surely complete."""
+        self.places: tuple[torch.Tensor, ...] | None = None
+        """Which weights `drift.sample` reads: where they are in each dimension, int64 [samples]."""
         self.pending: dict[str, Any] | None = None
         """Saved state that waits for the partition to be known."""
 

@@ -127,11 +127,11 @@ def test_a_batch_is_sent_whole():
     tensors = [torch.empty(5, 3) for _ in range(3)]
     for i, tensor in enumerate(tensors):
         batch.add(cut, (tensor, None), (i + 0.5, 2.0, -1.0))
-    chosen = np.array([True, False, True] * 3)
-    sent = table.send(batch, chosen)
+    weights = np.array([0.0, 1.0, 1.5] * 3, np.float32)
+    sent = table.send(batch, weights)
     assert sent.pointers.tolist() == [[tensor.data_ptr(), 0] for tensor in tensors]
     assert sent.factors.tolist() == [[i + 0.5, 2.0, -1.0] for i in range(3)]
-    assert sent.chosen.tolist() == chosen.tolist()
+    assert sent.weights.tolist() == weights.tolist()
     assert all((part.data_ptr() - sent.pointers.data_ptr()) % 16 == 0 for part in sent)
 
 

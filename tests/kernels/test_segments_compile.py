@@ -28,19 +28,17 @@ SIZES = {"CHUNK": CHUNK, "VECTOR": VECTOR, "FIELDS": FIELDS}
 SIGNATURE = {
     "chunks": "*i64",
     "pointers": "*i64",
-    "factors": "*fp32",
-    "chosen": "*u8",
     "first": "*i64",
-} | dict.fromkeys(("partials", "sums"), "*fp32")
+} | dict.fromkeys(("factors", "weights", "partials", "sums"), "*fp32")
 
 KERNELS: dict[str, tuple[Any, int, dict[str, Any], int, int]] = {  # ..., 16-byte loads and stores of a thread
     "adam fp32": (chunk_sums_kernel, SUM_WARPS, {"ADAM": True, "X": FP32, "Y": FP32, **SIZES}, 8, 0),
     "adam bf16": (chunk_sums_kernel, SUM_WARPS, {"ADAM": True, "X": BF16, "Y": BF16, **SIZES}, 4, 0),
     "square fp32": (chunk_sums_kernel, SUM_WARPS, {"ADAM": False, "X": FP32, "Y": FP32, **SIZES}, 4, 0),
     "square fp16": (chunk_sums_kernel, SUM_WARPS, {"ADAM": False, "X": FP16, "Y": FP16, **SIZES}, 2, 0),
-    "fill fp32": (fill_kernel, FILL_WARPS, {"GRAD": FP32, "X": FP32, "Y": FP32, **SIZES}, 4, 2),
-    "fill bf16": (fill_kernel, FILL_WARPS, {"GRAD": BF16, "X": BF16, "Y": BF16, **SIZES}, 2, 1),
-    "fill bf16 from fp32": (fill_kernel, FILL_WARPS, {"GRAD": BF16, "X": FP32, "Y": BF16, **SIZES}, 3, 1),
+    "fill fp32": (fill_kernel, FILL_WARPS, {"GRAD": FP32, "X": FP32, "Y": FP32, **SIZES}, 6, 2),
+    "fill bf16": (fill_kernel, FILL_WARPS, {"GRAD": BF16, "X": BF16, "Y": BF16, **SIZES}, 3, 1),
+    "fill bf16 from fp32": (fill_kernel, FILL_WARPS, {"GRAD": BF16, "X": FP32, "Y": BF16, **SIZES}, 4, 1),
     "blocks": (block_sums_kernel, SUM_WARPS, {"PARTIALS": PARTIALS}, 0, 0),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn, optim
 
-from cacompile.runtime.estimate import fill_skipped
+from cacompile.runtime import estimate
 from cacompile.runtime.monitor import settings_by_param
+from cacompile.runtime.stepping import scopes_of
 
 MOMENTS = [
     (optim.Adam, {}),
@@ -32,6 +34,9 @@ MOMENTS = [
     (optim.SGD, {"momentum": 0.8, "dampening": 0.5, "weight_decay": 0.1, "maximize": True}),
     (optim.SGD, {"momentum": 0.9, "dampening": 0.3, "foreach": True}),
     (optim.SGD, {"momentum": 0.9, "weight_decay": 0.1, "fused": True}),
+    (optim.RMSprop, {"momentum": 0.9}),
+    (optim.RMSprop, {"momentum": 0.9, "weight_decay": 0.1, "maximize": True, "foreach": True}),
+    (optim.RMSprop, {"momentum": 0.9, "weight_decay": 0.1, "centered": True}),
 ]
 if hasattr(optim, "Muon"):
     MOMENTS.append((optim.Muon, {"weight_decay": 0.1}))
@@ -40,7 +45,7 @@ NO_MOMENT = [
     (optim.SGD, {}),
     (optim.Adagrad, {}),
     (optim.RMSprop, {}),
-    (optim.RMSprop, {"momentum": 0.9}),
+    (optim.RMSprop, {"centered": True}),
     (optim.Adadelta, {}),
     (optim.ASGD, {}),
     (optim.Rprop, {}),
@@ -65,7 +70,7 @@ def trained(optimizer_type: Any, settings: dict[str, Any], param: nn.Parameter) 
 
 
 def fill(optimizer: optim.Optimizer | None, param: nn.Parameter, record: Any) -> None:
-    fill_skipped(optimizer, settings_by_param(optimizer).get(id(param), {}), record)
+    estimate.fill(optimizer, settings_by_param(optimizer).get(id(param), {}), record)
 
 
 @pytest.mark.parametrize(("optimizer_type", "settings"), MOMENTS, ids=lambda v: getattr(v, "__name__", str(v)))
@@ -82,28 +87,78 @@ def test_momentum_of_skipped_rows_stays(optimizer_type: Any, settings: dict[str,
     assert torch.equal(param.grad.index_select(dim, on), fresh.index_select(dim, on))
     optimizer.step()
     after = first_moment(optimizer, param)
-    torch.testing.assert_close(after.index_select(dim, off), before.index_select(dim, off), rtol=1e-5, atol=1e-6)
+    rtol = 0.01 if optimizer_type is optim.RMSprop else 1e-5  # the step changes what RMSprop divides by
+    torch.testing.assert_close(after.index_select(dim, off), before.index_select(dim, off), rtol=rtol, atol=1e-6)
     assert (after != before).index_select(dim, on).all()
+
+
+@pytest.mark.parametrize(("optimizer_type", "settings"), MOMENTS, ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize("dim", [0, 1])
+def test_what_is_computed_again_moves_momentum_further(
+    optimizer_type: Any, settings: dict[str, Any], dim: int, make: Any, rows: Any
+):
+    """By the root of the steps since the last time: m + sqrt(k) (m' - m), m' being what the gradient itself makes."""
+    param, record = make(9, 9, dim=dim)
+    optimizer, other = trained(optimizer_type, settings, param), nn.Parameter(param.detach().clone())
+    dense = optimizer_type([other], **{"lr": 0.01, **settings})
+    dense.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before, rms = first_moment(optimizer, param).clone(), [divisor(optimizer, param)]
+    fresh = torch.randn_like(param)
+    param.grad, other.grad = fresh.clone(), fresh.clone()
+    record.skipped[1] = True
+    record.state.age[:] = ages = np.array([0, 2, 7, 3, 3])
+    fill(optimizer, param, record)
+    never, again = rows(record, ages == 0), rows(record, ages > 2)
+    assert torch.equal(param.grad.index_select(dim, never), fresh.index_select(dim, never))
+    for each, owner in ((optimizer, param), (dense, other)):
+        each.step()
+        rms.append(divisor(each, owner))
+    root = torch.from_numpy(np.repeat(np.sqrt(ages + 1.0), 2)[:9]).float().unsqueeze(1 - dim)
+    mean, new = before * rms[0], first_moment(dense, other) * rms[2]
+    if optimizer_type is optim.RMSprop:  # it sums what it has divided, each time by another number
+        kept = 0.9 * before
+        mean, new = 0.1 * mean, new - kept * rms[2]
+        expected = kept + (mean + root * (new - mean)) / rms[1]
+    else:
+        expected = mean + root * (new - mean)
+    after = first_moment(optimizer, param)
+    torch.testing.assert_close(after.index_select(dim, again), expected.index_select(dim, again), rtol=1e-5, atol=1e-6)
+
+
+def divisor(optimizer: optim.Optimizer, param: nn.Parameter) -> torch.Tensor:
+    """What gradients are divided by before they are summed up."""
+    if isinstance(optimizer, optim.RMSprop):
+        return estimate.rms_of(optimizer.state[param], optimizer.param_groups[0])
+    return torch.ones_like(param)
 
 
 @pytest.mark.parametrize(("optimizer_type", "settings"), NO_MOMENT, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_without_a_first_moment_it_is_zeros(optimizer_type: Any, settings: dict[str, Any], make: Any, rows: Any):
     param, record = make(9, 4)
     optimizer = trained(optimizer_type, settings, param)
-    param.grad = torch.randn_like(param)
-    record.skipped[:] = ~ON
-    fill(optimizer, param, record)
-    assert not param.grad[rows(record, ~ON)].any() and param.grad[rows(record, ON)].all()
+    fill_and_expect_zeros(optimizer, param, record, rows)
 
 
-@pytest.mark.parametrize("case", ["option", "no optimizer", "first step"])
+@pytest.mark.parametrize("case", ["option", "no optimizer", "first step", "momentum of SGD ended", "of RMSprop"])
 def test_zeros_where_asked_for_or_nothing_is_known(case: str, make: Any, rows: Any):
     param, record = make(9, 4, estimate="zeros" if case == "option" else "momentum")
-    optimizer = optim.AdamW([param]) if case == "first step" else trained(optim.AdamW, {}, param)
+    if "of" in case.split():
+        optimizer = trained(optim.RMSprop if case == "of RMSprop" else optim.SGD, {"momentum": 0.9}, param)
+        optimizer.param_groups[0]["momentum"] = 0.0
+    else:
+        optimizer = optim.AdamW([param]) if case == "first step" else trained(optim.AdamW, {}, param)
+    fill_and_expect_zeros(None if case == "no optimizer" else optimizer, param, record, rows)
+
+
+def fill_and_expect_zeros(optimizer: optim.Optimizer | None, param: nn.Parameter, record: Any, rows: Any) -> None:
+    """Where there is no estimate, what is computed again is left as it is."""
     param.grad = torch.randn_like(param)
+    fresh = param.grad.clone()
     record.skipped[:] = ~ON
-    fill(None if case == "no optimizer" else optimizer, param, record)
-    assert not param.grad[rows(record, ~ON)].any() and param.grad[rows(record, ON)].all()
+    record.state.age[:] = 3
+    fill(optimizer, param, record)
+    assert not param.grad[rows(record, ~ON)].any()
+    assert torch.equal(param.grad[rows(record, ON)], fresh[rows(record, ON)])
 
 
 def test_decay_that_an_unknown_optimizer_applies_itself_is_left_to_it(make: Any, rows: Any):
@@ -125,10 +180,7 @@ def test_what_an_unknown_optimizer_calls_exp_avg_is_not_used(base: type, make: A
     param, record = make(9, 4)
     optimizer = Prodigious([param], *([{"lr": 0.1}] if base is optim.Optimizer else []))
     optimizer.state[param]["exp_avg"] = torch.randn_like(param)
-    param.grad = torch.randn_like(param)
-    record.skipped[:] = ~ON
-    fill(optimizer, param, record)
-    assert not param.grad[rows(record, ~ON)].any() and param.grad[rows(record, ON)].all()
+    fill_and_expect_zeros(optimizer, param, record, rows)
 
 
 def test_a_state_that_cannot_be_used_gives_zeros_and_one_warning(
@@ -164,6 +216,28 @@ def test_a_state_that_cannot_be_used_gives_zeros_and_one_warning(
     assert "zeros" in said.getMessage() and said.exc_info is not None
 
 
+def test_ages_become_weights_once(make: Any, followed: None):
+    """In the step in which the gradient is back; again not in the next, nor when another optimizer wraps the first."""
+    param, record = make(9, 4, warmup_steps=100)
+    optimizer = trained(optim.AdamW, {}, param)
+    optimizer.register_step_pre_hook(lambda *_: scopes_of(optimizer)[0].fill(optimizer))  # the second time in a step
+    for skipped, k in ((True, 0), (True, 0), (False, 3), (False, 1), (True, 0), (False, 2)):
+        before = optimizer.state[param]["exp_avg"].clone()
+        param.grad = torch.randn_like(param)
+        expected = before + k**0.5 * 0.1 * (param.grad - before)
+        record.skipped[:] = skipped
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[param]["exp_avg"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "age", "weight"), [(True, 0, 0.0), (True, 5, 0.0), (False, 0, 1.0), (False, 1, 2**0.5), (False, 8, 3.0)]
+)
+def test_weights(skipped: bool, age: int, weight: float):
+    found = estimate.weights(np.array([skipped]), np.array([age]))
+    assert found.dtype == np.float32 and found.tolist() == [np.float32(weight)]
+
+
 def test_nothing_happens_without_a_gradient(make: Any):
     param, record = make(9, 4)
     record.skipped[:] = True
@@ -191,12 +265,14 @@ def test_under_a_gradient_scaler(fused: bool, unscale: bool, make: Any, rows: An
 
     for _ in range(3):
         step()
-    before = optimizer.state[param]["exp_avg"].clone()
+    before, weights = optimizer.state[param]["exp_avg"].clone(), param.detach().clone()
     record.skipped[:] = ~ON
+    record.state.age[:] = ages = np.array([0, 5, 1, 3, 2])
     step()
     after = optimizer.state[param]["exp_avg"]
-    torch.testing.assert_close(after[rows(record, ~ON)], before[rows(record, ~ON)], rtol=1e-5, atol=1e-7)
-    assert (after != before)[rows(record, ON)].all()
+    root = torch.from_numpy(np.repeat(np.where(ON, np.sqrt(ages + 1.0), 0.0), 2)[:9]).float().unsqueeze(1)
+    expected = before + root * 0.1 * (factors + 0.1 * weights - before)
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("call", ["positional", "keyword"])

@@ -46,7 +46,7 @@ ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         lambda e: {**e, "groups": {k: v for k, v in e["groups"].items() if k != "age"}},
         ["groups", "lacks age"],
     ),
-    "array is too long": (array("peak", torch.ones(3).double()), ["groups['peak']", "float64 [2]", "float64 [3]"]),
+    "array is too long": (array("speed", torch.ones(3).double()), ["groups['speed']", "float64 [2]", "float64 [3]"]),
     "array of another type": (array("on", torch.ones(2)), ["groups['on']", "bool [2]", "float32 [2]"]),
     "array is no tensor": (array("score", [0.0, 0.0]), ["groups['score']", "float64 [2]", "[0.0, 0.0]"]),
     "keep": (array("keep", torch.tensor([0.5, 1.5]).double()), ["groups['keep']", "1.5", "between 0 and 1"]),
@@ -57,7 +57,7 @@ ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "awaited": (lambda e: {**e, "awaited": {"values": torch.ones(2)}}, ["awaited", "lacks sampled"]),
     "awaited values": (
         lambda e: {**e, "awaited": {"values": torch.ones(1), "sampled": None}},
-        ["awaited['values']", "floats [2]", "float32 [1]"],
+        ["awaited['values']", "floats [2, 2]", "float32 [1]"],
     ),
 }
 

@@ -77,6 +77,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize(("optimizer", "late"), [("adamw", True), ("adamw", False), ("momentum", False), ("sgd", True)])
+@pytest.mark.usefixtures("however_fast")
 def test_resuming_is_bit_exact(optimizer: str, late: bool):
     """The state is loaded before the first forward pass, or late: into a model that has trained on its own."""
     whole = Run(optimizer)
@@ -224,9 +225,9 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda s: None, ["format 2", "NoneType"]),
-        (lambda s: {**s, "format": 7}, ["format 2", "got 7"]),
-        (lambda s: {"weight": torch.ones(2)}, ["format 2", "got None"]),
+        (lambda s: None, ["format 3", "NoneType"]),
+        (lambda s: {**s, "format": 7}, ["format 3", "got 7"]),
+        (lambda s: {"weight": torch.ones(2)}, ["format 3", "got None"]),
         (lambda s: without(s, "flops"), ["lacks flops"]),
         (lambda s: {**s, "flops": None}, ["flops", "two finite numbers", "got None"]),
         (lambda s: {**s, "flops": (1.0, "2")}, ["flops", "two finite numbers", "'2'"]),

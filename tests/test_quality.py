@@ -1,0 +1,244 @@
+"""The quality benchmark: its arithmetic by hand, what is run and what is not, and all of it in its mode of seconds."""
+
+import csv
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from quality_curve import Arms, Worth, mean_worth, resampled, rising, seed_worths, standard_error, worth  # noqa: E402
+
+DENSE = ["dense-75", "dense-80", "dense-85", "dense-90", "dense-95", "dense"]
+
+
+@pytest.mark.parametrize(
+    "values, levels",
+    [
+        ([1, 2, 3], [1, 2, 3]),
+        ([1, 3, 2, 4], [1, 2.5, 2.5, 4]),
+        ([3, 2, 1], [2, 2, 2]),
+        ([0, 3, 3, 0], [0, 2, 2, 2]),
+    ],
+)
+def test_levels_what_falls(values, levels):
+    assert rising(values).tolist() == levels
+
+
+@pytest.mark.parametrize(
+    "quality, cost, expected",
+    [
+        (-1.5, 60, Worth(90 / 60)),  # halfway between 80 and 100
+        (-2.0, 80, Worth(1.0)),
+        (-1.0, 80, Worth(100 / 80)),
+        (-0.9, 80, Worth(100 / 80, "at least")),
+        (-2.1, 80, Worth(80 / 80, "below")),
+    ],
+)
+def test_worth_is_cost_of_the_dense_run_as_good(quality, cost, expected):
+    found = worth([80, 100], [-2.0, -1.0], quality, cost)
+    assert (found.ratio, found.bound) == (pytest.approx(expected.ratio), expected.bound)
+
+
+def test_worth_takes_the_cheapest_of_dense_runs_that_are_alike():
+    assert worth([70, 80, 90, 100], [0.0, 2.0, 1.0, 3.0], 1.5, 50).ratio == pytest.approx(80 / 50)
+    assert worth([70, 80, 90, 100], [0.0, 2.0, 1.0, 3.0], 0.75, 50).ratio == pytest.approx(75 / 50)
+
+
+def test_worth_says_what_it_does_not_know():
+    assert [str(Worth(1.1234, bound)) for bound in ("", "at least", "below")] == ["1.123", "≥ 1.123", "< 1.123"]
+
+
+def two_seeds() -> Arms:
+    costs = np.array([[50.0, 100.0], [50.0, 100.0]])
+    return Arms(costs, np.array([[0.0, 1.0], [1.0, 2.0]]), np.array([50.0, 50.0]), np.array([0.5, 2.0]))
+
+
+def test_means_are_compared_with_mean_dense_runs_and_seeds_with_their_own():
+    # mean quality 1.25 lies three quarters of the way from 0.5 to 1.5
+    assert mean_worth(two_seeds()).ratio == pytest.approx(87.5 / 50)
+    assert [w.ratio for w in seed_worths(two_seeds())] == pytest.approx([75 / 50, 100 / 50])
+
+
+def test_resampling_spans_the_seeds():
+    assert resampled(two_seeds()) == pytest.approx((1.5, 2.0))
+    assert resampled(two_seeds().of([0])) == pytest.approx((1.5, 1.5))
+
+
+def test_standard_error():
+    assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / 3**0.5)
+    assert np.isnan(standard_error([1.0]))
+
+
+def test_verdicts():
+    from quality_report import against_goal, within_error
+
+    assert against_goal(Worth(1.2), 1.1) == "reached (1.200)"
+    assert against_goal(Worth(1.2, "at least"), 1.1) == "reached (≥ 1.200)"
+    assert against_goal(Worth(1.08), 1.2) == "falls short by 10.0% (1.080)"
+    assert against_goal(Worth(1.3, "below"), 1.2).startswith("falls short")
+    assert against_goal(Worth(1.1, "at least"), 1.2).startswith("not shown")
+    dense = np.array([1.0, 2.0, 3.0])  # standard error 0.577
+    assert ", within" in within_error(dense - 0.5, dense)
+    assert ", not within" in within_error(dense - 0.6, dense)
+    assert "above" in within_error(dense + 0.1, dense)
+
+
+def test_random_groups_come_near_what_is_wanted():
+    from quality_arms import random_groups
+
+    flops, rng = np.array([1.0] * 10), np.random.default_rng(0)
+    assert not random_groups(flops, 0.0, rng).any()
+    assert random_groups(flops, 3.2, rng).sum() == 3
+    assert random_groups(flops, 99.0, rng).all()
+    drawn = np.mean([random_groups(flops, 3.0, rng) for _ in range(1000)], axis=0)
+    assert np.abs(drawn - 0.3).max() < 0.06
+    uneven = np.array([5.0, 3.0, 1.0])
+    assert uneven[random_groups(uneven, 4.0, rng, tries=100)].sum() == 4.0
+
+
+def write_rows(folder: Path) -> None:
+    """Two seeds of ResNet: dense runs whose quality is their share of the steps plus the seed, and convaware."""
+    from quality_arms import ARMS
+    from quality_rows import COLUMNS, append
+
+    for seed in (0, 1):
+        for arm in (*DENSE, "convaware"):
+            share = ARMS[arm].fraction if arm != "convaware" else 0.8
+            row = dict.fromkeys(COLUMNS, "") | {"task": "resnet", "arm": arm, "seed": seed, "split": "test"}
+            row |= {"steps": round(20 * ARMS[arm].fraction), "cost_flops": 100 * share, "cost_seconds": 10.0 * share}
+            row |= {"quality": (0.9 if arm == "convaware" else share) + seed, "accuracy": 0.5, "date": "2026-01-01"}
+            row |= {"beside": {"dense": "convaware", "convaware": "dense" * (seed == 0)}.get(arm, "")}
+            append(folder / "quality.csv", row)
+
+
+def test_report_of_rows_made_by_hand(tmp_path):
+    from quality_report import report, summarize, times
+    from quality_rows import read
+
+    write_rows(tmp_path)
+    rows = read(tmp_path / "quality.csv")
+    ours = summarize(rows)[-1]
+    assert (ours.arm, ours.seeds) == ("convaware", [0, 1])
+    assert ours.worth.ratio == pytest.approx(90 / 80)
+    assert [w.ratio for w in ours.by_seed] == pytest.approx([90 / 80, 90 / 80])
+    assert ours.cost.tolist() == pytest.approx([0.8, 0.8])
+    assert "0.800 [0.800, 0.800]" in times(rows)  # of the seed in which they took turns
+    said = list(report(settings(tmp_path), ["resnet"], [0, 1]))
+    assert "resnet: Goal 1.20: falls short by 6.2% (1.125)." in said
+    assert list(report(settings(tmp_path), ["resnet"], [7])) == [f"no rows in {tmp_path / 'quality.csv'} to report"]
+
+
+def test_of_a_run_made_twice_the_later_row_counts(tmp_path):
+    from quality_rows import keys, read
+
+    write_rows(tmp_path)
+    first = read(tmp_path / "quality.csv")
+    write_rows(tmp_path)
+    again = read(tmp_path / "quality.csv")
+    assert len(again) == len(first) == 14
+    assert keys(again) == keys(first)
+
+
+def settings(folder: Path):
+    from quality_plan import Settings
+
+    return Settings(out=folder, smoke=True)
+
+
+def test_plan_leaves_out_what_is_done(tmp_path):
+    from quality_plan import Turn, plan
+
+    here = settings(tmp_path)
+    [part] = plan(["gpt"], ["dense", "convaware", "random", "gradskip"], [3], here, set())
+    assert part.turns == (Turn(("dense", "convaware"), 3), Turn(("random",), 3))
+    done = {here.key("gpt", arm, 3) for arm in ("dense", "convaware")}
+    [part] = plan(["gpt"], ["dense", "convaware", "dense-90"], [3], here, done)
+    assert (part.turns, part.steps) == ((Turn(("dense-90",), 3),), 18)
+    assert plan(["gpt"], ["dense", "convaware"], [3], here, done) == []
+
+
+def test_plan_makes_the_profile_that_a_control_needs(tmp_path):
+    from quality_plan import Turn, plan
+    from quality_rows import write_profile
+
+    here = settings(tmp_path)
+    done = {here.key("vit", "convaware", 0)}
+    [part] = plan(["vit"], ["static"], [0], here, done)
+    assert part.turns == (Turn(("convaware",), 0), Turn(("static",), 0))
+    write_profile(here.profile("vit", 0), [0.0, 0.5])
+    [part] = plan(["vit"], ["static"], [0], here, done)
+    assert part.turns == (Turn(("static",), 0),)
+
+
+def test_process_stays_with_its_task_then_helps_where_most_is_left():
+    from quality_plan import Part, next_part
+
+    parts = [Part("resnet", (), 100), Part("gpt", (), 100), Part("gpt", (), 100), Part("minilm", (), 50)]
+    assert next_part(parts, [], None).task == "gpt"
+    assert next_part(parts, [], "resnet").task == "resnet"
+    assert next_part(parts, ["gpt"], None).task == "minilm"
+    assert next_part([], ["gpt"], "gpt") is None
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / "quality.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_whole_command_then_nothing_left_to_do(tmp_path):
+    call = ("--smoke", "--tasks", "gpt,resnet", "--seeds", "0", "--out", str(tmp_path))
+    out = run(*call)
+    rows = read(tmp_path / "quality.csv")
+    peers = [task for task, package in (("gpt", "grades"), ("resnet", "cac")) if find_spec(package)]
+    usual = {*DENSE, "convaware", "random", "static"}
+    assert {row["arm"] for row in rows} - {"grades", "gradskip"} == usual
+    assert Counter(row["task"] for row in rows) == {t: len(usual) + (t in peers) for t in ("gpt", "resnet")}
+    by_run = {(row["task"], row["arm"]): row for row in rows}
+    for task in ("gpt", "resnet"):
+        costs = [float(by_run[task, arm]["cost_flops"]) for arm in DENSE]
+        assert costs == pytest.approx([costs[-1] * share for share in (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)])
+        ours = by_run[task, "convaware"]
+        assert 0.05 < float(ours["skipped_share"]) < 1.0
+        for control in ("random", "static"):  # whole groups, so not quite the same
+            assert float(by_run[task, control]["skipped_share"]) == pytest.approx(
+                float(ours["skipped_share"]), abs=0.03
+            )
+            assert float(by_run[task, control]["cost_flops"]) == pytest.approx(float(ours["cost_flops"]), rel=0.02)
+        assert (ours["beside"], by_run[task, "dense"]["beside"]) == ("dense", "convaware")
+        assert len(read(tmp_path / "quality_profiles" / f"{task}-20-0.csv")) == 20
+        assert f"{task}: Goal" in out
+    if "gpt" in peers:
+        assert float(by_run["gpt", "grades"]["cost_flops"]) < float(by_run["gpt", "dense"]["cost_flops"])
+    for name in ("quality.svg", "quality_skipped.svg"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert "| convaware, default options" in (tmp_path / "quality.md").read_text()
+
+    before = (tmp_path / "quality.csv").read_bytes()
+    assert "0 runs to make" in run(*call)
+    assert (tmp_path / "quality.csv").read_bytes() == before
+
+
+def test_one_crash_does_not_lose_the_others(tmp_path):
+    from quality_plan import Part, Turn
+    from quality_worker import spread
+
+    part = Part("resnet", (Turn(("static",), 0), Turn(("dense-75",), 0)), 35)
+    events = [(kind, what) for kind, what in spread([part], 1, settings(tmp_path)) if kind != "step"]
+    (failed, (task, turn, text)), (made, row) = events
+    assert (failed, task, turn.arms) == ("failed", "resnet", ("static",))
+    assert "FileNotFoundError" in text  # convaware has left no profile
+    assert (made, row["arm"], row["steps_taken"]) == ("row", "dense-75", 15)
