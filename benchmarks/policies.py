@@ -1,6 +1,6 @@
 """Ways to choose the groups, to spread them over steps and to fill in what is missing, at the same skipped share.
 
-    python benchmarks/policies.py [--tasks vit,gpt] [--seeds 100,101] [--out benchmarks/results]
+    python benchmarks/policies.py [--tasks vit,gpt] [--seeds 100,101] [--smoke]
 
 Each variant skips half of the dW FLOPs from the middle of the run on and trains otherwise as `quality.py` does. Seeds
 and data (`split="valid"`) are not those that `quality.py` reports on. Rows go to policies.csv; runs that are there
@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS
+from quality_plan import Settings
 from quality_run import Arm, Control, Run, train
-from quality_tasks import TASKS
+from quality_tasks import Task
 from tabulate import tabulate
 
 from cacompile.runtime import estimate
@@ -133,7 +134,8 @@ class Chosen(Control):
             if self.variant.draw == "best":
                 order = np.argsort(worth / flops)
                 self.keep = np.ones(len(flops))
-                self.keep[order[: int((np.cumsum(flops[order]) <= SHARE * flops.sum()).sum())]] = 0.0
+                short = np.abs(np.cumsum([0.0, *flops[order]]) - SHARE * flops.sum())
+                self.keep[order[: int(short.argmin())]] = 0.0
         if len(self.due) == 0:
             self.due, self.age = self.random.permutation(len(flops)) / len(flops), np.zeros(len(flops))
         if self.variant.draw == "independent":
@@ -157,7 +159,7 @@ def weighted(power: float) -> Callable[..., np.ndarray]:
     return weights
 
 
-def measure(task: str, variant: Variant, seed: int, scale: float) -> dict[str, Any]:
+def measure(task: Task, variant: Variant, seed: int) -> dict[str, Any]:
     """One run; a row of policies.csv."""
     plain = estimate.weights
     estimate.weights = weighted(variant.power)
@@ -165,12 +167,12 @@ def measure(task: str, variant: Variant, seed: int, scale: float) -> dict[str, A
         arm = Arm(name=variant.name, title=variant.name, backend="convaware",
                   options={"seed": 0, "estimate": variant.estimate},
                   control=lambda run: Chosen(run, variant))  # fmt: skip
-        run = Run(TASKS[task], arm, seed, steps=round(TASKS[task].steps * scale))
+        run = Run(task, arm, seed)
         train([run])
     finally:
         estimate.weights = plain
     found = run.result("valid")
-    return {"task": task, "variant": variant.name, "seed": seed, "torch": torch.__version__,
+    return {"task": task.name, "variant": variant.name, "seed": seed, "torch": torch.__version__,
             **{name: found[name] for name in COLUMNS if name in found}}  # fmt: skip
 
 
@@ -180,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="100,101")
     parser.add_argument("--steps-scale", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; shows that it runs, no more")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 1000
@@ -188,20 +191,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if file.exists():
         with open(file, newline="") as lines:
             rows = list(csv.DictReader(lines))
-    for task in args.tasks.split(","):
+    settings = Settings(out=args.out, split="valid", scale=args.steps_scale, smoke=args.smoke)
+    for task in map(settings.task, args.tasks.split(",")):
         for variant in VARIANTS:
             for seed in map(int, args.seeds.split(",")):
-                steps = round(TASKS[task].steps * args.steps_scale)
-                if any((r["task"], r["variant"], r["seed"], r["steps"]) == (task, variant.name, str(seed), str(steps))
-                       for r in rows):  # fmt: skip
+                here = (task.name, variant.name, str(seed), str(task.steps))
+                if any((row["task"], row["variant"], row["seed"], row["steps"]) == here for row in rows):
                     continue
-                row = measure(task, variant, seed, args.steps_scale)
+                row = measure(task, variant, seed)
                 rows.append({name: str(row[name]) for name in COLUMNS})
                 with open(file, "w", newline="") as lines:
                     out = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
                     out.writeheader()
                     out.writerows(rows)
-                print(f"{task}: {variant.name}, seed {seed}: {row['quality']:.4f}", file=sys.stderr, flush=True)
+                print(f"{task.name}: {variant.name}, seed {seed}: {row['quality']:.4f}", file=sys.stderr, flush=True)
     print(table(rows))
 
 

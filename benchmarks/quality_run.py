@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import common  # noqa: F401  (examples on the path)
 import torch
 from compare import Graphs, cross_entropy, schedule
 from quality_tasks import Batch, Split, Task, quality

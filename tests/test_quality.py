@@ -177,9 +177,11 @@ def test_plan_makes_the_profile_that_a_control_needs(tmp_path):
     assert part.turns == (Turn(("static",), 0),)
 
 
-def test_process_stays_with_its_task_then_helps_where_most_is_left():
+def test_process_stays_with_its_task_then_helps_where_most_is_left(monkeypatch):
+    import quality_plan
     from quality_plan import Part, next_part
 
+    monkeypatch.setattr(quality_plan, "SECONDS", {"gpt": 2.0, "resnet": 1.0, "minilm": 5.0})
     parts = [Part("resnet", (), 100), Part("gpt", (), 100), Part("gpt", (), 100), Part("minilm", (), 50)]
     assert next_part(parts, [], None).task == "gpt"
     assert next_part(parts, [], "resnet").task == "resnet"

@@ -40,6 +40,18 @@ def test_benchmark_writes_its_rows(script, tmp_path):
     assert all(float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"]) for row in rows)
 
 
+def test_policies_are_compared_at_the_same_skipped_share(tmp_path):
+    out = run("benchmarks/policies.py", "--seeds", "0", "--out", str(tmp_path))
+    with open(tmp_path / "policies.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len({row["variant"] for row in rows}) > 8 and all(row["variant"] in out for row in rows)
+    assert all(0.1 < float(row["skipped_share"]) < 0.45 for row in rows), (
+        rows
+    )  # half of its half, of groups that are few
+    assert len({row["quality"] for row in rows}) > 8
+    assert run("benchmarks/policies.py", "--seeds", "0", "--out", str(tmp_path)) == out, "nothing is run again"
+
+
 def test_gpu_benchmark_checks_itself_without_a_gpu(tmp_path):
     pytest.importorskip("triton", exc_type=ImportError)
     if version("triton").startswith("3.6") and int(version("numpy").split(".")[1]) >= 4:

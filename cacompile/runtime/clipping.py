@@ -12,7 +12,7 @@ computed groups have now.
 
 The skipped slices themselves are overwritten by their estimate at the optimizer's step. That is a mean of gradients
 that have been clipped already, so it must not be scaled down again, and is not. `clip_grad_value_` looks at each
-element by itself and needs no help. Shares are not saved with a session: a resumed run learns them anew.
+element by itself and needs no help.
 
 With nothing skipped it is the very same call and costs looking through the records. Else it takes one more reduction of
 each gradient that has groups, and waits for no device. Left alone: DTensors, orders that are not above zero, calls
@@ -24,9 +24,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +33,7 @@ from torch import Tensor
 from torch._logging import warning_once
 from torch.nn.utils import clip_grad
 
+from .readings import Shares
 from .tracked import Tracked, registry
 
 log = logging.getLogger(__name__)
@@ -43,21 +42,8 @@ NEWEST = 0.5
 """Weight of the newest reading in a group's share."""
 
 
-@dataclass(slots=True)
-class Shares:
-    """The shares of a parameter's groups, in units of |g|^p (inf: |g|) at the first clip."""
-
-    order: float
-    values: Tensor
-    """float32 [G] on the parameter's device; NaN while unknown."""
-    known: np.ndarray
-    """bool [G]: has been computed at a clip. On the host, so that nothing need be asked of the device."""
-
-
 Part = tuple[Tracked, Tensor, Shares]
 """A parameter's record, its gradient, and the shares of its groups."""
-
-_shares: weakref.WeakKeyDictionary[Tracked, Shares] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -80,7 +66,7 @@ def missing_norm(grads: Sequence[Any], order: float) -> Tensor | None:
 
 def _find(grads: Sequence[Any]) -> list[tuple[Tracked, Any]]:
     """Those that are gradients of parameters with groups; none at all while no parameter skips anything."""
-    records = list(registry._records.values())
+    records = registry.all()
     if not any(record.skipped.any() for record in records):
         return []
     params = ((record, record.ref()) for record in records if record.groups)
@@ -89,10 +75,11 @@ def _find(grads: Sequence[Any]) -> list[tuple[Tracked, Any]]:
 
 
 def _shares_of(record: Tracked, order: float, device: torch.device) -> Shares:
-    shares = _shares.get(record)
-    if shares is None or shares.order != order or shares.values.device != device or len(shares.known) != record.groups:
+    shares = record.shares
+    if shares is None or shares.order != order:
         nothing = torch.full((record.groups,), torch.nan, dtype=torch.float32, device=device)
-        shares = _shares[record] = Shares(order, nothing, np.zeros(record.groups, bool))
+        shares = record.shares = Shares(order, nothing, np.zeros(record.groups, bool))
+    shares.values = shares.values.to(device)
     return shares
 
 

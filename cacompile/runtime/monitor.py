@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from cacompile.kernels.segments import Batch, Cut, Tables, fits
 
 from .estimate import cut_of
+from .readings import Scores
 from .sources import Source, descent, gradient_of, source_of
-from .tracked import Scores, Tracked
+from .tracked import Tracked
 
 log = logging.getLogger(__name__)
 

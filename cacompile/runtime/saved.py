@@ -55,6 +55,12 @@ def _check_entry(name: str, entry: Mapping[str, Any], record: Tracked) -> None:
     keep = entry["groups"]["keep"]
     must(bool(((keep >= 0) & (keep <= 1)).all()), "groups['keep']", keep.tolist(), "between 0 and 1")
     _check_pin(pin, groups, must)
+    if (shares := entry["shares"]) is not None:
+        _keys(shares, {"order", "values", "known"}, f"{ENTRY}{name!r}: shares")
+        must(isinstance(shares["order"], float), "shares['order']", shares["order"], "a float")
+        for field, dtype in (("values", torch.float32), ("known", torch.bool)):
+            allowed = f"{str(dtype).removeprefix('torch.')} [{groups}] on the host"
+            must(_is_array(shares[field], dtype, groups), f"shares[{field!r}]", shares[field], allowed)
     if (awaited := entry["awaited"]) is not None:
         _keys(awaited, {"values", "sampled"}, f"{ENTRY}{name!r}: awaited")
         values, sampled = awaited["values"], awaited["sampled"]

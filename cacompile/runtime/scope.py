@@ -109,7 +109,9 @@ class Scope:
             self._look_before(step + 1)
         state = self.state
         for record in self.tracked:
-            record.state.age[:] = np.where(record.skipped, record.state.age + 1, 0)
+            # a pin may hold a group off for longer; what it missed then counts no more
+            missed = np.minimum(record.state.age + 1, self.config.max_age)
+            record.state.age[:] = np.where(record.skipped, missed, 0)
             record.skipped[:] = False
         was_dense = state.on.all()
         if step < self.config.warmup_steps:

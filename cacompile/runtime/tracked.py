@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cacompile.config import Config
 
 from .mask import draw, generator
+from .readings import Scores, Shares
 from .units import Kinship, Unit, by_itself
 
 log = logging.getLogger(__name__)
@@ -96,31 +97,6 @@ class Partition:
 
 
 @dataclass(slots=True)
-class Scores:
-    """One reading of one parameter's groups, maybe still on its way to the host."""
-
-    host: torch.Tensor
-    """float [2, G] on the host, expected descent and speed; complete once `event` has passed."""
-    event: torch.cuda.Event | None
-    sampled: np.ndarray | None
-    """bool [G]: the groups whose gradient was computed; None if the descents are averages that any step may read."""
-
-    def values(self) -> np.ndarray:
-        """float64 [2, G]. Waits only if it is called sooner than the copy takes."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.host.double().numpy()
-
-    def to_dict(self) -> dict[str, torch.Tensor | None]:
-        sampled = None if self.sampled is None else torch.from_numpy(self.sampled.copy())
-        return {"values": torch.from_numpy(self.values()).clone(), "sampled": sampled}
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> Scores:
-        return cls(saved["values"], None, None if saved["sampled"] is None else saved["sampled"].numpy())
-
-
-@dataclass(slots=True)
 class Spent:
     """dW FLOPs of one graph with one set of parameters so far; outlives the graph in the parameters' records."""
 
@@ -154,6 +130,8 @@ class Tracked:
         self._pinned: tuple[Pin, int, np.ndarray] | None = None
         self.awaited: Scores | None = None
         """A reading that is taken over at the next one, when its copy from the device is surely complete."""
+        self.shares: Shares | None = None
+        """What gradient clipping knows of the groups."""
         self.places: tuple[torch.Tensor, ...] | None = None
         """Which weights `drift.sample` reads: where they are in each dimension, int64 [samples]."""
         self.pending: dict[str, Any] | None = None
@@ -204,12 +182,13 @@ class Tracked:
     def to_dict(self) -> dict[str, Any]:
         """Everything that the next draws depend on; before the partition is known, what was loaded."""
         if self.partition is None and self.pending is not None:
-            groups = {name: self.pending[name] for name in ("partition", "skipped", "groups")}
+            groups = {name: self.pending[name] for name in ("partition", "skipped", "groups", "shares")}
         else:
             groups = {
                 "partition": None if self.partition is None else astuple(self.partition),
                 "skipped": torch.from_numpy(self.skipped.copy()),
                 "groups": self.state.to_dict(),
+                "shares": None if self.shares is None else self.shares.to_dict(),
             }
         pin = None if self.pin is None else astuple(self.pin)
         awaited = None if self.awaited is None else self.awaited.to_dict()
@@ -231,10 +210,11 @@ class Tracked:
         if saved["partition"] is not None and tuple(saved["partition"]) == astuple(self.partition):
             self.state.load(saved["groups"])
             self.skipped[:] = saved["skipped"].numpy()
+            self.shares = None if saved["shares"] is None else Shares.of(saved["shares"])
         else:
             self.state.load(GroupState.fresh(self.groups).to_dict())
             self.skipped[:] = False
-            self.awaited = None
+            self.awaited = self.shares = None
             if saved["partition"] is not None:
                 log.warning(
                     "%s: saved for blocks of %d rows, now cut into blocks of %d; its groups start anew",
@@ -282,6 +262,9 @@ class _Registry:
         """Grows when a parameter gets groups or others: what was collected before may be incomplete."""
         self.epoch = 0
         """Grows when any mask changes: what was derived from masks before is stale."""
+
+    def all(self) -> list[Tracked]:
+        return list(self._records.values())
 
     def find(self, param: Any) -> Tracked | None:
         return self._records.get(param) if isinstance(param, torch.Tensor) else None

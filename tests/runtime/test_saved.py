@@ -54,6 +54,7 @@ ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "pin of another length": (lambda e: {**e, "pin": ((True,) * 3, 1.0, 0)}, ["pin's mask", "2 bools", "True, True"]),
     "pin's keep": (lambda e: {**e, "pin": (None, 1.5, 0)}, ["pin's keep", "1.5", "between 0 and 1"]),
     "pin's seed": (lambda e: {**e, "pin": (None, 0.5, None)}, ["pin's seed", "None"]),
+    "shares": (lambda e: {**e, "shares": {"order": 2.0, "values": torch.ones(2)}}, ["shares", "lacks known"]),
     "awaited": (lambda e: {**e, "awaited": {"values": torch.ones(2)}}, ["awaited", "lacks sampled"]),
     "awaited values": (
         lambda e: {**e, "awaited": {"values": torch.ones(1), "sampled": None}},

@@ -16,6 +16,7 @@ from cacompile.runtime.session import Session
 OPTIONS = {"block_rows": 16, "warmup_steps": 5, "monitor_every": 2, "tolerance": 0.5, "max_age": 6}
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adamw": lambda p: optim.AdamW(p, lr=0.01),
+    "clipped": lambda p: optim.AdamW(p, lr=0.01),
     "momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.9),
     "sgd": lambda p: optim.SGD(p, lr=0.1),
 }
@@ -29,6 +30,7 @@ class Run:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, 32))
         self.compiled = torch.compile(self.model, backend="convaware", options={**OPTIONS, **options})
+        self.clip = optimizer == "clipped"
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.session: Session = cacompile.session(self.model)
         self.losses: list[Tensor] = []
@@ -44,6 +46,8 @@ class Run:
         for step in range(start, stop):
             self.losses.append(self.backward(step))
             self.masks.append(self.session.mask.clone())
+            if self.clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), 0.01)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -76,7 +80,10 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize(("optimizer", "late"), [("adamw", True), ("adamw", False), ("momentum", False), ("sgd", True)])
+@pytest.mark.parametrize(
+    ("optimizer", "late"),
+    [("adamw", True), ("adamw", False), ("clipped", False), ("clipped", True), ("momentum", False), ("sgd", True)],
+)
 @pytest.mark.usefixtures("however_fast")
 def test_resuming_is_bit_exact(optimizer: str, late: bool):
     """The state is loaded before the first forward pass, or late: into a model that has trained on its own."""
