@@ -30,7 +30,7 @@ def test_example_compares_and_draws(script, tmp_path):
     assert any(float(row["skipped_dw_flops"]) > 0.0 for row in ours)
 
 
-@pytest.mark.parametrize("script", ["benchmarks/step_time.py", "benchmarks/startup.py"])
+@pytest.mark.parametrize("script", ["benchmarks/step_time.py", "benchmarks/startup.py", "benchmarks/controller.py"])
 def test_benchmark_writes_its_rows(script, tmp_path):
     out = run(script, "--out", str(tmp_path / "rows.csv"))
     assert "median [quartiles]" in out
