@@ -154,15 +154,15 @@ def _followed(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         total = plain(tensors, norm_type, *args, **kwargs)
         try:
             missing = None if _captured() or type(total) is not Tensor else missing_norm(tensors, float(norm_type))
+            if missing is None:
+                return total
+            with torch.no_grad():
+                dtype = torch.promote_types(total.dtype, torch.float32)
+                both = torch.stack([total.to(dtype), missing.to(dtype)])
+                return torch.linalg.vector_norm(both, float(norm_type)).to(total.dtype)
         except Exception:
             warning_once(log, "the norm of gradients is taken without what is skipped of them", exc_info=True)
-            missing = None
-        if missing is None:
             return total
-        with torch.no_grad():
-            dtype = torch.promote_types(total.dtype, torch.float32)
-            both = torch.stack([total.to(dtype), missing.to(dtype)])
-            return torch.linalg.vector_norm(both, norm_type).to(total.dtype)
 
     return get_total_norm
 

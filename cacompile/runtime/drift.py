@@ -33,6 +33,8 @@ def sample(record: Tracked) -> torch.Tensor | None:
     param = record.ref()
     if param is None or record.partition is None or type(param) is not torch.nn.Parameter or param.is_complex():
         return None
+    if param.numel() == 0 or tuple(param.shape) != record.shape:
+        return None
     if record.places is None or record.places[0].device != param.device:
         made = coordinates(record.partition, record.shape)
         record.places = tuple(torch.from_numpy(each).to(param.device) for each in made)
@@ -43,7 +45,7 @@ def sample(record: Tracked) -> torch.Tensor | None:
 def moved(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     """Share of its own size that each block has moved: float32 [G], from samples [G, SAMPLES].
 
-    A block of zeros that starts to move is infinitely fast.
+    A block of zeros that starts to move is infinitely fast; of one with a NaN nothing is known.
     """
     way = (now - before).norm(dim=1)
-    return torch.where(way > 0.0, way / before.norm(dim=1), 0.0)
+    return torch.where(way == 0.0, 0.0, way / before.norm(dim=1))

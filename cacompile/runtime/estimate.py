@@ -6,8 +6,8 @@ A gradient g that is computed again after `age` steps in a row without it is wei
 
 Of k = age + 1 steps one was computed. With weight 1 the mean lags k times as long as that of a dense run, with weight k
 it is as noisy as one gradient. sqrt(k) keeps the mean square of what the optimizer is told the same as when every step
-is computed (k * variance / k), so that Adam's second moment stays what it was. Of the exponents 0, 1/2 and 1 it was
-measured best (docs/policy.md has the figures). Where no mean is kept there is nothing to be weighted up around.
+is computed (k * variance / k), so that Adam's second moment stays what it was; `benchmarks/policies.py` compares
+it with both. Where no mean is kept there is nothing to be weighted up around.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def take_turns(keep: np.ndarray, due: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Choose the groups whose turn has come: each as often as its probability says, at distances as equal as can be.
 
     A group that is kept with probability 1/4 is computed in every fourth step. Independent draws have the same mean
-    but long gaps too, in which a parameter runs on along an old gradient (`docs/policy.md` has the figures).
+    but long gaps too, in which a parameter runs on along an old gradient (`benchmarks/policies.py` compares them).
 
     keep: float [G] in 0..1; due: float [G] in 0..1. Returns (chosen: bool [G], due for the next step).
     """

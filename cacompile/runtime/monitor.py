@@ -88,7 +88,11 @@ def read_together(
 def _scores(records: Sequence[tuple[Tracked, bool]], sums: torch.Tensor, speeds: Speeds) -> Found:
     """records: each with whether its sums are averages; sums: [groups of all of them]."""
     unknown = sums.new_full((1,), math.nan)
-    each = [speeds.get(id(record), unknown.expand(record.groups)) for record, _ in records]
+    known = ((record, speeds.get(id(record))) for record, _ in records)
+    each = [
+        unknown.expand(record.groups) if speed is None or speed.device != sums.device else speed
+        for record, speed in known
+    ]
     host, event = _fetch(torch.stack([sums, torch.cat(each)]))
     parts = host.split([record.groups for record, _ in records], dim=1)
     return [(r, Scores(part, event, None if averaged else ~r.skipped)) for (r, averaged), part in zip(records, parts)]
@@ -172,4 +176,6 @@ def learn(record: Tracked, scores: Scores) -> None:
         mixed = SMOOTHING * fresh + (1.0 - SMOOTHING) * before
         fresh = np.where(sampled & fresh.any(), mixed, state.score)
     state.score[:] = np.where(np.isfinite(fresh), fresh, state.score)
+    if sampled is not None:  # without a mean of gradients, what is skipped stands still
+        speed = np.where(sampled, speed, np.nan)
     state.speed[:] = np.where(np.isnan(speed), state.speed, speed)

@@ -35,7 +35,8 @@ def keep_probabilities(descent: np.ndarray, speed: np.ndarray, flops: np.ndarray
     """
     keep = np.ones(len(descent))
     known = np.isfinite(descent) & np.isfinite(speed) & (flops > 0.0)
-    if config.tolerance == 0.0 or not known.any():
+    # where nothing at all is won, as at a learning rate of zero, there is nothing to go by
+    if config.tolerance == 0.0 or not descent[known].sum() > 0.0:
         return keep
     descent, flops = descent[known], flops[known]
     loss = (NOISE + (speed[known] / FAST) ** 3) * descent

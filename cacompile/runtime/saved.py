@@ -64,8 +64,8 @@ def _check_entry(name: str, entry: Mapping[str, Any], record: Tracked) -> None:
     if (awaited := entry["awaited"]) is not None:
         _keys(awaited, {"values", "sampled"}, f"{ENTRY}{name!r}: awaited")
         values, sampled = awaited["values"], awaited["sampled"]
-        ok = isinstance(values, torch.Tensor) and values.is_floating_point() and len(values) == 2
-        ok = ok and all(_is_array(each, values.dtype, groups) for each in values)
+        ok = isinstance(values, torch.Tensor) and values.is_floating_point() and values.dim() == 2
+        ok = ok and len(values) == 2 and all(_is_array(each, values.dtype, groups) for each in values)
         must(ok, "awaited['values']", values, f"floats [2, {groups}] on the host")
         ok = sampled is None or _is_array(sampled, torch.bool, groups)
         must(ok, "awaited['sampled']", sampled, f"bool [{groups}] on the host or None")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from .estimate import fill, fill_together
 from .mask import first_turns, generator, take_turns
 from .monitor import learn, read_scores, read_together, settings_by_param
 from .policy import keep_probabilities
+from .sources import source_of
 from .tracked import GroupState, Tracked, registry
 from .units import Units
 
@@ -61,8 +63,6 @@ class Scope:
         Called right before the optimizer reads the gradients.
         """
         skipped, captured = np.concatenate([record.skipped for record in self.tracked]), self._captured
-        if not captured:
-            self._look_before(self._step + 1)
         # what is captured runs again and again with the same groups: none of them has been away
         weight_up = not captured and bool(self.state.age.any())
         if not (weight_up or skipped.any()):
@@ -81,17 +81,36 @@ class Scope:
         """Optimizer steps done."""
         return max(record.step for record in self.tracked)
 
+    def look(self) -> None:
+        """An optimizer step begins: see where the weights are, if it is to be read."""
+        if not self._captured:
+            self._look_before(self._step + 1)
+
     def _look_before(self, step: int) -> None:
         self._before = {}
         if step % self.config.monitor_every == 0:
             samples = ((record, sample(record)) for record in self.tracked)
             self._before = {id(record): found for record, found in samples if found is not None}
 
-    def _speeds(self) -> dict[int, torch.Tensor]:
-        """A record's id -> how far its blocks have moved in this step, float32 [G]; those that could be seen."""
+    def _speeds(self, optimizer: Optimizer | None) -> dict[int, torch.Tensor]:
+        """A record's id -> how far its blocks have moved in this step, float32 [G]; those that could be seen.
+
+        NaN where a GradScaler has held a fused step back, which only the device knows.
+        """
         before, self._before = self._before, {}
-        now = {id(record): sample(record) for record in self.tracked if id(record) in before}
-        return {key: moved(before[key], found) for key, found in now.items() if found is not None}
+        held_back = getattr(optimizer, "found_inf", None)
+        speeds = {}
+        for record in self.tracked:
+            param = record.ref()
+            if id(record) not in before or (optimizer is not None and (param is None or param.grad is None)):
+                continue
+            if (now := sample(record)) is None or now.device != before[id(record)].device:
+                continue
+            speed = moved(before[id(record)], now)
+            if isinstance(held_back, torch.Tensor):
+                speed = torch.where(held_back.to(speed.device) > 0.0, torch.nan, speed)
+            speeds[id(record)] = speed
+        return speeds
 
     def advance(self, optimizer: Optimizer | None) -> None:
         """One optimizer step is done: read scores when it is time, and draw the next step's mask."""
@@ -119,6 +138,9 @@ class Scope:
         else:
             young = np.repeat(steps < self.config.warmup_steps, [record.groups for record in self.tracked])
             on = self._take_turns(step) | ~self._units.every((state.age < self.config.max_age) & ~young)
+            if (step + 1) % self.config.monitor_every == 0:
+                # what has no score has had no gradient, and is not skipped for its own sake
+                on |= ~self._units.every(self._averaged(optimizer) | np.isnan(state.score))
             state.on[:] = on[self._units.of_block]
         for record in self.tracked:
             if record.pin is not None:
@@ -126,6 +148,20 @@ class Scope:
                 record.state.keep[:] = record.pin.keep_of(record)
         if not (was_dense and state.on.all()):
             registry.epoch += 1
+
+    def _averaged(self, optimizer: Optimizer | None) -> np.ndarray:
+        """bool [blocks]: those that can be judged though they are skipped, as the optimizer keeps a mean for them."""
+        settings, found = settings_by_param(optimizer), []
+        for record in self.tracked:
+            param = record.ref()
+            try:
+                source = (
+                    None if param is None else source_of(optimizer, settings.get(id(param), {}), param, record.step)
+                )
+            except Exception:
+                source = None  # the reading says so
+            found.append(np.full(record.groups, source is not None and source.averaged))
+        return np.concatenate(found)
 
     def _take_turns(self, step: int) -> np.ndarray:
         """bool [units]: those whose turn it is."""
@@ -142,7 +178,7 @@ class Scope:
     def _monitor(self, optimizer: Optimizer | None) -> None:
         """Use each last reading, or this one if it needs no waiting: always the same one, so that ranks agree."""
         near, far = self._by_device()
-        speeds = self._speeds()
+        speeds = self._speeds(optimizer)
         found, left = read_together(near, optimizer, self._tables, speeds)
         for record, scores in found + read_scores(far + left, optimizer, speeds):
             due, record.awaited = (scores, None) if scores.event is None else (record.awaited, scores)
@@ -157,15 +193,14 @@ class Scope:
         score = np.where(~known & ((self._flops == 0.0) | some), 0.0, score)
         descent = units.sum(score * np.repeat(rate, [record.groups for record in self.tracked]))
         counted = np.where(known, self._flops, 0.0)
-        moving = units.sum(np.where(counted > 0.0, self.state.speed * counted, 0.0))
         with np.errstate(invalid="ignore"):
-            speed = moving / units.sum(counted)
+            speed = units.sum(np.where(counted > 0.0, self.state.speed * counted, 0.0)) / units.sum(counted)
         keep = keep_probabilities(descent, speed, units.sum(self._flops), self.config)
         self.state.keep[:] = keep[units.of_block]
 
 
-def _rate(lr: float | torch.Tensor) -> float:
-    """Learning rate as a number; one that lives on a device is not waited for."""
+def _rate(lr: Any) -> float:
+    """Learning rate as a number; one that lives on a device is not waited for, and some optimizers have none."""
     if isinstance(lr, torch.Tensor):
         return float(lr) if lr.device.type == "cpu" else 1.0
-    return float(lr)
+    return float(lr) if isinstance(lr, (int, float)) else 1.0

@@ -56,6 +56,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     scopes = scopes_of(optimizer)
     if not scopes:
         return None
+    for scope in scopes:
+        scope.look()
 
     def fill() -> None:
         for scope in scopes:

@@ -104,6 +104,7 @@ def test_probabilities_follow_from_descent_learning_rate_and_movement(make: Any)
     for step in range(1, 4):
         for param in params:
             param.grad = torch.ones_like(param)
+        scope.look()
         scope.fill(optimizer)
         for group in groups:
             with torch.no_grad():
