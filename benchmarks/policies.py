@@ -26,6 +26,9 @@ from quality_tasks import Task
 from tabulate import tabulate
 
 from cacompile.runtime import estimate
+from cacompile.runtime.mask import take_turns
+from cacompile.runtime.monitor import sum_groups
+from cacompile.runtime.sources import descent, source_of
 
 COLUMNS = ("task", "variant", "seed", "steps", "quality", "accuracy", "skipped_share", "torch")
 START, SHARE, LONGEST = 0.5, 0.5, 5
@@ -34,23 +37,16 @@ START, SHARE, LONGEST = 0.5, 0.5, 5
 Sums = dict[str, np.ndarray]
 
 
-def block_sums(record: Any, values: torch.Tensor) -> np.ndarray:
-    """float [blocks of a record] of values like its parameter."""
-    part = record.partition
-    rows = values.float().movedim(part.dim, 0).flatten(1).sum(1)
-    return np.array([float(each.sum()) for each in rows.split(part.block)])
-
-
 def statistics(run: Run) -> Sums:
     """What AdamW knows of each group: float [groups]."""
     units = run.session.units
     found: dict[str, list[np.ndarray]] = {"mean": [], "square": [], "descent": []}
     for record in units.records:
-        state = run.optimizer.state[record.ref()]
-        count, (beta1, beta2) = float(state["step"]), run.optimizer.param_groups[0]["betas"]
-        mean, square = state["exp_avg"] / (1 - beta1**count), state["exp_avg_sq"] / (1 - beta2**count)
-        for name, values in (("mean", mean**2), ("square", square), ("descent", mean**2 / (square.sqrt() + 1e-8))):
-            found[name].append(block_sums(record, values))
+        source = source_of(run.optimizer, run.optimizer.param_groups[0], record.ref(), record.step)
+        (mean, square), (beta1, beta2, _), count = source.tensors, source.factors, float(source.step)
+        mean, square = mean / (1 - beta1**count), square / (1 - beta2**count)
+        for name, values in (("mean", mean**2), ("square", square), ("descent", descent(source))):
+            found[name].append(sum_groups(values, record).numpy())
     return {name: units.sum(np.concatenate(parts)) for name, parts in found.items()}
 
 
@@ -139,12 +135,9 @@ class Chosen(Control):
         if len(self.due) == 0:
             self.due, self.age = self.random.permutation(len(flops)) / len(flops), np.zeros(len(flops))
         if self.variant.draw == "independent":
-            on = self.random.random(len(flops)) < self.keep
+            on = (self.random.random(len(flops)) < self.keep) | (self.keep >= 1.0)
         else:
-            self.due = self.due + self.keep
-            on = self.due >= 1.0 - 1e-9
-            self.due = np.where(on, np.minimum(self.due - 1.0, 1.0), self.due)
-        on |= self.keep >= 1.0
+            on, self.due = take_turns(self.keep, self.due)
         self.times = np.where(on, self.age + 1.0, 1.0)
         self.age = np.where(on, 0.0, self.age + 1.0)
         run.session.pin(mask=on)

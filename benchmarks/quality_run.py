@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,11 +11,9 @@ from typing import Any
 
 import common  # noqa: F401  (examples on the path)
 import torch
-from compare import Graphs, cross_entropy, schedule
+from compare import Graphs, cross_entropy, schedule, step_flops
 from quality_tasks import Batch, Split, Task, quality
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises."""
@@ -103,7 +102,7 @@ class Run:
             group["lr"] = peak * rate
         self.control.before_step()
         before, graphs = self._spent(), Graphs.so_far()
-        self.flops += step_flops(self.model, batch)
+        self.flops += trainable_flops(self.model, batch)
         start = time.perf_counter()
         *inputs, target = batch
         cross_entropy(self.compiled(*inputs), target).backward()
@@ -131,28 +130,15 @@ class Run:
         }  # fmt: skip
 
 
-def step_flops(model: nn.Module, batch: Batch) -> float:
-    """FLOPs (two per multiply-add) of a dense forward and backward pass with what is trainable now."""
-    return _step_flops(model, batch, tuple(param.requires_grad for param in model.parameters()))
-
-
 _counted: dict[Any, float] = {}
 
 
-def _step_flops(model: nn.Module, batch: Batch, trainable: tuple[bool, ...]) -> float:
-    key = type(model), tuple(p.shape for p in model.parameters()), tuple(part.shape for part in batch), trainable
+def trainable_flops(model: nn.Module, batch: Batch) -> float:
+    """FLOPs of a dense forward and backward pass with what is trainable now; counted once for each such set."""
+    params = [(param.shape, param.requires_grad) for param in model.parameters()]
+    key = type(model), tuple(params), tuple(part.shape for part in batch)
     if key not in _counted:
-        grads = [param.grad for param in model.parameters()]
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        *inputs, target = batch
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own is not counted
-            cross_entropy(model(*inputs), target).backward()
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        for param, grad in zip(model.parameters(), grads, strict=True):
-            param.grad = grad
-        _counted[key] = float(counter.get_total_flops())
+        _counted[key] = float(step_flops(copy.deepcopy(model), batch))
     return _counted[key]
 
 

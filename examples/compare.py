@@ -149,12 +149,14 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
 
 
-def step_flops(task: Task) -> int:
-    """FLOPs (two per multiply-add) of one dense forward and backward pass, counted in eager mode."""
-    model = task.build()
-    x, y = next(task.batches())
+def step_flops(model: nn.Module, batch: Sequence[Tensor]) -> int:
+    """FLOPs (two per multiply-add) of one dense forward and backward pass, counted in eager mode.
+
+    batch: inputs, then the target. The model has gradients afterwards.
+    """
+    *inputs, target = batch
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own kernel is not counted
-        cross_entropy(model(x), y).backward()
+        cross_entropy(model(*inputs), target).backward()
     return counter.get_total_flops()
 
 
@@ -198,7 +200,7 @@ def compare(task: Task, args: argparse.Namespace) -> list[Run]:
         note = None
         if args.control:
             base, ours = runs
-            dense = step_flops(task) * args.steps
+            dense = step_flops(task.build(), next(task.batches())) * args.steps
             steps = round(args.steps * (1 - ours.flops[-1][0] / dense))
             left = 60 * args.minutes - (time.perf_counter() - begin)
             if steps >= args.steps:

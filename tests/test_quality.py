@@ -1,7 +1,5 @@
 """The quality benchmark: its arithmetic by hand, what is run and what is not, and all of it in its mode of seconds."""
 
-import csv
-import subprocess
 import sys
 from collections import Counter
 from importlib.util import find_spec
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import read_rows, run_script
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -190,21 +189,13 @@ def test_process_stays_with_its_task_then_helps_where_most_is_left(monkeypatch):
 
 
 def run(*arguments: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / "quality.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
-
-
-def read(file: Path) -> list[dict[str, str]]:
-    with open(file, newline="") as lines:
-        return list(csv.DictReader(lines))
+    return run_script("benchmarks/quality.py", *arguments)
 
 
 def test_whole_command_then_nothing_left_to_do(tmp_path):
     call = ("--smoke", "--tasks", "gpt,resnet", "--seeds", "0", "--out", str(tmp_path))
     out = run(*call)
-    rows = read(tmp_path / "quality.csv")
+    rows = read_rows(tmp_path / "quality.csv")
     peers = [task for task, package in (("gpt", "grades"), ("resnet", "cac")) if find_spec(package)]
     usual = {*DENSE, "convaware", "random", "static"}
     assert {row["arm"] for row in rows} - {"grades", "gradskip"} == usual
@@ -221,7 +212,7 @@ def test_whole_command_then_nothing_left_to_do(tmp_path):
             )
             assert float(by_run[task, control]["cost_flops"]) == pytest.approx(float(ours["cost_flops"]), rel=0.02)
         assert (ours["beside"], by_run[task, "dense"]["beside"]) == ("dense", "convaware")
-        assert len(read(tmp_path / "quality_profiles" / f"{task}-20-0.csv")) == 20
+        assert len(read_rows(tmp_path / "quality_profiles" / f"{task}-20-0.csv")) == 20
         assert f"{task}: Goal" in out
     if "gpt" in peers:
         assert float(by_run["gpt", "grades"]["cost_flops"]) < float(by_run["gpt", "dense"]["cost_flops"])

@@ -1,21 +1,13 @@
 """Every example and benchmark in its mode of seconds, as a user would call it."""
 
-import csv
-import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from scripts import read_rows, run_script
 
 
 def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / script), "--smoke", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    return run_script(script, "--smoke", *arguments)
 
 
 @pytest.mark.parametrize("script", ["examples/train_gpt.py", "examples/train_vision.py"])
@@ -24,8 +16,7 @@ def test_example_compares_and_draws(script, tmp_path):
     out = run(script, "--out", str(tmp_path), *(word for option in options for word in ("--option", option)))
     assert "dW FLOPs skipped" in out
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    with open(tmp_path / "curves.csv") as file:
-        ours = [row for row in csv.DictReader(file) if row["arm"] == "convaware"]
+    ours = [row for row in read_rows(tmp_path / "curves.csv") if row["arm"] == "convaware"]
     assert float(ours[0]["skipped_dw_flops"]) == 0.0
     assert any(float(row["skipped_dw_flops"]) > 0.0 for row in ours)
 
@@ -34,20 +25,17 @@ def test_example_compares_and_draws(script, tmp_path):
 def test_benchmark_writes_its_rows(script, tmp_path):
     out = run(script, "--out", str(tmp_path / "rows.csv"))
     assert "median [quartiles]" in out
-    with open(tmp_path / "rows.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "rows.csv")
     assert rows
     assert all(float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"]) for row in rows)
 
 
 def test_policies_are_compared_at_the_same_skipped_share(tmp_path):
     out = run("benchmarks/policies.py", "--seeds", "0", "--out", str(tmp_path))
-    with open(tmp_path / "policies.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "policies.csv")
     assert len(rows) == len({row["variant"] for row in rows}) > 8 and all(row["variant"] in out for row in rows)
-    assert all(0.1 < float(row["skipped_share"]) < 0.45 for row in rows), (
-        rows
-    )  # half of its half, of groups that are few
+    # half of dW in half of the run, of groups that are few
+    assert all(0.1 < float(row["skipped_share"]) < 0.45 for row in rows), rows
     assert len({row["quality"] for row in rows}) > 8
     assert run("benchmarks/policies.py", "--seeds", "0", "--out", str(tmp_path)) == out, "nothing is run again"
 
@@ -56,11 +44,8 @@ def test_gpu_benchmark_checks_itself_without_a_gpu(tmp_path):
     pytest.importorskip("triton", exc_type=ImportError)
     if version("triton").startswith("3.6") and int(version("numpy").split(".")[1]) >= 4:
         pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--self-check", "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    with open(tmp_path / "self_check.csv") as file:
-        rows = list(csv.DictReader(file))
+    run_script("benchmarks/gpu.py", "--self-check", "--out", str(tmp_path), timeout=900)
+    rows = read_rows(tmp_path / "self_check.csv")
     assert not [row for row in rows if row["measure"] in ("failed", "not run")]
     assert {row["benchmark"] for row in rows} == {"gpu check", "gpu kernels", "gpu models"}
     assert {"inductor", "convaware dense", "convaware keep 0.5", "oracle"} <= {row["arm"] for row in rows}

@@ -1,16 +1,13 @@
 """tune: the table it writes is the table that is read; overhead writes its rows."""
 
-import csv
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import ROOT, read_rows, run_script
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import tune  # noqa: E402
+import tune
 
 INF = float("inf")
 
@@ -45,23 +42,15 @@ def test_tiles_below(ratio_at, below):
     assert tune.tiles_below_of(ratio_at) == below
 
 
-def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--self-check", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 def test_tune_replaces_the_rows_of_its_own_device(tmp_path):
     file = tmp_path / "measured.csv"
     file.write_text(
         "device,capability,op,dtype,m,n,k,long_run,tiles_below\n"
         "cpu,,mm,float32,9,9,9,9,0\nSome GPU,9.0,mm,float32,9,9,9,9,0.5\n"
     )
-    out = run("tune.py", "--device", "cpu", "--out", str(file))
+    out = run_script("benchmarks/tune.py", "--self-check", "--device", "cpu", "--out", str(file))
     assert "slices / packed" in out and "medians of 2 interleaved rounds" in out
-    with open(file, newline="") as table:
-        rows = list(csv.DictReader(table))
+    rows = read_rows(file)
     assert rows[0]["device"] == "Some GPU" and {row["device"] for row in rows[1:]} == {"cpu"}
     assert {row["op"] for row in rows[1:]} == {"mm", "bmm", "conv"} and "9" not in {row["m"] for row in rows[1:]}
     assert all(float(row["long_run"]) > 0 and row["tiles_below"] == "0" and row["date"] for row in rows[1:])
@@ -69,7 +58,6 @@ def test_tune_replaces_the_rows_of_its_own_device(tmp_path):
 
 def test_overhead_writes_its_rows(tmp_path):
     file = tmp_path / "rows.csv"
-    assert "goal 10 us" in run("overhead.py", "--out", str(file))
-    with open(file, newline="") as table:
-        rows = list(csv.DictReader(table))
+    assert "goal 10 us" in run_script("benchmarks/overhead.py", "--self-check", "--out", str(file))
+    rows = read_rows(file)
     assert [row["unit"] for row in rows] == ["us"] * 12  # four cases: the library, ours, the difference

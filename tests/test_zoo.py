@@ -1,39 +1,28 @@
 """The zoo's benchmark: one model through all of it, and what it makes of missing libraries and of earlier rows."""
 
-import csv
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import read_rows, run_script
 
-ZOO = Path(__file__).parents[1] / "benchmarks" / "zoo.py"
 HEADER = "model,source,trains,grads_equal,coverage,semantic,graph_breaks,analysis_s,nodes,compile_ratio"
 
 
 def run(*arguments: str, path: Path | None = None) -> str:
     paths = filter(None, (path and str(path), os.environ.get("PYTHONPATH")))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(ZOO), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return result.stdout
-
-
-def read(file: Path) -> list[dict[str, str]]:
-    with open(file, newline="") as lines:
-        return list(csv.DictReader(lines))
+    return run_script("benchmarks/zoo.py", *arguments, environment=environment)
 
 
 def test_checks_itself(tmp_path):
     run("--self-check", "--out", str(tmp_path))
-    [row] = read(tmp_path / "zoo.csv")
+    [row] = read_rows(tmp_path / "zoo.csv")
     assert list(row) == HEADER.split(",")
     assert row["trains"] == row["grads_equal"] == "True"
     assert (float(row["coverage"]), row["graph_breaks"]) == (pytest.approx(1.0), "0")
     assert float(row["compile_ratio"]) > 0.0
-    [note] = read(tmp_path / "zoo_notes.csv")
+    [note] = read_rows(tmp_path / "zoo_notes.csv")
     assert "never skipped" not in note["note"]
 
 
@@ -41,7 +30,7 @@ def test_missing_library_is_a_note(tmp_path):
     (tmp_path / "timm.py").write_text("raise ImportError('hidden')")
     out = run("--models", "resnet18", "--out", str(tmp_path), path=tmp_path)
     assert "without figures: resnet18" in out
-    [row], [note] = read(tmp_path / "zoo.csv"), read(tmp_path / "zoo_notes.csv")
+    [row], [note] = read_rows(tmp_path / "zoo.csv"), read_rows(tmp_path / "zoo_notes.csv")
     assert (row["model"], row["source"], row["trains"]) == ("resnet18", "timm", "")
     assert note["note"] == "timm is not installed"
 

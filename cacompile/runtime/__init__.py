@@ -1,1 +1,1 @@
-"""While training runs: monitor (how converged is each group) -> policy (how likely is it kept) -> mask (the draw)."""
+"""While training runs: monitor (how converged is a group) -> policy (how often is it computed) -> mask (whose turn)."""

@@ -121,7 +121,7 @@ def _sums(
     """Expected descent a group [G] per unit of learning rate, and whether the optimizer has averaged it over steps."""
     try:
         if (source := source_of(optimizer, settings, param, record.step)) is not None:
-            return _sum_groups(descent(source), record), source.averaged
+            return sum_groups(descent(source), record), source.averaged
     except Exception:
         warning_once(
             log,
@@ -130,7 +130,7 @@ def _sums(
             exc_info=True,
         )
     gradient = gradient_of(param)
-    return (None if gradient is None else _sum_groups(descent(gradient), record)), False
+    return (None if gradient is None else sum_groups(descent(gradient), record)), False
 
 
 Given = tuple[bool, Cut, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[float, float, float]]
@@ -159,7 +159,7 @@ def _log2(beta: float) -> float:
     return math.log2(beta) if beta > 0.0 else -math.inf
 
 
-def _sum_groups(values: torch.Tensor, record: Tracked) -> torch.Tensor:
+def sum_groups(values: torch.Tensor, record: Tracked) -> torch.Tensor:
     """Sum over each block of rows: [rows, ...] -> [G], in the order that is the same every time."""
     assert record.partition is not None
     dim, block, rows = record.partition.dim, record.partition.block, record.partition.rows

@@ -43,7 +43,6 @@ def keep_probabilities(descent: np.ndarray, speed: np.ndarray, flops: np.ndarray
     longest = 1.0 / (1.0 - min(config.max_skip, 1.0 - 1e-6))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         worth = descent.sum() * flops / (STEP * MARGIN * flops.sum() * loss)
-    worth[loss == 0.0] = np.inf
 
     def every(price: float) -> np.ndarray:
         return np.minimum(longest, _distance(worth / price))
