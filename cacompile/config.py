@@ -18,7 +18,10 @@ class Config:
     """Options of the convaware backend, checked when made; hashable, so that it can key caches."""
 
     tolerance: float = _option(
-        0.05, "Share of the expected loss decrease that may be given up per step; 0 never skips.", low=0.0, high=1.0
+        0.05,
+        "Share of a usual step's expected loss decrease that may be given up per step; 0 never skips.",
+        low=0.0,
+        high=1.0,
     )
     max_skip: float = _option(0.8, "Largest share of the steps in which a group may be skipped.", low=0.0, high=1.0)
     warmup_steps: int = _option(20, "Optimizer steps before anything is skipped.", low=0)

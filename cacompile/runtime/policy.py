@@ -6,11 +6,11 @@ import numpy as np
 
 from cacompile.config import Config
 
-NOISE = 0.03
+NOISE = 0.01
 """Share of its expected descent that a group gives up when it is computed in every second step, however slowly it
 moves: half as many gradients tell half as much."""
 
-FAST = 0.016
+FAST = 0.013
 """Movement in one step, as a share of a group's own size, at which skipping every second step gives up all descent."""
 
 STEP = 3.0
@@ -20,36 +20,54 @@ MARGIN = 2.0
 """How many times its price in descent a saved FLOP must be worth: all this is measured roughly (`docs/policy.md`)."""
 
 
-def keep_probabilities(descent: np.ndarray, speed: np.ndarray, flops: np.ndarray, config: Config) -> np.ndarray:
+USUAL = 2.0
+"""The n-th reading counts n - 1 times in what a step usually wins, for which it has this over n as its weight."""
+
+
+def usual_descent(usual: np.ndarray, descent: np.ndarray, readings: np.ndarray) -> np.ndarray:
+    """The running mean of a group's descent after one more reading, float [G]; late readings count more, NaN nothing.
+
+    usual: float [G], the mean so far, NaN before the first reading; readings: float [G], how many it is of then.
+    """
+    weight = np.minimum(1.0, USUAL / np.maximum(readings, 1.0))
+    mixed = np.where(np.isnan(usual), descent, usual + weight * (descent - usual))
+    return np.where(np.isnan(descent), usual, mixed)
+
+
+def keep_probabilities(
+    descent: np.ndarray, speed: np.ndarray, flops: np.ndarray, usual: np.ndarray, config: Config
+) -> np.ndarray:
     """How often each group is computed, float [G] in 0..1: 1/k for every k-th step.
 
     A group computed in every k-th step saves (1 - 1/k) * flops and gives up loss * k (k - 1) / 2 * descent, with
-    loss = NOISE + (speed / FAST)^3: its estimate is up to k - 1 steps old. A shorter run would give up the descent of
-    the whole step for the FLOPs of the whole step. That is the price which a skipped FLOP has to beat, MARGIN times;
-    it is beaten up to some k for each group. Where all of them together would give up more than `tolerance` of the
-    expected descent, the price rises until they do not. 1 - 1/k is never above max_skip.
+    loss = NOISE + (speed / FAST)^3: its estimate is up to k - 1 steps old. A shorter run with its schedule shrunk
+    would give up usual steps, not this one, each for the FLOPs of a whole step. That is the price which a skipped
+    FLOP has to beat, MARGIN times; it is beaten up to some k for each group. Where all of them together would give up
+    more than `tolerance` of what a step usually wins, the price rises until they do not. 1 - 1/k is never above
+    max_skip.
 
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
     speed: float [G], movement in a step over its size, NaN where not known yet (never skipped);
-    flops: float [G], of dW (0: never skipped, it saves nothing).
+    flops: float [G], of dW (0: never skipped, it saves nothing);
+    usual: float [G], expected loss decrease that steps have had so far, see `usual_descent`.
     """
     keep = np.ones(len(descent))
     known = np.isfinite(descent) & np.isfinite(speed) & (flops > 0.0)
     # where nothing at all is won, as at a learning rate of zero, there is nothing to go by
-    if config.tolerance == 0.0 or not descent[known].sum() > 0.0:
+    if config.tolerance == 0.0 or not descent[known].sum() > 0.0 or not usual[known].sum() > 0.0:
         return keep
-    descent, flops = descent[known], flops[known]
+    descent, flops, step = descent[known], flops[known], usual[known].sum()
     loss = (NOISE + (speed[known] / FAST) ** 3) * descent
     longest = 1.0 / (1.0 - min(config.max_skip, 1.0 - 1e-6))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        worth = descent.sum() * flops / (STEP * MARGIN * flops.sum() * loss)
+        worth = step * flops / (STEP * MARGIN * flops.sum() * loss)
 
     def every(price: float) -> np.ndarray:
         return np.minimum(longest, _distance(worth / price))
 
     def fits(price: float) -> bool:
         k = every(price)
-        return bool((loss * k * (k - 1.0) / 2.0).sum() <= config.tolerance * descent.sum())
+        return bool((loss * k * (k - 1.0) / 2.0).sum() <= config.tolerance * step)
 
     price = 1.0
     if not fits(price):

@@ -13,7 +13,7 @@ from cacompile.errors import ConvAwareError, unknown
 
 from .tracked import GroupState, Partition, Tracked
 
-FORMAT = 3
+FORMAT = 4
 ENTRY = "state_dict entry "
 
 

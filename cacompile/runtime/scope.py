@@ -17,7 +17,7 @@ from .drift import moved, sample
 from .estimate import fill, fill_together
 from .mask import first_turns, generator, take_turns
 from .monitor import learn, read_scores, read_together, settings_by_param
-from .policy import keep_probabilities
+from .policy import keep_probabilities, usual_descent
 from .sources import source_of
 from .tracked import GroupState, Tracked, registry
 from .units import Units
@@ -184,19 +184,25 @@ class Scope:
             due, record.awaited = (scores, None) if scores.event is None else (record.awaited, scores)
             if due is not None:
                 learn(record, due)
-        rates = settings_by_param(optimizer)
-        rate = [_rate(rates.get(id(record.ref()), {}).get("lr", 1.0)) for record in self.tracked]
-        score, units = self.state.score, self._units
+        self.state.keep[:] = self._keep(optimizer)[self._units.of_block]
+
+    def _keep(self, optimizer: Optimizer | None) -> np.ndarray:
+        """float [units]: how often each is to be computed, by what has been read."""
+        state, units, flops = self.state, self._units, self._flops
+        groups, settings = [record.groups for record in self.tracked], settings_by_param(optimizer)
+        rate = [_rate(settings.get(id(record.ref()), {}).get("lr", 1.0)) for record in self.tracked]
+        descent = state.score * np.repeat(rate, groups)
+        readings = np.array([record.step for record in self.tracked]) / self.config.monitor_every
+        state.usual[:] = usual_descent(state.usual, descent, np.repeat(readings, groups))
         # what costs nothing need not be known, nor what has had no gradient yet while the rest of its group has
-        known = np.isfinite(score)
-        some = units.sum(known & (self._flops > 0.0))[units.of_block] > 0.0
-        score = np.where(~known & ((self._flops == 0.0) | some), 0.0, score)
-        descent = units.sum(score * np.repeat(rate, [record.groups for record in self.tracked]))
-        counted = np.where(known, self._flops, 0.0)
+        known = np.isfinite(descent)
+        some = units.sum(known & (flops > 0.0))[units.of_block] > 0.0
+        descent = np.where(~known & ((flops == 0.0) | some), 0.0, descent)
+        counted = np.where(known, flops, 0.0)
         with np.errstate(invalid="ignore"):
-            speed = units.sum(np.where(counted > 0.0, self.state.speed * counted, 0.0)) / units.sum(counted)
-        keep = keep_probabilities(descent, speed, units.sum(self._flops), self.config)
-        self.state.keep[:] = keep[units.of_block]
+            speed = units.sum(np.where(counted > 0.0, state.speed * counted, 0.0)) / units.sum(counted)
+        usual = units.sum(np.nan_to_num(state.usual))
+        return keep_probabilities(units.sum(descent), speed, units.sum(flops), usual, self.config)
 
 
 def _rate(lr: Any) -> float:

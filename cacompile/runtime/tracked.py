@@ -38,6 +38,8 @@ class GroupState:
     """How far it has come towards its next turn, 0 to 1; -1 before the first."""
     score: np.ndarray
     """Expected loss decrease per unit of learning rate at the last reading; NaN before the first."""
+    usual: np.ndarray
+    """Expected loss decrease that a step has had so far, late readings count more; NaN before the first."""
     speed: np.ndarray
     """Movement in one step over the block's size at the last reading; NaN before the first."""
     age: np.ndarray
@@ -50,6 +52,7 @@ class GroupState:
             keep=np.ones(groups),
             due=np.full(groups, -1.0),
             score=np.full(groups, np.nan),
+            usual=np.full(groups, np.nan),
             speed=np.full(groups, np.nan),
             age=np.zeros(groups, np.int64),
         )

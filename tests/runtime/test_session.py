@@ -232,9 +232,9 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda s: None, ["format 3", "NoneType"]),
-        (lambda s: {**s, "format": 7}, ["format 3", "got 7"]),
-        (lambda s: {"weight": torch.ones(2)}, ["format 3", "got None"]),
+        (lambda s: None, ["format 4", "NoneType"]),
+        (lambda s: {**s, "format": 7}, ["format 4", "got 7"]),
+        (lambda s: {"weight": torch.ones(2)}, ["format 4", "got None"]),
         (lambda s: without(s, "flops"), ["lacks flops"]),
         (lambda s: {**s, "flops": None}, ["flops", "two finite numbers", "got None"]),
         (lambda s: {**s, "flops": (1.0, "2")}, ["flops", "two finite numbers", "'2'"]),
