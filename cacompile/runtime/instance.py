@@ -35,7 +35,6 @@ class Instance:
         self.plan = plan
         self.handle = torch.tensor(next(_numbers), device="cpu")
         self.spent = Spent()
-        self.guarded_backwards = 0
         self._params = {param.name: weakref.ref(inputs[param.index]) for param in plan.params}
         self._records = _whole(plan, [_join(grad, inputs[grad.param.index], config) for grad in plan.grads])
         _tie(plan, self._records)
@@ -67,6 +66,10 @@ class Instance:
         """The graph's name of a parameter -> the one that this instance runs with, if it is alive."""
         return {name: param for name, ref in self._params.items() if (param := ref()) is not None}
 
+    @property
+    def guarded_backwards(self) -> int:
+        return self.spent.guarded
+
     def wants_guarded(self) -> bool:
         """Whether some group of this graph is off in the current step."""
         if self._epoch != registry.epoch:
@@ -75,6 +78,7 @@ class Instance:
 
     def count_backward(self) -> None:
         self.spent.total += self.plan.flops
+        self.spent.backwards += 1
 
     def flags(self, guarded: Collection[str]) -> torch.Tensor:
         """This step's flags for the guarded graph, uint8 [blocks] on the graph's device; notes what it will skip."""
@@ -85,7 +89,7 @@ class Instance:
                     record.skipped |= ~record.state.on
                     self._off_flops += float(_flops(grad)[~record.state.on].sum())
         self.spent.saved += self._off_flops
-        self.guarded_backwards += 1
+        self.spent.guarded += 1
         return self._host if self._device is None else self._device
 
     @property

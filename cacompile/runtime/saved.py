@@ -11,6 +11,7 @@ import torch
 
 from cacompile.errors import ConvAwareError, unknown
 
+from .history import BY_GROUP, BY_STEP, History
 from .tracked import GroupState, Partition, Tracked
 
 FORMAT = 4
@@ -22,10 +23,14 @@ def check_state(state: Any, tracked: Mapping[str, Tracked]) -> None:
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         got = state.get("format") if isinstance(state, Mapping) else type(state).__name__
         raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {FORMAT}, got {got!r}")
-    _keys(state, {"flops", "groups", "parameters"}, "state_dict")
+    _keys(state, {"flops", "backwards", "groups", "history", "about", "parameters"}, "state_dict")
     flops, groups, saved = state["flops"], state["groups"], state["parameters"]
     _must(_is_row(groups) and all(isinstance(g, str) for g in groups), "groups", groups, "a list of names")
     _must(_is_row(flops) and len(flops) == 2 and all(map(_is_number, flops)), "flops", flops, "two finite numbers")
+    counts = state["backwards"]
+    _must(_is_row(counts) and len(counts) == 2 and all(map(_is_count, counts)), "backwards", counts, "two ints >= 0")
+    _must(isinstance(state["about"], Mapping), "about", state["about"], "a mapping")
+    check_history(state["history"])
     _must(isinstance(saved, Mapping), "parameters", saved, "a mapping of names to entries")
     for name, entry in saved.items():
         if name not in tracked:
@@ -34,6 +39,32 @@ def check_state(state: Any, tracked: Mapping[str, Tracked]) -> None:
         _check_entry(name, entry, tracked[name])
     if missing := [name for name in tracked if name not in saved]:
         raise ConvAwareError(f"state_dict lacks {len(missing)} of the model's parameters, first {missing[0]!r}")
+
+
+def check_history(history: Any) -> None:
+    """Raise a ConvAwareError unless it is of `History.to_dict()`."""
+    like = History.empty().to_dict()
+    _keys(history, like.keys(), f"{ENTRY}history")
+
+    def must(ok: bool, field: str, value: Any, allowed: str) -> None:
+        _must(ok, f"history: {field}", value, allowed)
+
+    for field in ("groups", "families", "kinds"):
+        names = history[field]
+        must(_is_row(names) and all(isinstance(name, str) for name in names), field, names, "a list of names")
+    families, step = len(history["families"]), history["step"]
+    must(len(history["kinds"]) == families, "kinds", history["kinds"], f"{families} names")
+    must(isinstance(step, torch.Tensor) and step.dim() == 1, "step", step, "int64 [readings] on the host")
+    sizes = dict.fromkeys(BY_STEP, step.shape) | dict.fromkeys(BY_GROUP, (*step.shape, len(history["groups"])))
+    for field, tensor in like.items():
+        if isinstance(tensor, torch.Tensor):
+            shape = tuple(sizes.get(field, (len(history["groups"]),)))
+            allowed = f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)} on the host"
+            must(_is_array(history[field], tensor.dtype, shape), field, history[field], allowed)
+    must(bool((step.diff() > 0).all()), "step", step.tolist(), "rising")
+    family, stride = history["family"], history["stride"]
+    must(bool(((family >= 0) & (family < families)).all()), "family", family.tolist(), f"from 0 to {families - 1}")
+    must(_is_count(stride) and stride > 0, "stride", stride, "an int >= 1")
 
 
 def _check_entry(name: str, entry: Mapping[str, Any], record: Tracked) -> None:
@@ -121,11 +152,11 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_array(value: Any, dtype: torch.dtype, groups: int) -> bool:
-    """Whether it can be taken over as one value a group."""
+def _is_array(value: Any, dtype: torch.dtype, shape: int | tuple[int, ...]) -> bool:
+    """Whether it can be taken over as values of this shape; an int: one value a group."""
     return (
         isinstance(value, torch.Tensor)
         and (value.device.type, value.layout) == ("cpu", torch.strided)
-        and (value.dtype, tuple(value.shape)) == (dtype, (groups,))
+        and (value.dtype, tuple(value.shape)) == (dtype, shape if isinstance(shape, tuple) else (shape,))
         and not value.requires_grad
     )

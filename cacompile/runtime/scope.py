@@ -15,6 +15,7 @@ from cacompile.kernels.segments import Tables
 
 from .drift import moved, sample
 from .estimate import fill, fill_together
+from .history import note
 from .mask import first_turns, generator, take_turns
 from .monitor import learn, read_scores, read_together, settings_by_param
 from .policy import keep_probabilities, usual_descent
@@ -184,10 +185,10 @@ class Scope:
             due, record.awaited = (scores, None) if scores.event is None else (record.awaited, scores)
             if due is not None:
                 learn(record, due)
-        self.state.keep[:] = self._keep(optimizer)[self._units.of_block]
+        self._decide(optimizer)
 
-    def _keep(self, optimizer: Optimizer | None) -> np.ndarray:
-        """float [units]: how often each is to be computed, by what has been read."""
+    def _decide(self, optimizer: Optimizer | None) -> None:
+        """How often each group is computed from here on, by what has been read."""
         state, units, flops = self.state, self._units, self._flops
         groups, settings = [record.groups for record in self.tracked], settings_by_param(optimizer)
         rate = [_rate(settings.get(id(record.ref()), {}).get("lr", 1.0)) for record in self.tracked]
@@ -201,8 +202,10 @@ class Scope:
         counted = np.where(known, flops, 0.0)
         with np.errstate(invalid="ignore"):
             speed = units.sum(np.where(counted > 0.0, state.speed * counted, 0.0)) / units.sum(counted)
-        usual = units.sum(np.nan_to_num(state.usual))
-        return keep_probabilities(units.sum(descent), speed, units.sum(flops), usual, self.config)
+        descent, usual = units.sum(descent), units.sum(np.nan_to_num(state.usual))
+        keep = keep_probabilities(descent, speed, units.sum(flops), usual, self.config)
+        state.keep[:] = keep[units.of_block]
+        note(self.tracked, units, self._step, descent, speed)
 
 
 def _rate(lr: Any) -> float:

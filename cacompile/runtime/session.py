@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from cacompile.config import Config
 from cacompile.errors import ConvAwareError, unknown
 
+from .describe import describe
+from .history import History, Totals, add, collect, forget, most_points
 from .instance import Instance, instances_of
 from .saved import FORMAT, check_state
 from .stepping import Scopes
@@ -47,8 +50,11 @@ class Session:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
         self._scopes = Scopes()
-        self._carried = (0.0, 0.0)
+        self._carried = Totals()
+        self._began: float | None = None
+        self._past = History.empty()
         self._loaded_groups: list[str] = []
+        self._about: dict[str, Any] = {}
 
     @property
     def tracked(self) -> dict[str, Tracked]:
@@ -116,9 +122,36 @@ class Session:
     @property
     def flops(self) -> tuple[float, float]:
         """(all, saved): dW FLOPs that a dense run would have spent so far, and those left out."""
-        total, saved = self._carried
-        spent = {id(spent): spent for record in self.tracked.values() for spent in record.spent}.values()
-        return total + sum(s.total for s in spent), saved + sum(s.saved for s in spent)
+        return self._totals[:2]
+
+    @property
+    def backwards(self) -> tuple[int, int]:
+        """(all, guarded): backward passes of compiled graphs so far; those not guarded ran Inductor's own version."""
+        return self._totals[2:]
+
+    @property
+    def _totals(self) -> Totals:
+        return add(self._carried, Totals.of(list(self.tracked.values())))
+
+    @property
+    def history(self) -> History:
+        """What the run did, reading by reading; what came before a loaded state is part of it."""
+        units = self.units
+        if not units.records:
+            return self._past
+        live = collect(units, self.names(), self._carried, self._began)
+        every, limit = units.records[0].config.monitor_every, most_points(len(units.of_block))
+        return self._past.then(live, every=every, limit=limit)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Of the compiled model: options, versions, and why which parameters stay dense; empty before it has run.
+
+        As it was when last asked for, once the compiled graphs are gone.
+        """
+        if self.instances or (self.config is not None and not self._about):
+            self._about = describe(self)
+        return dict(self._about)
 
     def pin(
         self,
@@ -198,7 +231,10 @@ class Session:
         return {
             "format": FORMAT,
             "flops": self.flops,
+            "backwards": self.backwards,
             "groups": self.groups or self._loaded_groups,
+            "history": self.history.to_dict(),
+            "about": self.about,
             "parameters": {name: record.to_dict() for name, record in tracked.items()},
         }
 
@@ -211,10 +247,12 @@ class Session:
         check_state(state, tracked)
         for name, entry in state["parameters"].items():
             tracked[name].load(entry)
-        self._loaded_groups = list(state["groups"])
-        self._carried = (0.0, 0.0)
-        total, saved = self.flops
-        self._carried = state["flops"][0] - total, state["flops"][1] - saved
+        forget(list(tracked.values()))
+        self._past = History.of(state["history"])
+        self._began = time.perf_counter() - self._past.seconds[-1:].sum()
+        self._loaded_groups, self._about = list(state["groups"]), dict(state["about"])
+        self._carried = Totals()
+        self._carried = add(Totals(*state["flops"], *state["backwards"]), self._totals, -1)
 
 
 def _joined(units: Units, name: str, dtype: type) -> np.ndarray:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cacompile.config import Config
 
 from .mask import draw, generator
 from .readings import Scores, Shares
+from .series import Series
 from .units import Kinship, Unit, by_itself
 
 log = logging.getLogger(__name__)
@@ -106,6 +108,16 @@ class Spent:
     total: float = 0.0
     """What dense backwards would have taken."""
     saved: float = 0.0
+    backwards: int = 0
+    guarded: int = 0
+    """Backwards that ran the guarded version."""
+    started: float = field(default_factory=time.perf_counter)
+    history: Series = field(default_factory=lambda: Series((5,), float))
+    """At each reading: the clock in seconds, then `counts`."""
+
+    @property
+    def counts(self) -> tuple[float, float, int, int]:
+        return self.total, self.saved, self.backwards, self.guarded
 
 
 class Tracked:
@@ -125,6 +137,8 @@ class Tracked:
         self.flops = np.zeros(0)
         """dW FLOPs of one backward, for each block, in the graph in which it costs most."""
         self.spent: list[Spent] = []
+        self.history: Series | None = None
+        """float32 [4, G] at each reading: probability of being kept, expected descent, speed, whether it is skipped."""
         self.skipped = np.zeros(0, bool)
         """Blocks whose gradient some backward left out since the last optimizer step."""
         self.step = 0

@@ -1,0 +1,38 @@
+"""What a saved state says of the model it was saved from, for those who read it without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .session import Session
+
+UNSEEN = "in no compiled graph that has run"
+
+
+def describe(view: Session) -> dict[str, Any]:
+    """Options, versions, and for each parameter its dW FLOPs and why it stays dense; of plain types only.
+
+    Of several graphs over the same parameters, as after a recompilation for other sizes, the newest counts.
+    """
+    import cacompile
+
+    names = {id(record.ref()): name for name, record in view.tracked.items()}
+    newest = {frozenset(map(id, i.params.values())): i for i in view.instances}
+    params: dict[str, dict[str, Any]] = {}
+    for instance in newest.values():
+        called: Mapping[str, str] = {own: names.get(id(param), own) for own, param in instance.params.items()}
+        reasons = {skip.param: skip.reason for skip in instance.plan.skips}
+        for own, flops in instance.plan.flops_by_param.items():
+            params[called.get(own, own)] = {"flops": flops, "reason": reasons.get(own, "")}
+    unseen: dict[str, Any] = {"flops": 0, "reason": UNSEEN}
+    return {
+        "options": {} if view.config is None else asdict(view.config),
+        "versions": {"cacompile": cacompile.__version__, "torch": str(torch.__version__)},
+        "graphs": len(newest),
+        "parameters": {name: params.get(name, unseen) for name in view.tracked} if newest else {},
+    }
