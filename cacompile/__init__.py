@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .config import Config as Config
     from .errors import ConvAwareError as ConvAwareError
     from .report.explain import explain as explain
+    from .report.run import report_state as report_state
     from .report.status import status as status
     from .report.status import step as step
     from .runtime.session import session as session
@@ -19,12 +20,13 @@ _HOMES = {
     "Config": "config",
     "ConvAwareError": "errors",
     "explain": "report.explain",
+    "report_state": "report.run",
     "session": "runtime.session",
     "status": "report.status",
     "step": "report.status",
 }
 
-__all__ = ["Config", "ConvAwareError", "__version__", "explain", "session", "status", "step"]
+__all__ = ["Config", "ConvAwareError", "__version__", "explain", "report_state", "session", "status", "step"]
 
 
 def __getattr__(name: str) -> Any:

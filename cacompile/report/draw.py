@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .boxes import FONTS, Text, width_of
 from .layout import COLOURS, MARGIN, WIDTH, place
 from .picture import families_of, picture_of, slice_text
+from .run_text import percent, scientific
 
 if TYPE_CHECKING:
     from .explain import Explanation
@@ -22,7 +23,7 @@ def svg(found: Explanation) -> str:
     used = {cluster.kind for cluster in picture.clusters}
     legend = _legend([kind for kind in KINDS if kind in used], bool(picture.lines))
     drawing = place(picture, top=legend[-1][1].y)
-    return _render(
+    return render(
         "picture.svg.jinja",
         found=found,
         drawing=drawing,
@@ -36,7 +37,7 @@ def svg(found: Explanation) -> str:
 
 def html(found: Explanation) -> str:
     """One page: the figures, the picture, and tables of all families and parameters."""
-    return _render("page.html.jinja", found=found, svg=svg(found), families=families_of(found), slice_text=slice_text)
+    return render("page.html.jinja", found=found, svg=svg(found), families=families_of(found), slice_text=slice_text)
 
 
 def _legend(kinds: Iterable[str], lines: bool) -> list[tuple[str, Text]]:
@@ -55,10 +56,12 @@ def _legend(kinds: Iterable[str], lines: bool) -> list[tuple[str, Text]]:
     return legend
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """One of our templates, filled in; text is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined  # here, so that training does without
 
     loader = PackageLoader("cacompile.report")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     jinja.filters["kind_class"] = lambda kind: f"kind-{kind}" if kind in KINDS else "kind-none"
+    jinja.filters.update(percent=percent, scientific=scientific)
     return jinja.get_template(template).render(**values)

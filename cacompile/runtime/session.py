@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -253,6 +254,16 @@ class Session:
         self._loaded_groups, self._about = list(state["groups"]), dict(state["about"])
         self._carried = Totals()
         self._carried = add(Totals(*state["flops"], *state["backwards"]), self._totals, -1)
+
+    def report(self, path: str | os.PathLike[str] = "-", format: str | None = None) -> None:
+        """Write what the run did, as `cacompile.report_state` does of a saved state; "-" prints it.
+
+        path: `run.html`, `run.csv`, `run.txt`, a folder for TensorBoard, or "-". Raises ConvAwareError for any other
+        that `format` (html, csv, terminal, tensorboard) does not explain.
+        """
+        import cacompile  # its public names are found when they are asked for: here is below the reports
+
+        cacompile.report_state(self.state_dict(), path, format)
 
 
 def _joined(units: Units, name: str, dtype: type) -> np.ndarray:

@@ -1,0 +1,87 @@
+"""What a run did, from its saved state: as a page, as rows, for TensorBoard, or in the terminal."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cacompile.errors import ConvAwareError, unknown
+
+from .run_data import Run
+
+SUFFIXES = {".html": "html", ".htm": "html", ".csv": "csv", ".txt": "terminal"}
+FORMATS = ("html", "csv", "terminal", "tensorboard")
+
+
+def report_state(state: Mapping[str, Any], path: str | os.PathLike[str] = "-", format: str | None = None) -> None:
+    """Write what a run did; `Session.report` does the same for a run that is still in memory.
+
+    state: of `Session.state_dict()`, as `torch.load` gives it back.
+    path: `run.html` (a page that needs nothing else), `run.csv` (a row for each reading and group), `run.txt` (tables
+    as in the terminal), a folder (events for TensorBoard), or "-" to print tables.
+    format: html, csv, terminal or tensorboard, where the path does not say it. Raises ConvAwareError for any other,
+    for a path that says none, for a state of another kind, and if a library is missing.
+    """
+    format = _format(path, format)
+    run = Run.of(state)
+    if format == "terminal":
+        from .run_terminal import show
+
+        if str(path) == "-":
+            return show(run, sys.stdout)
+        with _place(path).open("w", encoding="utf-8") as file:
+            return show(run, file)
+    if str(path) == "-":
+        raise ConvAwareError(f"a report of format {format!r} needs a path, got '-'")
+    if format == "tensorboard":
+        from .run_rows import write_events
+
+        return write_events(run, Path(path))
+    if format == "csv":
+        from .run_rows import write_csv
+
+        return write_csv(run, _place(path))
+    from .run_page import page
+
+    _place(path).write_text(page(run), encoding="utf-8")
+    return None
+
+
+def library(name: str, extra: str) -> ModuleType:
+    """A library that only some reports need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise ConvAwareError(
+            f"this report needs {package if package != 'torch' else extra}: pip install 'cacompile[{extra}]' ({error})"
+        ) from error
+
+
+def _format(path: str | os.PathLike[str], format: str | None) -> str:
+    if format is not None:
+        if format not in FORMATS:
+            raise unknown("format of a report", format, FORMATS)
+        return format
+    if str(path) == "-":
+        return "terminal"
+    if Path(path).is_dir() or str(path).endswith(("/", os.sep)):
+        return "tensorboard"
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ConvAwareError(
+            f"path must end in {', '.join(SUFFIXES)}, be a folder (tensorboard) or '-' (terminal), "
+            f"or format be one of {', '.join(FORMATS)}; got {str(path)!r}"
+        )
+    return SUFFIXES[suffix]
+
+
+def _place(path: str | os.PathLike[str]) -> Path:
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
