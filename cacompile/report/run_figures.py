@@ -21,7 +21,7 @@ def share(run: Run) -> str:
     def paint(axes: Axes) -> None:
         _stairs(axes, run, run.shares, fill=True, facecolor=KIND, alpha=0.28, edgecolor="none")
         _stairs(axes, run, run.shares, color=KIND, linewidth=1.4, baseline=None, label="since the reading before")
-        axes.plot(run.history.step, run.cumulative, color=INK, label="so far", marker=_dot(run.readings))
+        axes.plot(run.history.step, run.cumulative, color=INK, label="so far", **_dot(run.readings))
         over_steps(axes, run)
         _percents(axes, max(0.1, min(1.0, 1.15 * float(run.shares.max()))))
         _warm_up(axes, run)
@@ -71,7 +71,7 @@ def times(run: Run) -> str:
         known = np.isfinite(run.step_seconds)
         steps, seconds = run.history.step[known], run.step_seconds[known]
         median = float(np.median(seconds))
-        axes.plot(steps, seconds, color=KIND, linewidth=1.4, marker=_dot(len(steps)), label="since the reading before")
+        axes.plot(steps, seconds, color=KIND, linewidth=1.4, **_dot(len(steps)), label="since the reading before")
         axes.axhline(median, color=INK, linestyle=DASHES, linewidth=1.2, label=f"median {duration(median)}")
         over_steps(axes, run)
         # compiling takes as long as many steps: what is rare may leave the picture, so that the usual can be seen
@@ -114,5 +114,6 @@ def _warm_up(axes: Axes, run: Run) -> None:
         axes.axvspan(0, warm, facecolor=RULE, alpha=0.6, edgecolor="none", zorder=0)
 
 
-def _dot(points: int) -> str:
-    return "o" if points == 1 else ""
+def _dot(points: int) -> dict[str, Any]:
+    """One point makes no line."""
+    return {"marker": "o", "clip_on": False} if points == 1 else {}

@@ -74,7 +74,8 @@ def curves(run: Run, kind: str, quantity: str) -> str:
             values = np.where(values > 0.0, values, np.nan)
             strength = 1.0 if len(families) == 1 else 0.35 + 0.65 * number / (len(families) - 1)
             (line,) = axes.plot(run.history.step, values, color=KIND, alpha=strength, linewidth=width)
-            line.set_marker("o" if np.isfinite(values).sum() == 1 else "")
+            if np.isfinite(values).sum() == 1:
+                line.set(marker="o", clip_on=False)
             line.set_gid(f"line{number}")
             tips[f"line{number}"] = _tip(family)
             drawn.append(values[np.isfinite(values)])

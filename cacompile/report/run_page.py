@@ -61,7 +61,7 @@ def _whole(run: Run) -> list[Picture]:
         ("Which backward ran", "Dense is Inductor's own; guarded leaves out what the mask says.", draw.versions(run)),
     ]
     if np.isfinite(run.step_seconds).any():
-        note = "Wall clock, with all that the loop does; peaks beyond the picture are compiling."
+        note = "Wall clock, with all that the loop does; a peak where guarded ones begin is compiling."
         pictures.append(("Time of a step", note, draw.times(run)))
     return [(*picture, _ANY) for picture in pictures]
 
