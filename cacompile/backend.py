@@ -10,10 +10,10 @@ from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
 
 from .config import Config
 from .errors import ConvAwareError, unknown
+from .inner import inner_of
 from .joint import has_trainable
 from .region import compile_region
 
@@ -34,16 +34,17 @@ def convaware(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile Dynamo's graph with Inductor so that weight gradients of converged groups can be skipped.
+    """Compile Dynamo's graph, with Inductor or `inner`, so that weight gradients of converged groups can be skipped.
 
-    mode: as Inductor's. options: ours (see `Config`) and Inductor's, mixed. Raises ValueError for any other.
+    mode: as Inductor's. options: ours (see `Config`) and Inductor's, mixed. Raises ValueError for any other, and for
+    Inductor's beside another inner compiler.
     """
     try:
         config, patches = _settings(mode, options)
     except ConvAwareError as error:
         raise OptionError(str(error)) from None
     if not (torch.is_grad_enabled() and has_trainable(example_inputs)):
-        return compile_fx(gm, example_inputs, config_patches=patches)
+        return inner_of(config, patches).alone(gm, example_inputs)
     region, compiled = compile_region(gm, example_inputs, config, patches)
     return region.bind(compiled)
 
@@ -65,6 +66,10 @@ def _settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Conf
     if mode is not None and mode not in MODES:
         raise unknown("mode", mode, MODES)
     config, theirs = Config.from_options(options)
+    if config.inner != "inductor" and (mode not in (None, "default") or theirs):
+        wrong = f"mode {mode!r}" if mode not in (None, "default") else f"option {next(iter(theirs))!r}"
+        allowed = ", ".join(sorted(Config.__dataclass_fields__))
+        raise ConvAwareError(f"{wrong} is Inductor's, which inner={config.inner!r} does not use; allowed: {allowed}")
     known = inductor_config.get_config_copy()
     patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
     for name, value in theirs.items():

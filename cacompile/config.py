@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import ConvAwareError, unknown
 
 
-def _option(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+def _option(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple = (),
+    callables: str = "",
+) -> Any:
+    """callables: what a callable is that may stand in place of a choice; empty where none may."""
+    allowed = {"low": low, "high": high, "choices": choices, "callables": callables}
+    return field(default=default, metadata={"doc": doc, **allowed})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +46,12 @@ class Config:
         choices=("momentum", "zeros"),
     )
     seed: int = _option(0, "Seed of the draws; give every data-parallel rank the same.", low=0)
+    inner: str | Callable[..., Any] = _option(  # noqa: RUF009  # a value like any other, for all its type
+        "inductor",
+        "What compiles the graphs: Inductor, torch's eager run of them, or another compiler.",
+        choices=("inductor", "aot_eager"),
+        callables="a compiler `(graph, inputs) -> callable`",
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -52,13 +68,25 @@ class Config:
 
 
 def _check(name: str, value: Any, default: Any, allowed: Mapping[str, Any]) -> None:
+    if allowed["callables"] and callable(value):
+        _check_key(name, value)
+        return
     kind = type(default)
     fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
     if not fits:
-        raise ConvAwareError(f"convaware option {name!r} must be of type {kind.__name__}, got {value!r}")
+        also = f" or {allowed['callables']}" if allowed["callables"] else ""
+        raise ConvAwareError(f"convaware option {name!r} must be of type {kind.__name__}{also}, got {value!r}")
     low, high, choices = allowed["low"], allowed["high"], allowed["choices"]
     if choices and value not in choices:
-        raise unknown(f"value of convaware option {name!r}:", value, choices)
+        also = f"; or {allowed['callables']}" if allowed["callables"] else ""
+        raise ConvAwareError(f"{unknown(f'value of convaware option {name!r}:', value, choices)}{also}")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         span = f"between {low} and {high}" if high is not None else f">= {low}"
         raise ConvAwareError(f"convaware option {name!r} must be {span}, got {value!r}")
+
+
+def _check_key(name: str, value: Any) -> None:
+    try:
+        hash(value)
+    except TypeError:
+        raise ConvAwareError(f"convaware option {name!r} must be hashable, got {value!r}") from None

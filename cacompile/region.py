@@ -1,4 +1,4 @@
-"""One compiled graph: its plan, the hooks it gives Inductor, and the module instances that run through it."""
+"""One compiled graph: its plan, the hooks it gives the inner compiler, and the module instances that run through it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._logging import warning_once
 from torch._subclasses import FakeTensor
 
 from .config import Config
+from .inner import Compile, Inner, inner_of
 from .joint import GraphInputs, find_frozen, find_handle, find_params, save_handle, with_handle
 from .passes import make_plan, mark_products
 from .plan import Plan
 from .runtime.instance import Instance
 from .runtime.stepping import follow_optimizers
-from .versions import BackwardVersions, Compile, compile_without_handle
+from .versions import BackwardVersions, compile_without_handle
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +33,16 @@ def compile_region(
     config: Config,
     patches: dict[str, Any],
     *,
-    compile_inner: Compile = compile_fx_inner,
+    compile_inner: Compile | None = None,
 ) -> tuple[Region, Callable[..., Any]]:
-    """Compile one of Dynamo's graphs through Inductor's whole pipeline, with our two hooks in it.
+    """Compile one of Dynamo's graphs through the whole pipeline of the inner compiler, with our two hooks in it.
 
-    patches: of Inductor's configuration; compile_inner: what turns a finished graph into a callable.
+    patches: of Inductor's configuration; compile_inner: what turns a finished graph into a callable, in place of the
+    inner compiler's own last step.
     Returns the region, and the compiled callable, which takes one more input than the graph: the handle.
     """
-    region = Region(GraphInputs.of(gm, example_inputs), config, patches, compile_inner)
+    inner = inner_of(config, patches, compile_inner)
+    region = Region(GraphInputs.of(gm, example_inputs), config, inner)
     graph, handle = with_handle(gm, example_inputs)
     theirs = functorch_config.joint_custom_pass
 
@@ -51,9 +52,7 @@ def compile_region(
     # on a hit in AOTAutograd's cache none of our hooks would run, and what they return cannot be pickled;
     # Inductor's own cache still serves each version
     with functorch_config.patch(joint_custom_pass=joint_pass, enable_autograd_cache=False):
-        compiled = compile_fx(
-            graph, [*example_inputs, handle], inner_compile=region.inner_compile, config_patches=patches
-        )
+        compiled = inner.pipeline(graph, [*example_inputs, handle], region.inner_compile)
     return region, compiled
 
 
@@ -70,14 +69,13 @@ def _look_for_compiled_autograd() -> None:
 class Region:
     """Watches one graph being compiled (`joint_pass`, `inner_compile`), then runs it (`bind`)."""
 
-    def __init__(self, inputs: GraphInputs, config: Config, patches: dict[str, Any], compile_inner: Compile) -> None:
+    def __init__(self, inputs: GraphInputs, config: Config, inner: Inner) -> None:
         self.inputs = inputs
         self.config = config
         self.plan = Plan()
         self.backward: BackwardVersions | None = None
         self.instances: dict[tuple[int, ...], Instance] = {}
-        # versions are compiled late, when compile_fx's own patches are over
-        self._compile = inductor_config.patch(patches)(compile_inner) if patches else compile_inner
+        self._inner = inner
 
     def joint_pass(self, gm: fx.GraphModule, joint_inputs: Any) -> fx.GraphModule:
         """Hook 1, on the joint graph before the partitioner: find the weight gradients, have the handle saved."""
@@ -85,7 +83,7 @@ class Region:
             plan = make_plan(
                 find_params(gm.graph, self.inputs),
                 block_rows=self.config.block_rows,
-                graphs=inductor_config.triton.cudagraphs,
+                graphs=self._inner.captured(),
                 frozen=find_frozen(gm.graph, self.inputs),
             )
             if plan.grads:
@@ -99,14 +97,20 @@ class Region:
         return gm
 
     def inner_compile(self, gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
-        """Hook 2, instead of Inductor's `compile_fx_inner`, for the forward, the backward or an inference graph."""
+        """Hook 2, instead of the inner compiler's last step, for the forward, the backward or an inference graph."""
         handle = find_handle(gm.graph, self.inputs)
         if handle is None:
-            return self._compile(gm, inputs, **settings)
+            return self._inner.compile(gm, inputs, **settings)
         if not settings.get("is_backward", False):
-            return compile_without_handle(gm, inputs, settings, handle=handle, compile_inner=self._compile)
+            return compile_without_handle(gm, inputs, settings, handle=handle, compile_inner=self._inner.compile)
         self.backward = BackwardVersions(
-            gm, inputs, settings, handle=handle, plan=self.plan, compile_inner=self._compile, on_guarded=self._take_over
+            gm,
+            inputs,
+            settings,
+            handle=handle,
+            plan=self.plan,
+            compile_inner=self._inner.compile,
+            on_guarded=self._take_over,
         )
         return self.backward
 

@@ -15,15 +15,13 @@ from torch import fx
 from torch._guards import CompileContext, TracingContext, compile_context, detect_fake_mode, tracing
 from torch._inductor import graph as inductor_graph
 
+from .inner import Compile
 from .passes.guard import FLAGS, HOST_FLAGS, guard_weight_grads
 from .passes.verify import Broken, verify
 from .plan import Plan, Skip
 from .runtime.instance import find_instance
 
 log = logging.getLogger(__name__)
-
-Compile = Callable[..., Callable[[list[Any]], Any]]
-"""Inductor's `compile_fx_inner`, or one with its signature."""
 
 
 class Guarded(NamedTuple):

@@ -10,9 +10,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 def option_row(option) -> str:
     low, high, choices = (option.metadata[key] for key in ("low", "high", "choices"))
-    allowed = (
-        ", ".join(f"`{c}`" for c in choices) if choices else f"{low} to {high}" if high is not None else f">= {low}"
-    )
+    named = ", ".join(filter(None, [*(f"`{c}`" for c in choices), option.metadata["callables"]]))
+    allowed = named if choices else f"{low} to {high}" if high is not None else f">= {low}"
     return f"| `{option.name}` | `{option.default}` | {allowed} | {option.metadata['doc']} |"
 
 
