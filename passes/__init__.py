@@ -3,38 +3,25 @@
 if __name__ != "cacompile.passes":
     raise ImportError("import cacompile.passes; the folder passes/ is the source of that package")
 
-import time
-from collections.abc import Mapping
-from dataclasses import replace
-
-from torch import fx
-
-from cacompile.plan import Param, Plan
-
+from .alone import find_plan, flags_of, run_passes, with_flags
+from .analyse import make_plan
 from .couple import couple
 from .group import group
 from .guard import guard_weight_grads, mark_products
 from .locate import locate
 from .verify import Broken, verify
 
-__all__ = ["Broken", "couple", "group", "guard_weight_grads", "locate", "make_plan", "mark_products", "verify"]
-
-
-def make_plan(
-    params: tuple[Param, ...],
-    *,
-    block_rows: int,
-    graphs: bool = False,
-    frozen: Mapping[fx.Node, str] | None = None,
-) -> Plan:
-    """What can be skipped in one joint graph: locate -> couple -> group. Changes nothing.
-
-    graphs: see `locate`; frozen: the placeholders of parameters that are not trained, and their names.
-    """
-    start = time.perf_counter()
-    plan = locate(Plan(params=params), graphs=graphs)
-    if plan.grads:
-        graph = plan.grads[0].param.placeholder.graph
-        coupling = couple(graph, {param.placeholder: param.name for param in params} | dict(frozen or {}))
-        plan = group(plan, coupling, block_rows=block_rows)
-    return replace(plan, analysis_s=time.perf_counter() - start)
+__all__ = [
+    "Broken",
+    "couple",
+    "find_plan",
+    "flags_of",
+    "group",
+    "guard_weight_grads",
+    "locate",
+    "make_plan",
+    "mark_products",
+    "run_passes",
+    "verify",
+    "with_flags",
+]

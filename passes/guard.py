@@ -26,6 +26,9 @@ FLAGS = "convaware_flags"
 HOST_FLAGS = "convaware_host_flags"
 """Name of a second extra input, where asked for: the same flags in CPU memory."""
 
+PARTITION = "partitioner_tag"
+"""Key in `node.meta` under which a joint graph says whether a node is of the backward."""
+
 Extra = tuple[fx.Node, fx.Node | None]
 """The flags, and the flags in CPU memory or None: arguments of every masked operation."""
 
@@ -76,14 +79,15 @@ def mark_products(plan: Plan) -> None:
             product.node.meta[MARK] = Mark.of(grad, product, () if straight else shared)
 
 
-def guard_weight_grads(gm: fx.GraphModule, plan: Plan, host: bool = False) -> Plan:
-    """Swap each marked product of a backward graph for its masked twin.
+def guard_weight_grads(gm: fx.GraphModule, plan: Plan, host: bool = False, flags: fx.Node | None = None) -> Plan:
+    """Swap each marked product of a backward or joint graph for its masked twin.
 
     Before:  dw = mm(dy_t, x)
     After:   dw = masked_mm(dy_t, x, flags, host, [slot, 0], [block, 0])   # zeros where flags[slot + row // block] == 0
 
-    The flags are one more input. host: they are two, the second being the flags in CPU memory; otherwise that argument
-    is None, as it must be in a graph that is captured (CUDA graphs) or on CPUs, where the flags are in CPU memory.
+    The flags are one more input, unless the graph has them already, as `flags`. host: they are two, the second being
+    the flags in CPU memory; otherwise that argument is None, as it must be in a graph that is captured (CUDA graphs) or
+    on CPUs, where the flags are in CPU memory.
 
     A convolution's backward is split: the data gradient stays with it, the weight gradient leaves, the bias gradient
     becomes a sum, because CPU libraries compute the whole weight gradient whenever they are asked for that of the bias.
@@ -96,7 +100,7 @@ def guard_weight_grads(gm: fx.GraphModule, plan: Plan, host: bool = False) -> Pl
         if mark := node.meta.get(MARK):
             marked.setdefault(mark.param, []).append(node)
     reasons = {g.param.name: _why_not(g, marked.get(g.param.name, [])) for g in plan.grads if not g.follows}
-    extra: Extra | None = None
+    extra: Extra | None = (flags, None) if flags is not None else None
     for name in [name for name, reason in reasons.items() if reason is None]:
         extra = extra or (_input(gm.graph, FLAGS), _input(gm.graph, HOST_FLAGS) if host else None)
         for node in marked[name]:
@@ -152,6 +156,8 @@ def _before(node: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)
     new.meta["val"] = value
+    if tag := node.meta.get(PARTITION):
+        new.meta[PARTITION] = tag
     return new
 
 

@@ -37,22 +37,23 @@ class _Call(NamedTuple):
     op: str = "call_function"
 
 
-def verify(before: fx.Graph, after: fx.Graph, guarded: tuple[str, ...]) -> None:
+def verify(before: fx.Graph, after: fx.Graph, guarded: tuple[str, ...], flags: fx.Node | None = None) -> None:
     """Raise `Broken` unless `after` is `before` with exactly the products of `guarded` parameters masked.
 
     Both graphs are walked side by side. Every node must meet its equal (same operation, same arguments up to what was
     already matched), a planned product its masked twin on the same operands; nothing may be added, lost or reordered
-    beyond the input for the flags, which comes last, or the two for flags on the device and on the host.
+    beyond the input for the flags, which comes last, or the two for flags on the device and on the host; nothing at all
+    where `after` has had its `flags` before.
     """
     names = set(guarded)
     image: dict[fx.Node, Any] = {}
     inputs = after.find_nodes(op="placeholder")
     added = [node for node in inputs if node.target in (FLAGS, HOST_FLAGS)]
-    if [node.target for node in added] not in ([[FLAGS], [FLAGS, HOST_FLAGS]] if names else [[]]):
+    if [node.target for node in added] not in ([[FLAGS], [FLAGS, HOST_FLAGS]] if names and flags is None else [[]]):
         raise Broken(f"flags input is {'not wanted' if added and not names else 'missing'}")
     if added != inputs[len(inputs) - len(added) :]:
         raise Broken("flags are not the last inputs")
-    given = (*added, None)[:2]  # what masked operations get: flags, flags on the host
+    given = (*(added if flags is None else [flags]), None)[:2]  # what masked operations get: flags, flags on the host
     rest = iter([node for node in after.nodes if node not in added])
 
     def mapped(arg: Any) -> Any:

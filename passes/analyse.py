@@ -1,0 +1,35 @@
+"""The passes that only look, in the order they run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import fx
+
+from cacompile.plan import Param, Plan
+
+from .couple import couple
+from .group import group
+from .locate import locate
+
+
+def make_plan(
+    params: tuple[Param, ...],
+    *,
+    block_rows: int,
+    graphs: bool = False,
+    frozen: Mapping[fx.Node, str] | None = None,
+) -> Plan:
+    """What can be skipped in one joint graph: locate -> couple -> group. Changes nothing.
+
+    graphs: see `locate`; frozen: the placeholders of parameters that are not trained, and their names.
+    """
+    start = time.perf_counter()
+    plan = locate(Plan(params=params), graphs=graphs)
+    if plan.grads:
+        graph = plan.grads[0].param.placeholder.graph
+        coupling = couple(graph, {param.placeholder: param.name for param in params} | dict(frozen or {}))
+        plan = group(plan, coupling, block_rows=block_rows)
+    return replace(plan, analysis_s=time.perf_counter() - start)
