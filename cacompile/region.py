@@ -22,6 +22,7 @@ from .passes import make_plan, mark_products
 from .plan import Plan
 from .runtime.instance import Instance
 from .runtime.stepping import follow_optimizers
+from .trail import Trail
 from .versions import BackwardVersions, compile_without_handle
 
 log = logging.getLogger(__name__)
@@ -37,12 +38,12 @@ def compile_region(
 ) -> tuple[Region, Callable[..., Any]]:
     """Compile one of Dynamo's graphs through the whole pipeline of the inner compiler, with our two hooks in it.
 
-    patches: of Inductor's configuration; compile_inner: what turns a finished graph into a callable, in place of the
-    inner compiler's own last step.
+    patches: of Inductor's configuration; compile_inner: for those who only look, what turns a finished graph into a
+    callable in place of the inner compiler's own last step.
     Returns the region, and the compiled callable, which takes one more input than the graph: the handle.
     """
     inner = inner_of(config, patches, compile_inner)
-    region = Region(GraphInputs.of(gm, example_inputs), config, inner)
+    region = Region(GraphInputs.of(gm, example_inputs), config, inner, Trail(quiet=compile_inner is not None))
     graph, handle = with_handle(gm, example_inputs)
     theirs = functorch_config.joint_custom_pass
 
@@ -69,13 +70,14 @@ def _look_for_compiled_autograd() -> None:
 class Region:
     """Watches one graph being compiled (`joint_pass`, `inner_compile`), then runs it (`bind`)."""
 
-    def __init__(self, inputs: GraphInputs, config: Config, inner: Inner) -> None:
+    def __init__(self, inputs: GraphInputs, config: Config, inner: Inner, trail: Trail) -> None:
         self.inputs = inputs
         self.config = config
         self.plan = Plan()
         self.backward: BackwardVersions | None = None
         self.instances: dict[tuple[int, ...], Instance] = {}
         self._inner = inner
+        self._trail = trail
 
     def joint_pass(self, gm: fx.GraphModule, joint_inputs: Any) -> fx.GraphModule:
         """Hook 1, on the joint graph before the partitioner: find the weight gradients, have the handle saved."""
@@ -92,7 +94,7 @@ class Region:
         except Exception:
             log.warning("the joint graph could not be analysed, so this graph stays dense", exc_info=True)
             return gm
-        log.debug("plan: %d gradients in %d groups, %d left alone", len(plan.grads), len(plan.groups), len(plan.skips))
+        self._trail.planned(plan)
         self.plan = plan
         return gm
 
@@ -111,6 +113,7 @@ class Region:
             plan=self.plan,
             compile_inner=self._inner.compile,
             on_guarded=self._take_over,
+            trail=self._trail,
         )
         return self.backward
 

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,12 +15,14 @@ import torch
 from torch import fx
 from torch._guards import CompileContext, TracingContext, compile_context, detect_fake_mode, tracing
 from torch._inductor import graph as inductor_graph
+from torch.autograd import profiler
 
 from .inner import Compile
 from .passes.guard import FLAGS, HOST_FLAGS, guard_weight_grads
 from .passes.verify import Broken, verify
 from .plan import Plan, Skip
 from .runtime.instance import find_instance
+from .trail import Trail, profiled
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class BackwardVersions:
         plan: Plan,
         compile_inner: Compile,
         on_guarded: Callable[[Plan], None],
+        trail: Trail,
     ) -> None:
         self._handle = handle
         self._slot = _erase_handle(gm, handle)
@@ -59,6 +63,7 @@ class BackwardVersions:
         self._plan = plan
         self._compile = compile_inner
         self._on_guarded = on_guarded
+        self._trail = trail
         self._context = TracingContext.try_get()
         self._compile_id = CompileContext.try_get()
         self._donated = _donated(self._context, handle)
@@ -68,6 +73,7 @@ class BackwardVersions:
         self._source: fx.GraphModule | None = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         self._guarded: Guarded | None = None
         self._settled = False
+        trail.version("dense")
         with _donating(self._context, self._donated):
             self._dense = self._compile(gm, self._inputs, **self._settings)
         # on the instance, because wrappers copy it from there
@@ -75,15 +81,23 @@ class BackwardVersions:
 
     def __call__(self, args: list[Any]) -> list[Any]:
         instance = find_instance(args.pop(self._handle))
-        run = self._dense
+        run, masked, flags = self._dense, frozenset[str](), None
         if instance is not None:
             instance.count_backward()
             if instance.wants_guarded() and (guarded := self.guarded()):
                 args.append(instance.flags(guarded.masked))
+                flags = instance.host_flags
                 if guarded.host:
-                    args.append(instance.host_flags)
-                run = guarded.run
-        grads = list(run(args))
+                    args.append(flags)
+                run, masked = guarded.run, guarded.masked
+            if instance.skips is not (flags is not None):
+                instance.skips = flags is not None
+                self._trail.switched("guarded" if instance.skips else "dense")
+        if profiler._is_profiler_enabled:
+            with profiled(self._plan, masked, None if flags is None else flags.numpy()):
+                grads = list(run(args))
+        else:
+            grads = list(run(args))
         if self._slot is not None:
             grads.insert(self._slot, None)
         return grads
@@ -118,16 +132,20 @@ class BackwardVersions:
         if not plan.guarded:
             log.warning("no weight gradient of this graph can be skipped; it stays dense. cacompile.explain says why")
             return plan, None
-        log.debug("guard: %d of %d gradients guarded", len(plan.guarded), len(plan.grads))
         flags = self._fake_flags(gm)
+        start = time.perf_counter()
         try:
-            return plan, self._overrides.copy().run(self._compile_guarded, gm, flags)
+            run = self._overrides.copy().run(self._compile_guarded, gm, flags, plan)
+            self._trail.guarded(plan, time.perf_counter() - start)
+            return plan, run
         except Exception:
             log.warning("the guarded backward could not be compiled, so this graph stays dense", exc_info=True)
             return _all_dense(plan), None
 
-    def _compile_guarded(self, gm: fx.GraphModule, flags: list[torch.Tensor]) -> Callable[[list[Any]], Any]:
+    def _compile_guarded(self, gm: fx.GraphModule, flags: list[torch.Tensor], plan: Plan) -> Callable[[list[Any]], Any]:
         with torch.no_grad(), self._compiling(), _donating(self._context, self._donated), _aligned_host(len(flags) > 1):
+            self._trail.version("guarded")
+            self._trail.guarding(self._plan, plan, gm)
             return self._compile(gm, [*self._inputs, *flags], **self._settings)
 
     def _device(self) -> torch.device:

@@ -171,6 +171,8 @@ def _replace(old: fx.Node, target: Any, args: tuple[Any, ...], *, contiguous: bo
     with old.graph.inserting_after(old):
         new = old.graph.call_function(target, args)
     new.meta = dict(old.meta)
+    if mark := old.meta.get(MARK):
+        new._rename(f"dw_{mark.param}")  # what a reader of compiled code and traces finds
     if contiguous:
         new.meta["val"] = old.meta["val"].new_empty(old.meta["val"].shape)
     old.replace_all_uses_with(new)

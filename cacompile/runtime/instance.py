@@ -35,6 +35,8 @@ class Instance:
         self.plan = plan
         self.handle = torch.tensor(next(_numbers), device="cpu")
         self.spent = Spent()
+        self.skips = False
+        """Whether the last backward ran the guarded version."""
         self._params = {param.name: weakref.ref(inputs[param.index]) for param in plan.params}
         self._records = _whole(plan, [_join(grad, inputs[grad.param.index], config) for grad in plan.grads])
         _tie(plan, self._records)

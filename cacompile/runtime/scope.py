@@ -149,6 +149,12 @@ class Scope:
                 record.state.keep[:] = record.pin.keep_of(record)
         if not (was_dense and state.on.all()):
             registry.epoch += 1
+        if step % self.config.monitor_every == 0 and log.isEnabledFor(logging.INFO):
+            off = ~self._units.every(state.on)
+            share = self._flops[~state.on].sum() / max(1.0, self._flops.sum())
+            log.info(
+                "step %d: %d of %d groups are skipped next, %.1f%% of dW FLOPs", step, off.sum(), off.size, 100 * share
+            )
 
     def _averaged(self, optimizer: Optimizer | None) -> np.ndarray:
         """bool [blocks]: those that can be judged though they are skipped, as the optimizer keeps a mean for them."""
