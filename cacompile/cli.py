@@ -1,0 +1,186 @@
+"""The command line: what can be skipped in a model, what a run has skipped, and whether this machine is fit."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import ConvAwareError
+
+app = typer.Typer(
+    help="Training stops paying for what has converged.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+FORMATS = (".html", ".svg", ".json")
+WIDE = 1000
+"""Columns of what is piped: a table is as wide as what is in it, and no line is broken."""
+
+_COLORS = {"ok": "green", "note": "yellow", "fails": "red"}
+
+
+def _console() -> Console:
+    console = Console()  # here, because a test or a shell may have replaced stdout
+    return console if console.is_terminal else Console(width=WIDE)
+
+
+def _fail(message: object) -> typer.Exit:
+    """To be raised; 2 is the code for what a user gave."""
+    typer.echo(f"error: {message}", err=True)
+    return typer.Exit(2)
+
+
+@app.command()
+def explain(
+    target: Annotated[str, typer.Argument(help="module:factory or file.py:factory, called without arguments")],
+    out: Annotated[Path | None, typer.Option(help="write .html, .svg or .json as well")] = None,
+    block_rows: Annotated[int | None, typer.Option(help="rows of a weight in one group, about")] = None,
+) -> None:
+    """Show what would be skipped in a model, by groups, and why the rest stays dense.
+
+    The factory returns (model, example_inputs), where example_inputs is a tuple or list of arguments, a dict of keyword
+    arguments, or one argument; or a model alone, if it has already run with backend="convaware".
+    """
+    if out is not None and out.suffix not in FORMATS:
+        raise _fail(f"--out must end in {', '.join(FORMATS)}, got {str(out)!r}")
+    from .report.explain import explain as explain_model
+
+    model, args, kwargs = _model_of(target)
+    options = None if block_rows is None else {"block_rows": block_rows}
+    try:
+        found = explain_model(model, *args, options=options, **kwargs)
+    except ConvAwareError as error:
+        raise _fail(error) from None
+    _console().print(_parameters(found))
+    _console().print(
+        f"{sum(bool(row.operation) for row in found.rows)} of {len(found.rows)} parameters guarded, "
+        f"{found.coverage:.1%} of dW FLOPs, {len(found.families)} families of groups, "
+        f"{found.graphs} graph{'s' if found.graphs != 1 else ''}",
+        highlight=False,
+    )
+    for reason, count in found.cuts.items():
+        _console().print(f"groups end at: {escape(reason)} ({count}x)", highlight=False)
+    if out is not None:
+        if out.suffix == ".json":
+            out.write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
+        else:
+            (found.to_html if out.suffix == ".html" else found.to_svg)(out)
+        typer.echo(f"written: {out}")
+
+
+def _parameters(found: Any) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for head, where in (("parameter", "left"), ("shape", "right"), ("dW FLOPs", "right"), ("blocks", "right")):
+        table.add_column(head, justify=where, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("groups")
+    table.add_column("when skipping, or why not")
+    for row in found.rows:
+        blocks = f"{row.blocks} x {row.block} {row.along}" if row.blocks else ""
+        fate = row.operation or f"dense: {row.reason}"
+        cells = (row.param, "x".join(map(str, row.shape)), f"{row.share:.1%}", blocks, ", ".join(row.families), fate)
+        table.add_row(*map(escape, cells), style=None if row.operation else "dim")
+    return table
+
+
+def _model_of(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """(model, arguments, keyword arguments) that a factory returns."""
+    made = _factory(target)()
+    if not isinstance(made, (tuple, list)):
+        return made, (), {}
+    if len(made) != 2:
+        raise _fail(f"{target} must return model or (model, example_inputs), got {len(made)} values")
+    model, inputs = made
+    if isinstance(inputs, Mapping):
+        return model, (), dict(inputs)
+    return model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+
+
+def _factory(target: str) -> Any:
+    place, _, name = target.rpartition(":")
+    if not place or not name:
+        raise _fail(f"expected module:factory or file.py:factory, got {target!r}")
+    sys.path.insert(0, str(Path.cwd()))  # as for python -m
+    try:
+        module = _load(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise _fail(f"{target}: {error}") from None
+    try:
+        found: Any = module
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError as error:
+        raise _fail(f"{target}: {error}") from None
+    if not callable(found):
+        raise _fail(f"{target} must be callable, got {type(found).__name__}")
+    return found
+
+
+def _load(file: Path) -> Any:
+    if not file.exists():
+        raise FileNotFoundError(f"no such file: {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@app.command()
+def report(
+    state: Annotated[Path, typer.Argument(help="what torch.save wrote of session.state_dict()")],
+    out: Annotated[Path | None, typer.Option(help="the report's file; by default beside the state, .html")] = None,
+) -> None:
+    """Write a report of a training run from its saved session."""
+    if not state.exists():
+        raise _fail(f"no such file: {state}")
+    import torch
+
+    try:
+        from .report.run import report_state  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise _fail(f"reports of runs need {error.name}") from None
+
+    out = out or state.with_suffix(".html")
+    try:
+        loaded = torch.load(state, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, Mapping) or "parameters" not in loaded:
+            got = sorted(map(str, loaded)) if isinstance(loaded, Mapping) else type(loaded).__name__
+            raise ConvAwareError(f"{state} must hold session.state_dict(), got {got}")
+        report_state(loaded, out)
+    except ConvAwareError as error:
+        raise _fail(error) from None
+    typer.echo(f"written: {out}")
+
+
+@app.command()
+def doctor(
+    test: Annotated[bool, typer.Option("--test", help="compile and train a small model as well")] = False,
+) -> None:
+    """Tell what of cacompile works on this machine, and why the rest does not. Exit code 1: the backend cannot work."""
+    from .doctor import examine, self_test
+
+    checks = examine()
+    if test and all(check.state != "fails" for check in checks):
+        checks.append(self_test())
+    table = Table(box=box.SIMPLE, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for check in checks:
+        table.add_row(f"[{_COLORS[check.state]}]{check.state}", escape(check.name), escape(check.says))
+    _console().print(table)
+    if any(check.state == "fails" for check in checks):
+        raise typer.Exit(1)

@@ -1,0 +1,159 @@
+"""The command line, called in this process and as its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor import config as inductor_config
+from typer.testing import CliRunner
+
+from cacompile import doctor
+from cacompile.cli import app
+from cacompile.doctor import Check, examine
+
+FACTORIES = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+
+    def forward(self, x, scale=1.0):
+        return self.down(torch.relu(self.up(x))) * scale
+
+def one(): return Model(), torch.randn(8, 32)
+def several(): return Model(), (torch.randn(8, 32), 2.0)
+def named(): return Model(), {"x": torch.randn(8, 32)}
+def alone(): return Model()
+def three(): return Model(), torch.randn(8, 32), 1
+number = 3
+"""
+
+
+@pytest.fixture
+def factories(tmp_path: Path) -> Path:
+    file = tmp_path / "factories.py"
+    file.write_text(FACTORIES)
+    return file
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert "\x1b" not in result.output, "colors in what is no terminal"
+    return result.output
+
+
+@pytest.mark.parametrize("factory", ["one", "several", "named"])
+def test_explain(factory: str, factories: Path) -> None:
+    text = call("explain", f"{factories}:{factory}", "--block-rows", 16)
+    (row,) = [line.split() for line in text.splitlines() if line.lstrip().startswith("up.weight")]
+    assert row[1:3] == ["64x32", "50.0%"] and "up.neurons" in row and row[-1] == "masked_mm"
+    assert "dense: one-dimensional, a cheap reduction" in text
+    assert "2 of 4 parameters guarded, 100.0% of dW FLOPs, 1 families of groups, 1 graph" in text
+
+
+def test_explain_by_module_writes_files(factories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(factories.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for suffix, start in ((".json", "{"), (".svg", "<svg"), (".html", "<!")):
+        out = factories.parent / f"found{suffix}"
+        assert f"written: {out}" in call("explain", "factories:one", "--out", out)
+        assert out.read_text().lstrip().startswith(start)
+    assert json.loads((factories.parent / "found.json").read_text())["coverage"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("{}:alone", "give example inputs"),
+        ("{}:three", "must return model or (model, example_inputs), got 3 values"),
+        ("{}:number", "must be callable, got int"),
+        ("{}:nothing", "nothing"),
+        ("{}", "expected module:factory or file.py:factory"),
+        ("no_such_module_here:make", "no_such_module_here"),
+        ("missing.py:make", "no such file: missing.py"),
+    ],
+)
+def test_explain_says_what_is_wrong(target: str, words: str, factories: Path) -> None:
+    text = call("explain", target.format(factories), code=2)
+    assert text.startswith("error: ") and words in text
+
+
+def test_explain_writes_no_other_format(factories: Path) -> None:
+    assert "--out must end in .html, .svg, .json, got 'x.pdf'" in call("explain", "a:b", "--out", "x.pdf", code=2)
+
+
+def test_report_of_a_file_that_is_not_there() -> None:
+    assert "no such file: nothing.pt" in call("report", "nothing.pt", code=2)
+
+
+def states() -> dict[str, str]:
+    return {check.name: check.state for check in examine()}
+
+
+def test_doctor_finds_this_machine_fit() -> None:
+    text = call("doctor")
+    assert torch.__version__ in text and 'backend="convaware" is registered' in text and "dW on CPUs" in text
+    assert "fails" not in states().values()
+    if not torch.cuda.is_available():
+        assert states()["GPU"] == states()["CUDA graphs"] == "note"
+
+
+def test_doctor_fails_without_a_compiler() -> None:
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        text = call("doctor", code=1)
+    assert "no-such-compiler" in text and "aot_eager" in text
+
+
+def test_doctor_fails_where_torch_compile_is_off() -> None:
+    with torch._dynamo.config.patch(disable=True):
+        text = call("doctor", "--test", code=1)
+    assert "nothing is skipped" in text and "self test" not in text
+
+
+def test_doctor_knows_the_versions_that_pyproject_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = [
+        line for line in (Path(__file__).parents[1] / "pyproject.toml").read_text().splitlines() if '"torch>=' in line
+    ]
+    assert f'"torch>={doctor.OLDEST[0]}.{doctor.OLDEST[1]},<{doctor.NEWEST[0]}.{doctor.NEWEST[1] + 1}"' in line
+    for version, state in (("2.10.1", "fails"), ("2.99.0", "note")):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert states()["torch"] == state
+
+
+def test_doctor_tests_itself() -> None:
+    check = doctor.self_test()
+    assert check.state == "ok" and "gradients as eager's, 25% of dW FLOPs skipped" in check.says, check
+
+
+def test_a_self_test_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "self_test", lambda: Check("self test", "fails", "the gradient of 0.weight is wrong"))
+    assert "the gradient of 0.weight is wrong" in call("doctor", "--test", code=1)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def test_as_a_process() -> None:
+    result = run_python("-m", "cacompile", "doctor")
+    assert result.returncode == 0, result.stderr
+    assert torch.__version__ in result.stdout and "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_its_libraries_it_says_what_to_install(missing: str) -> None:
+    result = run_python(
+        "-c", f"import sys; sys.modules['{missing}'] = None\nfrom cacompile.__main__ import main\nmain()"
+    )
+    assert result.returncode == 1 and "pip install 'cacompile[cli]'" in result.stderr
+    assert missing in result.stderr and "Traceback" not in result.stderr
