@@ -13,6 +13,7 @@ import torch
 from helpers import OPTIONS, Block, assert_masked, assert_same, compare, masks, pin_mixed, train_step
 from torch import fx, nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import lookup_backend
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.compilers import nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -48,6 +49,7 @@ INNERS: dict[str, tuple[Any, Any]] = {  # option -> the backend that it must equ
     "callable": (vendor, aot_autograd(fw_compiler=vendor)),
     "boxed": (boxed, aot_autograd(fw_compiler=boxed)),
     "whole": (WHOLE, WHOLE),
+    "registered": (lookup_backend("aot_eager_default_partitioner"), "aot_eager_default_partitioner"),
 }
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
     "block": (Block, lambda: [torch.randn(8, 32)]),

@@ -4,6 +4,7 @@ A dimension of `size` rows (or columns, channels, experts) is cut into ceil(size
 where it must be; block i is on when `flags[slot + i] != 0`. A block of 0 means that this dimension is not masked.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
@@ -29,15 +30,10 @@ def without_autocast(device: str) -> Callable[[Callable[..., Tensor]], Callable[
     def wrap(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(implementation)
         def run(*args: object) -> Tensor:
-            if profiler._is_profiler_enabled:
-                with range_of(args):
-                    return plain(*args)
-            return plain(*args)
-
-        def plain(*args: object) -> Tensor:
-            if not torch.is_autocast_enabled(device):
+            autocast = torch.is_autocast_enabled(device)
+            if not (autocast or profiler._is_profiler_enabled):
                 return implementation(*args)
-            with torch._C._DisableAutocast():
+            with range_of(args), torch._C._DisableAutocast() if autocast else contextlib.nullcontext():
                 return implementation(*args)
 
         return run

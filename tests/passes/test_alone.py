@@ -84,6 +84,10 @@ def test_joint_custom_pass_of_plain_torch_compile(backend: str) -> None:
         model.flags.copy_(passes.flags_of(plan))
         grads = gradients(model, run, x)
     assert all(torch.equal(grads[name], dense[name]) for name in dense)
+    loss = run(x)
+    model.flags.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_without_flags_nodes_are_only_annotated() -> None:
