@@ -57,14 +57,13 @@ def _inductor(patches: dict[str, Any], last: Compile) -> Inner:
 
 
 def _eager(last: Compile | None) -> Inner:
+    from torch._dynamo.backends.debugging import boxed_nop  # here, because nobody else needs that module
+
     backend: Any = lookup_backend("aot_eager")
 
     def pipeline(gm: fx.GraphModule, inputs: Sequence[Any], hook: Compile) -> Callable[..., Any]:
         backward = functools.partial(hook, is_backward=True, cudagraphs=False)
         return backend(gm, inputs, fw_compiler=hook, bw_compiler=backward)
-
-    # as a function of its own because torch does not name its own one publicly
-    from torch._dynamo.backends.debugging import boxed_nop
 
     return Inner(
         compile=last or _last_step({"fw_compiler": boxed_nop}), pipeline=pipeline, alone=backend, captured=lambda: False
