@@ -144,7 +144,9 @@ def _make_just(results: list[fx.Node], params: tuple[int, ...]) -> bool:
     if descs is None or len(places) != len(params):
         return len(places) == len(params)
     made = [desc.grad_of for place in places if isinstance(desc := descs[place], GradAOTOutput)]
-    return sorted(desc.idx for desc in made if isinstance(desc, PlainAOTInput)) == sorted(params)
+    # an exported joint graph has names in place of positions, and its inputs in their order
+    inputs = {node.meta.get("desc"): i for i, node in enumerate(results[0].graph.find_nodes(op="placeholder"))}
+    return sorted(d.idx if isinstance(d, PlainAOTInput) else inputs.get(d, -1) for d in made) == sorted(params)
 
 
 def _input(graph: fx.Graph, name: str) -> fx.Node:

@@ -17,6 +17,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_compile_joint_with_descriptors, aot_export_joint_with_descriptors
 from torch._functorch.compilers import nop
+from torch._inductor.decomposition import select_decomp_table
+from torch.nn.utils.parametrizations import weight_norm
 
 from cacompile import ConvAwareError, passes
 from cacompile.kernels import masked_mm
@@ -147,6 +149,32 @@ def test_an_exported_joint_graph(given: str) -> None:
     mask = [True, False, True, True]
     model.flags.copy_(passes.flags_of(plan, mask))
     assert_skipped(gradients(model, run, *inputs), dense, torch.tensor(mask).repeat_interleave(16), "block.")
+
+
+def test_a_weight_that_is_made_of_two_parameters() -> None:
+    class Normed(Flagged):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block.up = weight_norm(self.block.up)
+
+    model, x = Normed(), torch.randn(8, 32)
+    with contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, model, (x,), decompositions=select_decomp_table())
+        with pytest.raises(ConvAwareError, match=r"flags must be uint8 \[12 or more\]"):
+            passes.run_passes(joint.graph_module, block_rows=16)
+    model.flags = torch.ones(12, dtype=torch.uint8)
+    dense = gradients(model, model, x)
+    with contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, model, (x,), decompositions=select_decomp_table())
+        plan = passes.run_passes(joint.graph_module, block_rows=16).meta[PLAN]
+        run = aot_compile_joint_with_descriptors(joint)
+    gain, direction = (f"block.up.parametrizations.weight.original{i}" for i in (0, 1))
+    assert set(plan.guarded) == {gain, direction, "block.down.weight"}
+    model.flags.copy_(passes.flags_of(plan, [False, True, True, True]))
+    grads = gradients(model, run, *model.parameters(), *model.buffers(), x)
+    for name in (gain, direction):
+        assert not grads[name][:16].any()
+        torch.testing.assert_close(grads[name][16:], dense[name][16:])
 
 
 @pytest.mark.parametrize(
