@@ -40,8 +40,16 @@ AVERAGED: dict[str, tuple[type, ...]] = {
 }
 """State -> the optimizers that keep a running mean of their gradients in it. Others may call anything by that name."""
 
-NAMED = {"AdamW": "exp_avg", "Lion": "exp_avg"}
-"""The same for classes outside torch, by name: AdamW of transformers, Lion (a mean with its second beta)."""
+NAMED = {
+    **dict.fromkeys(("AdamW", "Lion"), "exp_avg"),
+    # pytorch_optimizer, torch_optimizer
+    **dict.fromkeys(("AdaBelief", "AdaBound", "AdamP", "Adan", "DiffGrad", "Lamb", "StableAdamW", "Yogi"), "exp_avg"),
+    "Adam_mini": "m",
+}
+"""The same for classes outside torch, by name; Lion's is a mean with its second beta. docs/pipelines.md: what was seen."""
+
+ELSEWHERE = {("bitsandbytes", "exp_avg"): "state1"}
+"""(package, state) -> what that package calls it."""
 
 
 def moment_name(optimizer: Optimizer | None) -> str | None:
@@ -55,7 +63,13 @@ def _moment_of(optimizer_type: type) -> str | None:
     for name, classes in AVERAGED.items():
         if issubclass(optimizer_type, classes):
             return name
-    return NAMED.get(optimizer_type.__name__)
+    name = NAMED.get(optimizer_type.__name__)
+    return None if name is None else ELSEWHERE.get((optimizer_type.__module__.partition(".")[0], name), name)
+
+
+def keeps_mean(optimizer: Optimizer) -> bool:
+    """Whether it is known to keep a mean of gradients, which estimates can be read from."""
+    return isinstance(optimizer, RMSprop) or moment_name(optimizer) is not None
 
 
 def first_moment(optimizer: Optimizer, settings: Mapping[str, Any], param: torch.Tensor) -> list[Term]:
@@ -79,7 +93,7 @@ def first_moment(optimizer: Optimizer, settings: Mapping[str, Any], param: torch
         moment, factor = moment if settings["momentum"] else None, mean_of_sum(settings)
     elif isinstance(optimizer, RMSprop) and settings["momentum"] > 0 and "momentum_buffer" in state:
         moment, factor = state["momentum_buffer"] * rms_of(state, settings), 1.0 - settings["momentum"]
-    if not isinstance(moment, torch.Tensor) or moment.shape != param.shape or moment.dtype.is_complex:
+    if not isinstance(moment, torch.Tensor) or moment.shape != param.shape or not moment.is_floating_point():
         return []
     terms = [(moment, sign * factor)]
     coupled = isinstance(optimizer, COUPLED) and not settings.get("decoupled_weight_decay", False)

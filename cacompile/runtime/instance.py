@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._logging import warning_once
 
 from cacompile.config import Config
 from cacompile.plan import Plan, WeightGrad
@@ -18,6 +19,9 @@ from .tracked import Partition, Spent, Tracked, registry
 from .units import Group, Member, tie
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 500
+"""Backward passes in which an optimizer must have stepped; gradients are rarely accumulated for longer."""
 
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, Instance] = weakref.WeakValueDictionary()
@@ -37,6 +41,7 @@ class Instance:
         self.spent = Spent()
         self.skips = False
         """Whether the last backward ran the guarded version."""
+        self._steps = 0
         self._params = {param.name: weakref.ref(inputs[param.index]) for param in plan.params}
         self._records = _whole(plan, [_join(grad, inputs[grad.param.index], config) for grad in plan.grads])
         _tie(plan, self._records)
@@ -81,6 +86,20 @@ class Instance:
     def count_backward(self) -> None:
         self.spent.total += self.plan.flops
         self.spent.backwards += 1
+        if self.spent.backwards % PATIENCE == 0:
+            self._look_for_steps()
+
+    def _look_for_steps(self) -> None:
+        """Say once if nothing steps these parameters: masks are drawn after the steps of their optimizer."""
+        before, self._steps = self._steps, max((record.step for record in self.records), default=0)
+        if self._steps == before and any(record.pin is None for record in self.records):
+            warning_once(
+                log,
+                "%d backward passes of a compiled graph, and no torch.optim.Optimizer has stepped its parameters: what is "
+                "skipped is decided after the optimizer's steps, so it stays as it is. If the optimizer is of another "
+                "kind, or its step is called past torch's hooks, call cacompile.step(model) after each of its steps",
+                PATIENCE,
+            )
 
     def flags(self, guarded: Collection[str]) -> torch.Tensor:
         """This step's flags for the guarded graph, uint8 [blocks] on the graph's device; notes what it will skip."""

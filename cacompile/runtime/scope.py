@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from cacompile.kernels.segments import Tables
 
 from .drift import moved, sample
-from .estimate import fill, fill_together
+from .estimate import fill, fill_together, keeps_mean
 from .history import note
 from .mask import first_turns, generator, take_turns
 from .monitor import learn, read_scores, read_together, settings_by_param
@@ -73,7 +73,7 @@ class Scope:
         near, far = ([], self.tracked) if captured else self._by_device()
         for record in far + fill_together(near, optimizer, settings, self._tables):
             fill(optimizer, settings.get(id(record.ref()), {}), record, weight_up=weight_up)
-        if weight_up:
+        if weight_up and keeps_mean(optimizer):
             # an optimizer within another one calls again, with the same gradients
             self.state.age[~skipped] = 0
 

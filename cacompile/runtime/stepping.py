@@ -24,13 +24,38 @@ class Scopes:
     def __init__(self) -> None:
         self._key: tuple[int, list[int]] | None = None
         self._scopes: list[Scope] = []
+        self._left: weakref.WeakSet[Tracked] = weakref.WeakSet()
+        """Records that the owner, an optimizer, leaves to another one within it."""
+        self._begun: list[tuple[Tracked, int]] | None = None
+        """The records and their steps when the owner's step began, until it is done."""
 
     def of(self, params: list[Any]) -> list[Scope]:
         key = (registry.generation, [id(param) for param in params])
         if key != self._key or not all(scope.valid for scope in self._scopes):
             self._key = key
-            self._scopes = make_scopes(filter(None, map(registry.find, params)))
+            self._scopes = make_scopes(
+                record for record in map(registry.find, params) if record is not None and record not in self._left
+            )
         return self._scopes
+
+    def begin(self, scopes: list[Scope]) -> None:
+        """The owner's step begins with these scopes."""
+        self._begun = [(record, record.step) for scope in scopes for record in scope.tracked]
+
+    def end(self) -> bool:
+        """The owner's step is done: whether some of its parameters are its own to advance.
+
+        What another optimizer has advanced since `begin` is left to that one from now on: Lookahead, SAM and the like
+        hold an optimizer that does the work. False too at the end of a step around this one by the same optimizer, as
+        where `super().step()` is hooked as well.
+        """
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return False
+        if stepped := [record for record, step in begun if record.step != step]:
+            self._left.update(stepped)
+            self._key = None
+        return len(stepped) < len(begun)
 
 
 def make_scopes(tracked: Iterable[Tracked]) -> list[Scope]:
@@ -46,14 +71,19 @@ _by_optimizer: weakref.WeakKeyDictionary[Optimizer, Scopes] = weakref.WeakKeyDic
 
 
 def scopes_of(optimizer: Optimizer) -> list[Scope]:
-    """The scopes that an optimizer's steps advance; empty if it holds no parameter of a convaware model."""
+    """The scopes that an optimizer's steps advance; empty if it steps no parameter of a convaware model itself."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return _by_optimizer.setdefault(optimizer, Scopes()).of(params)
+    return _owned_by(optimizer).of(params)
+
+
+def _owned_by(optimizer: Optimizer) -> Scopes:
+    return _by_optimizer.setdefault(optimizer, Scopes())
 
 
 @torch._dynamo.disable
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     scopes = scopes_of(optimizer)
+    _owned_by(optimizer).begin(scopes)
     if not scopes:
         return None
     for scope in scopes:
@@ -74,8 +104,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 @torch._dynamo.disable
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for scope in scopes_of(optimizer):
-        scope.advance(optimizer)
+    if _owned_by(optimizer).end():
+        for scope in scopes_of(optimizer):
+            scope.advance(optimizer)
 
 
 def _then(closure: Callable[[], Any], after: Callable[[], None]) -> Callable[[], Any]:
