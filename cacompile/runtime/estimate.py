@@ -46,7 +46,7 @@ NAMED = {
     **dict.fromkeys(("AdaBelief", "AdaBound", "AdamP", "Adan", "DiffGrad", "Lamb", "StableAdamW", "Yogi"), "exp_avg"),
     "Adam_mini": "m",
 }
-"""The same for classes outside torch, by name; Lion's is a mean with its second beta. docs/pipelines.md: what was seen."""
+"""The same for classes outside torch, by name (Lion's is a mean with its second beta); seen in docs/pipelines.md."""
 
 ELSEWHERE = {("bitsandbytes", "exp_avg"): "state1"}
 """(package, state) -> what that package calls it."""
@@ -63,8 +63,9 @@ def _moment_of(optimizer_type: type) -> str | None:
     for name, classes in AVERAGED.items():
         if issubclass(optimizer_type, classes):
             return name
-    name = NAMED.get(optimizer_type.__name__)
-    return None if name is None else ELSEWHERE.get((optimizer_type.__module__.partition(".")[0], name), name)
+    if (named := NAMED.get(optimizer_type.__name__)) is None:
+        return None
+    return ELSEWHERE.get((optimizer_type.__module__.partition(".")[0], named), named)
 
 
 def keeps_mean(optimizer: Optimizer) -> bool:

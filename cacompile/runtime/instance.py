@@ -95,9 +95,9 @@ class Instance:
         if self._steps == before and any(record.pin is None for record in self.records):
             warning_once(
                 log,
-                "%d backward passes of a compiled graph, and no torch.optim.Optimizer has stepped its parameters: what is "
-                "skipped is decided after the optimizer's steps, so it stays as it is. If the optimizer is of another "
-                "kind, or its step is called past torch's hooks, call cacompile.step(model) after each of its steps",
+                "%d backward passes of a compiled graph, and no torch.optim.Optimizer has stepped its parameters: what "
+                "is skipped is decided after the optimizer's steps, so it stays as it is. If the optimizer is of "
+                "another kind, or its step is called past torch's hooks, call cacompile.step(model) after each step",
                 PATIENCE,
             )
 

@@ -1,4 +1,4 @@
-"""Optimizers within optimizers, compiled, hidden from torch's hooks, or from PyPI: each step of ours is one of theirs."""
+"""Optimizers within optimizers, compiled, past torch's hooks, or from PyPI: each step of ours is one of theirs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,50 @@
+"""What all integrations have in common: the numbers they log, and what they say when something is missing."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch._logging import warning_once
+
+from cacompile.report.status import status
+from cacompile.runtime.session import session
+
+log = logging.getLogger(__name__)
+
+BACKEND = "convaware"
+
+
+def readings(model: torch.nn.Module) -> dict[str, float]:
+    """Where training stands, as numbers to log; empty, and said once, if no graph of the model is convaware's.
+
+    `convaware/skipped_dw`: share of all dW FLOPs that the next step skips, 0 to 1. `convaware/keep`: mean probability
+    of being kept, over all groups. `convaware/saved_flops`: dW FLOPs left out so far; `convaware/saved_dw`: the same as
+    a share of what a dense run would have spent on dW by now.
+    """
+    if not session(model).instances:
+        warning_once(
+            log, "nothing of %s is compiled by convaware: there is nothing to log or save", type(model).__name__
+        )
+        return {}
+    now = status(model)
+    return {
+        "convaware/skipped_dw": now.skipped_flops,
+        "convaware/keep": now.keep,
+        "convaware/saved_flops": now.saved_flops,
+        "convaware/saved_dw": now.saved_flops / now.total_flops if now.total_flops else 0.0,
+    }
+
+
+def missing(library: str, error: ImportError) -> ImportError:
+    """The error for a library that is not installed, with how to get it."""
+    here = f"cacompile.integrations.{library}"
+    return ImportError(
+        f"{here} needs {library}, which cannot be imported ({error}); pip install 'cacompile[{library}]'"
+    )
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether the module as a whole is compiled, by `torch.compile` or in place."""
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None

@@ -1,0 +1,148 @@
+"""Hugging Face's Trainer: compiles its model with convaware, logs what is skipped, saves and resumes exactly.
+
+    trainer = Trainer(model, args, callbacks=[ConvAwareCallback({"tolerance": 0.1})], ...)
+
+`TrainingArguments(torch_compile=True, torch_compile_backend="convaware")` works as well once this module is imported;
+then Accelerate compiles, and the callback only adds its options, logs and checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cacompile.config import Config
+from cacompile.errors import ConvAwareError
+from cacompile.runtime.session import session
+
+from .shared import BACKEND, is_compiled, missing, readings
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import CallbackHandler
+except ImportError as error:
+    raise missing("transformers", error) from error
+
+from . import accelerate as accelerate  # so that torch_compile_backend="convaware" is taken
+
+log = logging.getLogger(__name__)
+
+FILE = "cacompile.pt"
+"""In every checkpoint: the session's `state_dict`, for `torch.load`."""
+
+STATE = "trainer_state.json"
+"""The Trainer's own, which tells checkpoints apart."""
+
+
+class ConvAwareCallback(TrainerCallback):
+    """Trains the Trainer's model with convaware.
+
+    options: as for `torch.compile`, ours and Inductor's. Where TrainingArguments ask for no compiling, the model is
+    compiled in place when training begins, unless it is compiled already; where they ask for this backend, Accelerate
+    compiles it with these options. Raises ConvAwareError where they ask for another one.
+
+    Every log of the training loss gets `convaware/...` (`shared.readings`), every checkpoint a `cacompile.pt`. Resumed
+    training continues from it bit for bit. The Trainer does not tell its callbacks where it resumes from, so it is
+    looked for in `args.resume_from_checkpoint` and `args.output_dir`: if you resume from a folder elsewhere, set the
+    former too, besides giving it to `trainer.train`.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        Config.from_options(options)  # mistakes show up here, not when training begins
+        self.options = dict(options or {})
+        self._handed_on = False
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if _asked_for(args) and self.options:
+            from accelerate.state import AcceleratorState
+
+            AcceleratorState().dynamo_plugin.options = self.options
+            self._handed_on = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._stand_first(sys._getframe(1).f_locals.get("self"))
+        if _asked_for(args):
+            if self.options and not self._handed_on:
+                raise ConvAwareError(
+                    "options of a ConvAwareCallback that comes late are lost; give it to Trainer(callbacks=)"
+                )
+        elif not is_compiled(model):
+            model.compile(backend=BACKEND, options=self.options)
+        elif self.options and not self._handed_on:
+            raise ConvAwareError(
+                f"options {self.options!r} of ConvAwareCallback come too late: the model is compiled already; "
+                "give them to torch.compile, or leave compiling to the callback"
+            )
+        self._handed_on = True
+        if state.global_step:
+            _resume(args, state, model)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        found = readings(model)
+        logs.update(found)
+        # the Trainer has put a copy of `logs` in here already
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(found)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and not args.save_only_model and folder.is_dir() and session(model).instances:
+            torch.save(session(model).state_dict(), folder / FILE)
+
+    def _stand_first(self, handler: Any) -> None:
+        """Before those who send logs to TensorBoard and the like: Trainer puts its own callbacks first.
+
+        handler: whoever calls callbacks; a callback is not told, so its caller's frame is asked.
+        """
+        if isinstance(handler, CallbackHandler) and handler.callbacks[:1] != [self] and self in handler.callbacks:
+            handler.callbacks = [self, *(each for each in handler.callbacks if each is not self)]
+
+
+def _asked_for(args: Any) -> bool:
+    """Whether TrainingArguments have Accelerate compile the model with us; an error if with another backend."""
+    if args.torch_compile and args.torch_compile_backend != BACKEND:
+        raise ConvAwareError(
+            f"torch_compile_backend must be {BACKEND!r} with ConvAwareCallback, got {args.torch_compile_backend!r}; "
+            "without torch_compile the callback compiles the model"
+        )
+    return bool(args.torch_compile)
+
+
+def _resume(args: Any, state: Any, model: Any) -> None:
+    given = args.resume_from_checkpoint
+    places = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+    if isinstance(given, str) and Path(given).is_dir():
+        places.insert(0, Path(given))
+    for folder in places:
+        if _is_of(folder, state):
+            if (folder / FILE).is_file():
+                session(model).load_state_dict(torch.load(folder / FILE, weights_only=True))
+            else:
+                log.warning("%s has no %s, so the groups of this run start anew", folder, FILE)
+            return
+    tried = " and ".join(map(str, places))
+    log.warning(
+        "the checkpoint of step %d that this run resumes from is not in %s: its groups start anew. "
+        "Set TrainingArguments(resume_from_checkpoint=...) to its folder",
+        state.global_step,
+        tried,
+    )
+
+
+def _is_of(folder: Path, state: Any) -> bool:
+    """Whether the state that was resumed is that of this checkpoint."""
+    try:
+        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    same = saved.get("global_step") == state.global_step
+    # as text, because a loss may be NaN
+    return same and json.dumps(saved.get("log_history")) == json.dumps(state.log_history)
