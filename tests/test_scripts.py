@@ -1,5 +1,7 @@
 """Every example and benchmark in its mode of seconds, as a user would call it."""
 
+import re
+import shutil
 from importlib.metadata import version
 
 import pytest
@@ -52,3 +54,24 @@ def test_gpu_benchmark_checks_itself_without_a_gpu(tmp_path):
     assert "Nothing." in (tmp_path / "self_check.md").read_text()
     for part in ("kernels", "models"):
         assert (tmp_path / f"self_check_{part}.png").stat().st_size > 10_000
+
+
+PIPELINES = ["hf_trainer", "accelerate_loop", "lightning_module", "config_train"]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipeline_skips_and_says_so(name, tmp_path):
+    out = run(f"examples/{name}.py", *([] if name == "config_train" else ["--out", str(tmp_path)]))
+    share = re.search(r"dW FLOPs saved so far \(([\d.]+)%\)", out)
+    assert share and 5.0 < float(share[1]) < 95.0, out
+    if name in ("hf_trainer", "accelerate_loop"):
+        end = tmp_path / "checkpoint-8"
+        if end.exists():
+            shutil.rmtree(end)  # so that the last one is that of the middle
+        again = run(f"examples/{name}.py", "--out", str(tmp_path), "--resume")
+        assert said(again) == said(out), "a new process must end as the first one did"
+
+
+def said(out: str) -> str:
+    """From the status on."""
+    return out[out.index("step 8:") :].split("{")[0]

@@ -40,7 +40,8 @@ _Callback: Any = type("_Callback", _bases(), {})
 class ConvAwareCallback(_Callback):
     """Logs `convaware/...` (`shared.readings`) every `log_every_n_steps`; its state is the session's.
 
-    A run that continues from a checkpoint of Lightning (`trainer.fit(..., ckpt_path=...)`) continues bit for bit.
+    A run that continues from a checkpoint of Lightning (`trainer.fit(..., ckpt_path=...)`) continues bit for bit where
+    Lightning itself does: within an epoch, a loader without a state of its own begins its data anew.
     """
 
     def __init__(self) -> None:

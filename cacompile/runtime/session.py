@@ -18,7 +18,7 @@ from .describe import describe
 from .history import History, Totals, add, collect, forget, most_points
 from .instance import Instance, instances_of
 from .saved import FORMAT, check_state
-from .stepping import Scopes
+from .stepping import Scopes, follow_optimizers
 from .tracked import Pin, Tracked, registry
 from .units import Units
 
@@ -246,6 +246,7 @@ class Session:
         """
         tracked = self.tracked
         check_state(state, tracked)
+        follow_optimizers()  # the first step may begin before the first forward pass
         for name, entry in state["parameters"].items():
             tracked[name].load(entry)
         forget(list(tracked.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +18,9 @@ from .clipping import follow_clipping
 from .scope import Scope
 from .tracked import Tracked, registry
 
+_moments = itertools.count(1)
+"""Beginnings and ends of steps, in their order."""
+
 
 class Scopes:
     """The scopes of one owner of parameters, made anew when its parameters or their groups have changed."""
@@ -26,8 +30,10 @@ class Scopes:
         self._scopes: list[Scope] = []
         self._left: weakref.WeakSet[Tracked] = weakref.WeakSet()
         """Records that the owner, an optimizer, leaves to another one within it."""
-        self._begun: list[tuple[Tracked, int]] | None = None
-        """The records and their steps when the owner's step began, until it is done."""
+        self._begun = 0
+        """When the owner's last step began, in the count of `_moments`."""
+        self._done = False
+        """Whether that step is done."""
 
     def of(self, params: list[Any]) -> list[Scope]:
         key = (registry.generation, [id(param) for param in params])
@@ -38,24 +44,29 @@ class Scopes:
             )
         return self._scopes
 
-    def begin(self, scopes: list[Scope]) -> None:
-        """The owner's step begins with these scopes."""
-        self._begun = [(record, record.step) for scope in scopes for record in scope.tracked]
+    def begin(self) -> None:
+        """The owner's step begins. The first one may end without: our hooks may come with what is called inside."""
+        self._begun, self._done = next(_moments), False
 
-    def end(self) -> bool:
-        """The owner's step is done: whether some of its parameters are its own to advance.
+    def advance(self, optimizer: Optimizer, params: list[Any]) -> None:
+        """The owner's step is done, once however often it is hooked, as where `super().step()` is hooked as well.
 
         What another optimizer has advanced since `begin` is left to that one from now on: Lookahead, SAM and the like
-        hold an optimizer that does the work. False too at the end of a step around this one by the same optimizer, as
-        where `super().step()` is hooked as well.
+        hold an optimizer that does the work.
         """
-        begun, self._begun = self._begun, None
-        if begun is None:
-            return False
-        if stepped := [record for record, step in begun if record.step != step]:
+        if self._done:
+            return
+        self._done = True
+        scopes = self.of(params)
+        if stepped := [r for scope in scopes for r in scope.tracked if r.stepped > self._begun]:
             self._left.update(stepped)
             self._key = None
-        return len(stepped) < len(begun)
+            scopes = self.of(params)
+        now = next(_moments)
+        for scope in scopes:
+            scope.advance(optimizer)
+            for record in scope.tracked:
+                record.stepped = now
 
 
 def make_scopes(tracked: Iterable[Tracked]) -> list[Scope]:
@@ -72,41 +83,46 @@ _by_optimizer: weakref.WeakKeyDictionary[Optimizer, Scopes] = weakref.WeakKeyDic
 
 def scopes_of(optimizer: Optimizer) -> list[Scope]:
     """The scopes that an optimizer's steps advance; empty if it steps no parameter of a convaware model itself."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    return _owned_by(optimizer).of(params)
+    return _owned_by(optimizer).of(_params_of(optimizer))
 
 
 def _owned_by(optimizer: Optimizer) -> Scopes:
     return _by_optimizer.setdefault(optimizer, Scopes())
 
 
+def _params_of(optimizer: Optimizer) -> list[Any]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
 @torch._dynamo.disable
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    _owned_by(optimizer).begin()
     scopes = scopes_of(optimizer)
-    _owned_by(optimizer).begin(scopes)
-    if not scopes:
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not scopes and not (callable(closure) and any(registry.find(param) for param in _params_of(optimizer))):
         return None
     for scope in scopes:
         scope.look()
 
     def fill() -> None:
-        for scope in scopes:
+        for scope in scopes_of(optimizer):
+            if scope not in scopes:
+                scope.look()
             scope.fill(optimizer)
 
-    # with a closure the gradients appear inside the step, so the estimates must come right after it
-    if callable(kwargs.get("closure")):
-        return args, {**kwargs, "closure": _then(kwargs["closure"], fill)}
-    if len(args) > 1 and callable(args[1]):
-        return (args[0], _then(args[1], fill), *args[2:]), kwargs
-    fill()
-    return None
+    # with a closure the gradients appear inside the step, so the estimates must come right after it; after a restart
+    # what was skipped before may belong to groups that only the closure's forward makes known
+    if not callable(closure):
+        fill()
+        return None
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": _then(closure, fill)}
+    return (args[0], _then(closure, fill), *args[2:]), kwargs
 
 
 @torch._dynamo.disable
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _owned_by(optimizer).end():
-        for scope in scopes_of(optimizer):
-            scope.advance(optimizer)
+    _owned_by(optimizer).advance(optimizer, _params_of(optimizer))
 
 
 def _then(closure: Callable[[], Any], after: Callable[[], None]) -> Callable[[], Any]:

@@ -143,6 +143,8 @@ class Tracked:
         """Blocks whose gradient some backward left out since the last optimizer step."""
         self.step = 0
         """Optimizer steps seen."""
+        self.stepped = 0
+        """When the last of them was, in the order of this process's steps."""
         self.pin: Pin | None = None
         self._pinned: tuple[Pin, int, np.ndarray] | None = None
         self.awaited: Scores | None = None

@@ -142,6 +142,25 @@ def test_a_step_that_failed_leaves_nothing_behind(pair: Any, backward: Any, foll
     assert [record.step for record in records] == [STEPS, STEPS]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_first_step_counts_where_the_first_forward_is_inside_it(wrapped: bool):
+    """As in Lightning, whose closure holds forward and backward: nothing is known when the step begins."""
+    model = net()
+    compiled = torch.compile(model, backend="convaware", options={"block_rows": 16})
+    optimizer: Any = optim.AdamW(model.parameters())
+    optimizer = Within(optimizer) if wrapped else optimizer
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = compiled(torch.randn(4, 16)).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert cacompile.session(model).step_count == 3
+
+
 FROM_PYPI: dict[str, Callable[[list[Any]], Any]] = {
     "pytorch_optimizer.Lookahead": lambda params: pytorch_optimizer.Lookahead(optim.AdamW(params)),
     "pytorch_optimizer.SAM": lambda params: pytorch_optimizer.SAM(params, optim.AdamW),
