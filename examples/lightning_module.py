@@ -1,8 +1,8 @@
 """Train a character GPT on Shakespeare with Lightning and convaware.
 
 `configure_model` compiles the network in place; the callback logs `convaware/...` and puts the session into Lightning's
-checkpoints. `--resume CHECKPOINT` continues from one; as ever with Lightning, data begins anew within an epoch unless the
-loader keeps a state of its own.
+checkpoints. `--resume CHECKPOINT` continues from one; as ever with Lightning, data begins anew within an epoch unless
+the loader keeps a state of its own.
 """
 
 from __future__ import annotations
