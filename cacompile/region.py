@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ from .trail import Trail
 from .versions import BackwardVersions, compile_without_handle
 
 log = logging.getLogger(__name__)
+
+_alive: weakref.WeakSet[Region] = weakref.WeakSet()
+
+
+def regions() -> Iterator[Region]:
+    """All graphs that are compiled, whichever model they are of."""
+    yield from list(_alive)
 
 
 def compile_region(
@@ -74,10 +82,13 @@ class Region:
         self.inputs = inputs
         self.config = config
         self.plan = Plan()
+        self.forward: fx.Graph | None = None
+        """As Inductor got it, which edits what it gets."""
         self.backward: BackwardVersions | None = None
         self.instances: dict[tuple[int, ...], Instance] = {}
         self._inner = inner
         self._trail = trail
+        _alive.add(self)
 
     def joint_pass(self, gm: fx.GraphModule, joint_inputs: Any) -> fx.GraphModule:
         """Hook 1, on the joint graph before the partitioner: find the weight gradients, have the handle saved."""
@@ -104,6 +115,7 @@ class Region:
         if handle is None:
             return self._inner.compile(gm, inputs, **settings)
         if not settings.get("is_backward", False):
+            self.forward = copy.deepcopy(gm.graph)
             return compile_without_handle(gm, inputs, settings, handle=handle, compile_inner=self._inner.compile)
         self.backward = BackwardVersions(
             gm,

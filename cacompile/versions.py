@@ -71,6 +71,7 @@ class BackwardVersions:
         self._overrides = contextvars.copy_context()
         # Inductor edits the graph that it compiles; constants are not copied, which a fake mode would not let us
         self._source: fx.GraphModule | None = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        self._before: fx.Graph | None = None
         self._guarded: Guarded | None = None
         self._settled = False
         trail.version("dense")
@@ -118,8 +119,19 @@ class BackwardVersions:
                     self._settled = True
         return self._guarded
 
+    @property
+    def graph(self) -> fx.Graph:
+        """The backward graph as it came, without our handle and the tensors of its constants: to be looked at."""
+        source = self._source
+        return copy.deepcopy(source.graph) if source is not None else self._before or fx.Graph()
+
+    @property
+    def host(self) -> bool:
+        """Whether the guarded version takes, or would take, the flags in CPU memory too."""
+        return self._wants_host()
+
     def _build_guarded(self, gm: fx.GraphModule, host: bool) -> tuple[Plan, Callable[[list[Any]], Any] | None]:
-        before = copy.deepcopy(gm.graph)
+        before = self._before = copy.deepcopy(gm.graph)
         try:
             plan = guard_weight_grads(gm, self._plan, host=host)
             verify(before, gm.graph, plan.guarded or ())

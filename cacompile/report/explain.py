@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from cacompile.errors import ConvAwareError
 from cacompile.plan import Plan, Shared, WeightGrad
 from cacompile.runtime.session import named_parameters, session
 
+from . import annotate
+from .graphs import Graphs, along
 from .groups import Group, list_groups
-from .look import Run, trace
+from .look import Run, running, trace
+from .sites import Context
 
 _OPERATION = {
     "linear": "masked_mm",
@@ -73,6 +76,8 @@ class Explanation:
     """Nodes of the joint graphs."""
     analysis_s: float
     """Seconds that it took to analyse them."""
+    traced: tuple[Graphs | None, ...] = field(default=(), repr=False, compare=False)
+    """The graphs themselves; None in an explanation that was pickled."""
 
     @property
     def coverage(self) -> float:
@@ -99,6 +104,27 @@ class Explanation:
             "axes": [asdict(axis) for axis in self.axes],
             "families": list(self.families),
         }
+
+    def code(self, version: str, graph: int = 0, path: str | os.PathLike[str] | None = None) -> str:
+        """A graph as Python code, with what is known of each weight gradient beside the line that computes it.
+
+        version: `joint`, `forward`, `backward` (the dense one) or `guarded`, as Inductor gets them.
+        graph: which one, as in `rows`. Written to `path` as well. Raises ConvAwareError for what there is not.
+        """
+        return _written(annotate.code(self._context(graph), version), path)
+
+    def diff(self, graph: int = 0, path: str | os.PathLike[str] | None = None) -> str:
+        """Unified diff of a graph's dense backward to its guarded one, with comments; written to `path` as well."""
+        return _written(annotate.diff(self._context(graph)), path)
+
+    def _context(self, graph: int) -> Context:
+        if isinstance(graph, bool) or not isinstance(graph, int) or not 0 <= graph < len(self.traced):
+            raise ConvAwareError(f"graph must be an int from 0 to {len(self.traced) - 1}, got {graph!r}")
+        graphs = self.traced[graph]
+        if graphs is None:
+            raise ConvAwareError("this explanation has no graphs any more, as after pickling; explain the model again")
+        total = sum(each.plan.flops for each in self.traced if each is not None) or 1
+        return Context(graphs, len(self.traced), total, {row.param: row.families for row in self.rows})
 
     def to_svg(self, path: str | os.PathLike[str] | None = None) -> str:
         """A picture of the coupling graph, repeated layers drawn once; written to `path` as well."""
@@ -159,20 +185,19 @@ def explain(
     if example_inputs or example_kwargs:
         config = Config.from_options(options)[0] if options is not None else view.config or Config()
         return _explanation(trace(model, config, example_inputs, example_kwargs), model)
-    # of several over the same parameters, as after a recompilation for other sizes, the newest
-    newest = {frozenset(map(id, (params := i.params).values())): (i.plan, params) for i in view.instances}
-    if not newest:
+    runs = running(view.instances)
+    if not runs:
         raise ConvAwareError(
             "explain(model) needs a model that has run forward with backend='convaware'; "
             "for any other give example inputs: explain(model, *inputs)"
         )
-    return _explanation(list(newest.values()), model)
+    return _explanation(runs, model)
 
 
 def _explanation(runs: Sequence[Run], model: torch.nn.Module) -> Explanation:
     names = {id(param): name for name, param in named_parameters(model)}
-    called = [{own: names.get(id(param), own) for own, param in params.items()} for _, params in runs]
-    plans = [plan for plan, _ in runs]
+    called = [{own: names.get(id(param), own) for own, param in run.params.items()} for run in runs]
+    plans = [run.plan for run in runs]
     families_of_plans, groups = list_groups(list(zip(plans, called)))
     total = sum(plan.flops for plan in plans) or 1
     families: dict[str, list[str]] = {}
@@ -198,7 +223,7 @@ def _explanation(runs: Sequence[Run], model: torch.nn.Module) -> Explanation:
                     share=source.flops / total,
                     blocks=grad.blocks if grad else 0,
                     block=min(grad.block, param.shape[grad.dim]) if grad else 0,
-                    along=_along(grad) if grad else "",
+                    along=along(grad) if grad else "",
                     families=tuple(dict.fromkeys(families.get(name, ()))),
                     operation=_operations(grad, grads) if grad else "",
                     reason=skip.reason if skip else "",
@@ -222,6 +247,7 @@ def _explanation(runs: Sequence[Run], model: torch.nn.Module) -> Explanation:
         cuts=cuts,
         nodes=sum(plan.nodes for plan in plans),
         analysis_s=sum(plan.analysis_s for plan in plans),
+        traced=tuple(Graphs.of(i, run.plan, own, run.region) for i, (run, own) in enumerate(zip(runs, called))),
     )
 
 
@@ -234,12 +260,6 @@ def _axes(plans: Sequence[Plan], called: Sequence[Mapping[str, str]]) -> tuple[S
             axes.append(replace(axis, members=members, family=axis.family + first if axis.family >= 0 else -1))
         first += len(plan.families)
     return tuple(axes)
-
-
-def _along(grad: WeightGrad) -> str:
-    if any(p.kind in ("batched", "grouped") and p.dim == 0 for p in grad.products):
-        return "matrices"
-    return "filters" if grad.kind == "convolution" else ("rows", "columns", "entries")[grad.dim]
 
 
 def _operations(grad: WeightGrad, grads: Mapping[str, WeightGrad]) -> str:

@@ -7,7 +7,7 @@ import inspect
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -15,20 +15,29 @@ from torch._C._dynamo import eval_frame
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._functorch import config as functorch_config
+from torch._guards import detect_fake_mode
 
 from cacompile.config import Config
 from cacompile.joint import has_trainable
 from cacompile.plan import Plan
-from cacompile.region import Region, compile_region
+from cacompile.region import Region, compile_region, regions
+from cacompile.runtime.instance import Instance
+
+from .fake import faked
 
 CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 """In newer torch only."""
 
-Run = tuple[Plan, Mapping[str, torch.Tensor]]
-"""A graph, and the parameters that it ran with under its own names for them."""
+
+class Run(NamedTuple):
+    """A graph, the parameters that it ran with under its own names for them, and what it was compiled by."""
+
+    plan: Plan
+    params: Mapping[str, torch.Tensor]
+    region: Region | None
 
 
-def trace(model: torch.nn.Module, config: Config, args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Run]:
+def trace(model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Run]:
     """All graphs that `model` would be compiled to, each checked by building its guarded backward."""
     runs: dict[tuple[int, ...], tuple[Region, dict[str, torch.Tensor]]] = {}
 
@@ -52,18 +61,31 @@ def trace(model: torch.nn.Module, config: Config, args: Iterable[Any], kwargs: M
 
     # what Dynamo compiles it keeps with the code object, so a new one each time
     fresh = types.FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
-    with _untouched(model), _untouched_dynamo() as options, torch.enable_grad():
-        torch.compile(fresh, backend=backend, **options)(*args, **kwargs)
-    for region, params in runs.values():
-        # of a backward on meta Inductor leaves nothing to compute: what is planned stands
-        if region.backward is not None and not any(param.is_meta for param in params.values()):
-            region.backward.guarded()
-    return [(region.plan, params) for region, params in runs.values()]
+    with faked(model, args, kwargs) as (originals, args, kwargs):
+        with _untouched(model), _untouched_dynamo() as options, torch.enable_grad():
+            torch.compile(fresh, backend=backend, **options)(*args, **kwargs)
+        for region, _ in runs.values():
+            if region.backward is not None:
+                region.backward.guarded()
+    return [
+        Run(region.plan, {name: originals.get(id(param), param) for name, param in params.items()}, region)
+        for region, params in runs.values()
+    ]
+
+
+def running(instances: Iterable[Instance]) -> list[Run]:
+    """The compiled graphs of a model as they are; of several over the same parameters, as after a recompilation for
+    other sizes, the newest."""
+    region_of = {id(instance): region for region in regions() for instance in list(region.instances.values())}
+    runs = [Run(instance.plan, instance.params, region_of.get(id(instance))) for instance in instances]
+    return list({frozenset(map(id, run.params.values())): run for run in runs}.values())
 
 
 def _interpreted(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
     def run(args: list[Any]) -> Any:
-        return torch.fx.Interpreter(gm).boxed_run(args)
+        # what the graph makes itself has to be fake where its inputs are
+        with detect_fake_mode(args) or contextlib.nullcontext():
+            return torch.fx.Interpreter(gm).boxed_run(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run

@@ -1,0 +1,149 @@
+"""Where in a graph weight gradients are computed, and what is known of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from cacompile.passes.guard import Mark
+from cacompile.passes.products import source_of
+from cacompile.plan import Product, WeightGrad
+
+from .chosen import is_masked, kernel, masked_blocks, operation
+from .graphs import Graphs, along, mark_of
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A node of one graph that computes a weight gradient, or a part of one, that can be skipped."""
+
+    node: str
+    param: str
+    shape: tuple[int, ...]
+    families: tuple[str, ...]
+    flops: int
+    """dW FLOPs of this node in one backward; counted."""
+    share: float
+    """Of all dW FLOPs of the model, 0 to 1."""
+    blocks: int
+    block: int
+    """Rows a block."""
+    along: str
+    """Which way it is cut: `rows`."""
+    flags: tuple[int, int]
+    """[first, last + 1) of its blocks among the graph's flags."""
+    operation: str
+    """What the node is in the guarded backward, such as `masked_mm`; empty elsewhere."""
+    kernel: str
+    """How it is computed while some of its blocks are off; empty where nothing is masked."""
+    also: tuple[str, ...]
+    """Other parameters whose gradients are made of this one."""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        shape = "x".join(map(str, self.shape))
+        also = f", and dW of {', '.join(self.also)}" if self.also else ""
+        head = f"dW of {self.param} [{shape}]{also}: {', '.join(self.families) or 'no group'}"
+        lines = [f"{head}, {figure(self.flops)} FLOPs, {self.share:.1%} of all dW"]
+        if self.operation:
+            first, stop = self.flags
+            lines.append(
+                f"{self.operation}: {self.blocks} x {self.block} {self.along}, flags {first}:{stop}; "
+                f"some off: {self.kernel}"
+            )
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What one graph's notes need to know of the whole model."""
+
+    graphs: Graphs
+    count: int
+    """Graphs of the model."""
+    total: int
+    """dW FLOPs of the model."""
+    families: Mapping[str, tuple[str, ...]]
+    """Parameter -> the families that it has groups in."""
+
+
+@dataclass(slots=True)
+class Version:
+    """A version of a graph, a copy that may be edited, and its sites by node."""
+
+    name: str
+    graph: fx.Graph
+    context: Context
+    sites: dict[fx.Node, Site] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, context: Context, version: str) -> Version:
+        found = cls(version, context.graphs.version(version), context)
+        grads = {grad.param.name: grad for grad in context.graphs.plan.grads}
+        for node in found.graph.nodes:
+            mark = mark_of(node)
+            counts = node.op == "call_function" and (version != "guarded" or is_masked(node))
+            if mark is not None and counts and mark.param in grads:
+                found.sites[node] = _site(context, node, grads[mark.param], mark)
+        return found
+
+
+def _site(context: Context, node: fx.Node, grad: WeightGrad, mark: Mark) -> Site:
+    plan, names = context.graphs.plan, context.graphs.names
+    product = _product(grad, mark)
+    param = names.get(grad.param.name, grad.param.name)
+    masked = is_masked(node)
+    slots, blocks = masked_blocks(node) if masked else (list(mark.slots), list(mark.blocks))
+    first = next((slot for slot, block in zip(slots, blocks) if block), grad.slot)
+    count = -(-(product.hi - product.lo) // grad.block)
+    also = tuple(names.get(g.param.name, g.param.name) for g in plan.grads if g.follows == grad.param.name)
+    return Site(
+        node=node.name,
+        param=param,
+        shape=grad.param.shape,
+        families=context.families.get(param, ()),
+        flops=product.flops,
+        share=product.flops / context.total,
+        blocks=count,
+        block=min(grad.block, grad.param.shape[grad.dim]),
+        along=along(grad),
+        flags=(first, first + count),
+        operation=operation(node) if masked else "",
+        kernel=kernel(node) if masked else "",
+        also=also,
+    )
+
+
+def _product(grad: WeightGrad, mark: Mark) -> Product:
+    """Which of a gradient's products carries this mark; those that cannot be told apart are alike."""
+    alike = [p for p in grad.products if (m := Mark.of(grad, p)).slots == mark.slots and m.blocks == mark.blocks]
+    return (alike or list(grad.products))[0]
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The two factors of a product: dense or masked, of matrices or images."""
+    node = source_of(node)
+    return [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
+
+
+_VIEWS = {"permute", "view", "reshape", "t", "transpose", "unsqueeze", "squeeze", "expand", "clone", "alias"}
+_VIEWS |= {"_to_copy", "convert_element_type", "slice", "detach", "_unsafe_view", "constant_pad_nd"}
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's values are those of its input, turned, reshaped or converted."""
+    return node.op == "call_function" and getattr(node.target, "_opname", "") in _VIEWS
+
+
+def through_views(node: fx.Node) -> list[fx.Node]:
+    """A node, and what it is a view of, up to where it is computed."""
+    path = [node]
+    while is_view(path[-1]) and isinstance(path[-1].args[0], fx.Node):
+        path.append(path[-1].args[0])
+    return path
+
+
+def figure(number: int) -> str:
+    return f"{number:,}" if number < 10**7 else f"{number:.3g}"
