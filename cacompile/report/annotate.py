@@ -12,10 +12,9 @@ from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTIn
 from cacompile.passes.guard import FLAGS, HOST_FLAGS
 
 from .chosen import DENSE, WAYS
-from .graphs import mark_of
 from .sites import Context, Version, operands, through_views
 
-_TITLES = {
+TITLES = {
     "joint": "forward and backward in one",
     "forward": "forward, the same for both backwards",
     "backward": "dense backward, runs while all groups are on",
@@ -41,7 +40,7 @@ def _header(found: Version) -> str:
     graphs, sites = found.context.graphs, found.sites.values()
     where = f"graph {graphs.number} of {found.context.count}" if found.context.count > 1 else "the only graph"
     flops = sum(site.flops for site in sites)
-    lines = [f"{where}: {_TITLES[found.name]}"]
+    lines = [f"{where}: {TITLES[found.name]}"]
     if found.name != "forward":
         made = "masked" if found.name == "guarded" else "can be masked"
         params = len({site.param for site in sites})
@@ -110,9 +109,8 @@ def _comment_outputs(found: Version) -> None:
     """Whose gradients, and why they are always computed; in the forward, what is saved for which gradient."""
     graphs = found.context.graphs
     params = {param.index: param.name for param in graphs.plan.params}
-    masked = {name for name in map(_param, found.sites) if name}
+    masked = {param for site in found.sites.values() for param in (site.param, *site.also)}
     dense = {skip.param: skip.reason for skip in graphs.plan.skips}
-    follows = {grad.param.name: grad.follows for grad in graphs.plan.grads if grad.follows}
     saved = _saved(found) if found.name == "forward" else {}
     output = found.graph.output_node()
     descs = output.meta.get("desc", [None] * len(output.args[0]))
@@ -120,19 +118,15 @@ def _comment_outputs(found: Version) -> None:
     for value, desc in zip(output.args[0], descs):
         comment = ""
         if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput) and desc.grad_of.idx in params:
-            name = params[desc.grad_of.idx]
-            comment = f"dW of {graphs.names.get(name, name)}"
-            if name not in masked and follows.get(name) not in masked and value is not None:
-                comment += f", dense: {dense.get(name, 'not planned')}"
+            own = params[desc.grad_of.idx]
+            name = graphs.names.get(own, own)
+            comment = f"dW of {name}"
+            if name not in masked and value is not None:
+                comment += f", dense: {dense.get(own, 'not planned')}"
         elif isinstance(value, fx.Node) and value.name in saved:
             comment = f"saved for dW of {', '.join(saved[value.name])}"
         comments.append(comment)
     output.meta["desc"] = comments
-
-
-def _param(node: fx.Node) -> str | None:
-    mark = mark_of(node)
-    return mark.param if mark is not None else None
 
 
 def _saved(found: Version) -> dict[str, list[str]]:

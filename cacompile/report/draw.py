@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from . import flow
 from .boxes import FONTS, Text, width_of
 from .layout import COLOURS, MARGIN, WIDTH, place
+from .neighbourhood import Sketch
 from .picture import families_of, picture_of, slice_text
 from .run_text import percent, scientific
 
@@ -33,6 +35,20 @@ def svg(found: Explanation) -> str:
         colours=range(COLOURS),
         width=max(drawing.width, *(text.x + text.width + MARGIN for _, text in legend)),
     )
+
+
+class Svg(str):
+    """A picture, as text; a notebook shows it."""
+
+    __slots__ = ()
+
+    def _repr_svg_(self) -> str:
+        return str(self)
+
+
+def sketched(sketch: Sketch) -> str:
+    """The neighbourhood of a parameter; nothing outside it is needed to show it."""
+    return _render("flow.svg.jinja", flow=flow.place(sketch), title=sketch.title, fonts=FONTS)
 
 
 def html(found: Explanation) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from cacompile.config import Config
-from cacompile.errors import ConvAwareError
+from cacompile.errors import ConvAwareError, unknown
 from cacompile.plan import Plan, Shared, WeightGrad
 from cacompile.runtime.session import named_parameters, session
 
@@ -82,7 +83,7 @@ class Explanation:
     @property
     def coverage(self) -> float:
         """Share of dW FLOPs that guarded operations compute, 0 to 1."""
-        return sum(row.share for row in self.rows if row.operation)
+        return min(1.0, math.fsum(row.share for row in self.rows if row.operation))
 
     @property
     def semantic(self) -> float:
@@ -111,13 +112,59 @@ class Explanation:
         version: `joint`, `forward`, `backward` (the dense one) or `guarded`, as Inductor gets them.
         graph: which one, as in `rows`. Written to `path` as well. Raises ConvAwareError for what there is not.
         """
-        return _written(annotate.code(self._context(graph), version), path)
+        return _written(annotate.code(self.context(graph), version), path)
 
     def diff(self, graph: int = 0, path: str | os.PathLike[str] | None = None) -> str:
         """Unified diff of a graph's dense backward to its guarded one, with comments; written to `path` as well."""
-        return _written(annotate.diff(self._context(graph)), path)
+        return _written(annotate.diff(self.context(graph)), path)
 
-    def _context(self, graph: int) -> Context:
+    def show(
+        self,
+        param: str,
+        format: str = "svg",
+        *,
+        version: str | None = None,
+        graph: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> str:
+        """A picture of what surrounds a parameter's dW: operands, products, groups, and where it goes.
+
+        format: `svg`, for notebooks and browsers, or `dot`. version: as of `code`, by default the guarded backward,
+        or the joint graph where there is none. graph: by default the first in which it can be skipped. Written to
+        `path` as well. Raises ConvAwareError for a parameter, version or format that there is not.
+        """
+        from .dot import dot
+        from .draw import Svg, sketched
+        from .neighbourhood import around
+        from .picture import families_of
+
+        if format not in ("svg", "dot"):
+            raise unknown("format", format, ("svg", "dot"))
+        if graph is not None:
+            self.context(graph)
+        rows = [row for row in self.rows if row.param == param and (graph is None or row.graph == graph)]
+        if not rows:
+            inside = "" if graph is None else f" in graph {graph}"
+            raise unknown(f"parameter{inside}", param, {r.param for r in self.rows if graph in (None, r.graph)})
+        row = next((row for row in rows if row.operation), rows[0])
+        if row.graph < 0:
+            raise ConvAwareError(f"parameter {param!r} cannot be shown: it is {row.reason}")
+        context = self.context(row.graph)
+        version = version or ("guarded" if context.graphs.guardable else "joint")
+        if version == "forward":
+            raise unknown("version with weight gradients", version, ("joint", "backward", "guarded"))
+        families = [family for family in families_of(self) if family.name in row.families]
+        sketch = around(context, param, version, families, row.reason)
+        return _written(dot(sketch) if format == "dot" else Svg(sketched(sketch)), path)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """All of it, and every product that can be skipped, as `explain.schema.json` in this package says."""
+        from .document import text
+
+        return _written(text(self), path)
+
+    def context(self, graph: int) -> Context:
+        """What notes on one of the graphs need to know of the model."""
         if isinstance(graph, bool) or not isinstance(graph, int) or not 0 <= graph < len(self.traced):
             raise ConvAwareError(f"graph must be an int from 0 to {len(self.traced) - 1}, got {graph!r}")
         graphs = self.traced[graph]
@@ -128,9 +175,9 @@ class Explanation:
 
     def to_svg(self, path: str | os.PathLike[str] | None = None) -> str:
         """A picture of the coupling graph, repeated layers drawn once; written to `path` as well."""
-        from .draw import svg
+        from .draw import Svg, svg
 
-        return _written(svg(self), path)
+        return _written(Svg(svg(self)), path)
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """A page of its own: the picture, all families and all parameters; written to `path` as well."""

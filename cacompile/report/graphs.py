@@ -53,6 +53,11 @@ class Graphs:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _gone, ()
 
+    @property
+    def guardable(self) -> bool:
+        """Whether there is a guarded version."""
+        return self.backward is not None and self.plan.guarded != ()
+
     def version(self, name: str) -> fx.Graph:
         """A copy of one version; nodes of the guarded one have the names that they have in the dense one."""
         if name not in VERSIONS:
@@ -98,12 +103,13 @@ class Graphs:
         return graph
 
     def _missing(self, name: str) -> NoReturn:
+        head = f"graph {self.number} has no {name!r} version: "
+        if name not in ("joint", "forward") and self.plan.grads and self.plan.guarded is None:
+            raise ConvAwareError(f"{head}its backward has not run yet; run one, or give explain example inputs")
         reasons = {self.names.get(skip.param, skip.param): skip.reason for skip in self.plan.skips}
         why = "; ".join(f"{param}: {reason}" for param, reason in list(reasons.items())[:3])
-        raise ConvAwareError(
-            f"graph {self.number} has no {name!r} version: none of its weight gradients can be skipped"
-            + (f" ({why}{'; ...' if len(reasons) > 3 else ''})" if why else "")
-        )
+        why = f" ({why}{'; ...' if len(reasons) > 3 else ''})" if why else ""
+        raise ConvAwareError(f"{head}none of its weight gradients can be skipped{why}")
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

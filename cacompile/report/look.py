@@ -67,10 +67,12 @@ def trace(model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: M
         for region, _ in runs.values():
             if region.backward is not None:
                 region.backward.guarded()
-    return [
+    found = [
         Run(region.plan, {name: originals.get(id(param), param) for name, param in params.items()}, region)
         for region, params in runs.values()
     ]
+    runs.clear()  # Dynamo may go on holding what it compiled, the backend with it, but no parameters
+    return found
 
 
 def running(instances: Iterable[Instance]) -> list[Run]:

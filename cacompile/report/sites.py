@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from cacompile.passes.guard import Mark
-from cacompile.passes.products import source_of
+from cacompile.passes.products import result_of, source_of
 from cacompile.plan import Product, WeightGrad
 
 from .chosen import is_masked, kernel, masked_blocks, operation
@@ -86,7 +86,8 @@ class Version:
             mark = mark_of(node)
             counts = node.op == "call_function" and (version != "guarded" or is_masked(node))
             if mark is not None and counts and mark.param in grads:
-                found.sites[node] = _site(context, node, grads[mark.param], mark)
+                dw = result_of(node) or node  # an output of its own where dX is computed as well
+                found.sites[dw] = _site(context, dw, grads[mark.param], mark)
         return found
 
 

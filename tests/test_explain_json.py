@@ -1,0 +1,84 @@
+"""explain as JSON: it is what the published schema says, and says what the explanation says."""
+
+import json
+from dataclasses import fields
+
+import jsonschema
+import pytest
+import torch
+from helpers import Block
+from torch import nn
+
+import cacompile
+from cacompile.report.document import VERSION, schema
+from cacompile.report.explain import Row
+from cacompile.report.groups import Group
+from cacompile.report.sites import Site
+
+
+class Net(nn.Module):
+    """Two graphs, one of which has nothing to skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.block, self.lonely = nn.LayerNorm(32), Block(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.norm(x)
+        torch._dynamo.graph_break()
+        return self.block(x)
+
+
+@pytest.fixture(scope="module")
+def found() -> cacompile.report.explain.Explanation:
+    torch._dynamo.reset()
+    return cacompile.explain(Net(), torch.randn(4, 32), options={"block_rows": 16})
+
+
+@pytest.fixture
+def validator() -> jsonschema.Draft202012Validator:
+    jsonschema.Draft202012Validator.check_schema(schema())
+    return jsonschema.Draft202012Validator(schema())
+
+
+def test_it_is_what_the_schema_says(found, validator, tmp_path):
+    text = found.to_json(tmp_path / "found.json")
+    assert (tmp_path / "found.json").read_text(encoding="utf-8") == text == found.to_json()
+    document = json.loads(text)
+    validator.validate(document)
+    assert (document["format"], document["version"]) == ("cacompile.explain", VERSION)
+    assert {key: document[key] for key in found.to_dict()} == json.loads(json.dumps(found.to_dict()))
+    nodes = [one["nodes"] for one in document["versions"]]
+    assert [sorted(name for name, count in each.items() if count) for each in nodes] == [
+        ["forward", "joint"],
+        ["backward", "forward", "guarded", "joint"],
+    ]
+    assert nodes[1]["guarded"] == nodes[1]["backward"] + 1  # the flags
+    guarded = [row for row in document["rows"] if row["operation"]]
+    assert [(p["param"], p["operation"], p["flops"]) for p in document["products"]] == [
+        (row["param"], row["operation"], row["flops"]) for row in sorted(guarded, key=lambda row: row["param"])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(version=VERSION + 1), "was expected"),
+        (lambda d: d.update(extra=1), "Additional properties"),
+        (lambda d: d["rows"][0].pop("param"), "'param' is a required property"),
+        (lambda d: d["groups"][0].update(kind="heaps"), "is not one of"),
+        (lambda d: d["products"][0].update(flags=[1]), "is too short"),
+    ],
+)
+def test_the_schema_refuses_what_is_not_so(found, validator, change, words):
+    document = json.loads(found.to_json())
+    change(document)
+    with pytest.raises(jsonschema.ValidationError, match=words):
+        validator.validate(document)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "more"), [(Row, "row", ()), (Group, "group", ()), (Site, "product", ("graph", "version"))]
+)
+def test_the_schema_knows_every_field(kind, name, more):
+    assert list(schema()["$defs"][name]["properties"]) == [*more, *(field.name for field in fields(kind))]
