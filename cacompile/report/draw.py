@@ -48,7 +48,7 @@ class Svg(str):
 
 def sketched(sketch: Sketch) -> str:
     """The neighbourhood of a parameter; nothing outside it is needed to show it."""
-    return _render("flow.svg.jinja", flow=flow.place(sketch), title=sketch.title, fonts=FONTS)
+    return render("flow.svg.jinja", flow=flow.place(sketch), title=sketch.title, fonts=FONTS)
 
 
 def html(found: Explanation) -> str:
