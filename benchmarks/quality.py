@@ -1,4 +1,4 @@
-"""Is skipping worth it, against the same money spent on a shorter dense run? Four models, three public data sets.
+"""Is skipping worth it, against the same money spent on a shorter dense run? Four models, three data sets, five tasks.
 
     python benchmarks/quality.py                                  # everything that is missing, then the report
     python benchmarks/quality.py --tasks gpt --arms dense,convaware --seeds 0

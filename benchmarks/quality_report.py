@@ -96,7 +96,8 @@ def verdicts(task: str, found: Sequence[Found]) -> Iterator[str]:
     if ours is None or dense is None:
         return
     if ours.worth is not None:
-        yield f"Goal {GOALS[task]:.2f}: {against_goal(ours.worth, GOALS[task])}."
+        if task in GOALS:
+            yield f"Goal {GOALS[task]:.2f}: {against_goal(ours.worth, GOALS[task])}."
         if ours.worth.ratio < 1 or ours.worth.bound == "below":
             yield f"Loses against a shorter dense run ({ours.worth})."
         others = [f for f in found if f.worth is not None and f is not ours]
