@@ -96,12 +96,14 @@ class Watching:
 FORWARD, DENSE, GUARDED = range(3)
 
 
-def test_what_a_vendors_compiler_is_given_and_when() -> None:
+def test_what_a_vendors_compiler_is_given_and_when(tmp_path: Path) -> None:
     watching, model, x = Watching(), Block(), [torch.randn(8, 32)]
     pair = model, compiled(model, watching)
     dense = train_step(pair, x)
     assert watching.ran == [FORWARD, DENSE]
     session = cacompile.session(model)
+    torch.save(session.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["about"]["options"]["inner"] == "Watching"
     with dynamo_config.patch(error_on_recompile=True):
         pin_mixed(session)
         assert_masked(train_step(pair, x), dense, masks(model))

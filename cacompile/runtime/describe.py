@@ -31,8 +31,13 @@ def describe(view: Session) -> dict[str, Any]:
             params[called.get(own, own)] = {"flops": flops, "reason": reasons.get(own, "")}
     unseen: dict[str, Any] = {"flops": 0, "reason": UNSEEN}
     return {
-        "options": {} if view.config is None else asdict(view.config),
+        "options": {} if view.config is None else {k: _plain(v) for k, v in asdict(view.config).items()},
         "versions": {"cacompile": cacompile.__version__, "torch": str(torch.__version__)},
         "graphs": len(newest),
         "parameters": {name: params.get(name, unseen) for name in view.tracked} if newest else {},
     }
+
+
+def _plain(value: Any) -> Any:
+    """A compiler is saved by its name."""
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
