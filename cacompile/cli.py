@@ -141,28 +141,26 @@ def _load(file: Path) -> Any:
 @app.command()
 def report(
     state: Annotated[Path, typer.Argument(help="what torch.save wrote of session.state_dict()")],
-    out: Annotated[Path | None, typer.Option(help="the report's file; by default beside the state, .html")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="run.html, run.csv, run.txt or a folder for TensorBoard; by default it is printed"),
+    ] = None,
 ) -> None:
-    """Write a report of a training run from its saved session."""
-    if not state.exists():
+    """Tell what a training run did, from its saved session."""
+    if not state.is_file():
         raise _fail(f"no such file: {state}")
     import torch
 
-    try:
-        from .report.run import report_state  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise _fail(f"reports of runs need {error.name}") from None
+    from .report.run import report_state
 
-    out = out or state.with_suffix(".html")
     try:
-        loaded = torch.load(state, map_location="cpu", weights_only=True)
-        if not isinstance(loaded, Mapping) or "parameters" not in loaded:
-            got = sorted(map(str, loaded)) if isinstance(loaded, Mapping) else type(loaded).__name__
-            raise ConvAwareError(f"{state} must hold session.state_dict(), got {got}")
-        report_state(loaded, out)
+        report_state(torch.load(state, map_location="cpu", weights_only=True), "-" if out is None else out)
     except ConvAwareError as error:
         raise _fail(error) from None
-    typer.echo(f"written: {out}")
+    except Exception as error:  # whatever torch.load makes of a file of another kind
+        raise _fail(f"{state} cannot be read as what torch.save wrote of session.state_dict(): {error}") from None
+    if out is not None:
+        typer.echo(f"written: {out}")
 
 
 @app.command()

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
+import cacompile
 from cacompile import doctor
 from cacompile.cli import app
 from cacompile.doctor import Check, examine
@@ -92,8 +94,39 @@ def test_explain_writes_no_other_format(factories: Path) -> None:
     assert "--out must end in .html, .svg, .json, got 'x.pdf'" in call("explain", "a:b", "--out", "x.pdf", code=2)
 
 
-def test_report_of_a_file_that_is_not_there() -> None:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A session after a few steps, half of which skipped."""
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(8, 16)
+    compiled = torch.compile(model, backend="convaware", options={"block_rows": 8, "monitor_every": 1})
+    optimizer, session = torch.optim.AdamW(model.parameters()), cacompile.session(model)
+    for step in range(6):
+        if step == 3:
+            session.pin({session.families[0]: False})
+        compiled(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    file = tmp_path_factory.mktemp("saved") / "session.pt"
+    torch.save(session.state_dict(), file)
+    return file
+
+
+def test_report(saved: Path, tmp_path: Path) -> None:
+    total, left_out = torch.load(saved, weights_only=True)["flops"]
+    assert 0.0 < left_out < total
+    assert f"{left_out / total:.1%} of dW FLOPs were skipped in 6 steps" in call("report", saved)
+    page = tmp_path / "run.html"
+    assert f"written: {page}" in " ".join(call("report", saved, "--out", page).split())
+    assert "skipped in 6 steps" in page.read_text(encoding="utf-8")
+
+
+def test_report_says_what_is_wrong(saved: Path, tmp_path: Path) -> None:
     assert "no such file: nothing.pt" in call("report", "nothing.pt", code=2)
+    assert "path must end in" in call("report", saved, "--out", "run.pdf", code=2)
+    torch.save({"weight": torch.ones(2)}, other := tmp_path / "model.pt")
+    assert "state must be one of Session.state_dict()" in call("report", other, code=2)
+    (text := tmp_path / "notes.txt").write_text("nothing to load")
+    assert "cannot be read" in call("report", text, code=2)
 
 
 def states() -> dict[str, str]:
