@@ -111,9 +111,10 @@ def test_every_guarded_line_says_what_it_is(found):
         param = re.match(r"    # dW of (\S+) \[", first)[1]
         row = next(row for row in found.rows if row.param == param)
         assert f": {', '.join(row.families)}, {row.flops:,} FLOPs, {row.share:.1%} of all dW" in first
-        start = re.search(r"flags (\d+):(\d+); some off: (slices|packed|the whole)", second)
+        start = re.search(r"flags (\d+):(\d+); (some off: .*|all of it or nothing)$", second)
         assert second.startswith(f"    # {row.operation}: {row.blocks} x {row.block} {row.along}, flags ")
         assert int(start[2]) - int(start[1]) == row.blocks
+        assert (row.blocks == 1) == ("nothing" in start[3])
         assert row.operation in lines[i]
 
 

@@ -135,26 +135,11 @@ class Explanation:
         """
         from .dot import dot
         from .draw import Svg, sketched
-        from .neighbourhood import around
-        from .picture import families_of
+        from .neighbourhood import sketch_of
 
         if format not in ("svg", "dot"):
             raise unknown("format", format, ("svg", "dot"))
-        if graph is not None:
-            self.context(graph)
-        rows = [row for row in self.rows if row.param == param and (graph is None or row.graph == graph)]
-        if not rows:
-            inside = "" if graph is None else f" in graph {graph}"
-            raise unknown(f"parameter{inside}", param, {r.param for r in self.rows if graph in (None, r.graph)})
-        row = next((row for row in rows if row.operation), rows[0])
-        if row.graph < 0:
-            raise ConvAwareError(f"parameter {param!r} cannot be shown: it is {row.reason}")
-        context = self.context(row.graph)
-        version = version or ("guarded" if context.graphs.guardable else "joint")
-        if version == "forward":
-            raise unknown("version with weight gradients", version, ("joint", "backward", "guarded"))
-        families = [family for family in families_of(self) if family.name in row.families]
-        sketch = around(context, param, version, families, row.reason)
+        sketch = sketch_of(self, param, version, graph)
         return _written(dot(sketch) if format == "dot" else Svg(sketched(sketch)), path)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:

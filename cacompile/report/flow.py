@@ -136,14 +136,20 @@ def _middles(graph: nx.DiGraph, layers: Sequence[Sequence[Node]], widths: dict[N
 
 
 def _apart(wanted: Sequence[float], widths: Sequence[float]) -> list[float]:
-    """The mean of pushing all to the right and all to the left: both keep the distance, so their mean does."""
-    apart = [(a + b) / 2 + GAP for a, b in pairwise(widths)]
-    right, left = list(wanted), list(wanted)
-    for i, distance in enumerate(apart):
-        right[i + 1] = max(right[i + 1], right[i] + distance)
-    for i, distance in reversed(list(enumerate(apart))):
-        left[i] = min(left[i], left[i + 1] - distance)
-    return [(a + b) / 2 for a, b in zip(left, right)]
+    """As near to what is wanted as they can be, in the sum of squares, without overlap: those that meet move as one."""
+    offsets = [0.0]
+    for a, b in pairwise(widths):
+        offsets.append(offsets[-1] + (a + b) / 2 + GAP)
+    runs: list[tuple[float, int]] = []  # (mean of where its first would be, members)
+    for x, offset in zip(wanted, offsets):
+        mean, count = x - offset, 1
+        while runs and runs[-1][0] > mean:
+            before, members = runs.pop()
+            mean = (before * members + mean * count) / (members + count)
+            count += members
+        runs.append((mean, count))
+    starts = [mean for mean, count in runs for _ in range(count)]
+    return [start + offset for start, offset in zip(starts, offsets)]
 
 
 def _ways(sketch: Sketch, graph: nx.DiGraph) -> list[list[Node]]:

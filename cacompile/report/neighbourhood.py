@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import fx
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput, TangentAOTInput
 
+from cacompile.errors import ConvAwareError, unknown
 from cacompile.joint import forward_nodes
 from cacompile.passes.guard import FLAGS, HOST_FLAGS
 from cacompile.passes.products import reached, source_of
 
 from .annotate import TITLES
 from .groups import Group
-from .picture import Family, slice_text
+from .picture import Family, families_of, slice_text
 from .sites import Context, Site, Version, figure, is_view, operands, through_views
+
+if TYPE_CHECKING:
+    from .explain import Explanation
 
 ROLES = ("saved", "parameter", "incoming", "computed", "view", "flags", "groups", "masked", "product", "gradient")
 """Roles of what is drawn."""
@@ -65,6 +70,25 @@ class _Around:
             for source in node.all_input_nodes:
                 if source in self.nodes:
                     yield source, node
+
+
+def sketch_of(found: Explanation, param: str, version: str | None, graph: int | None) -> Sketch:
+    """The neighbourhood of the dW of `param`; see `Explanation.show`."""
+    if graph is not None:
+        found.context(graph)
+    rows = [row for row in found.rows if row.param == param and (graph is None or row.graph == graph)]
+    if not rows:
+        inside = "" if graph is None else f" in graph {graph}"
+        raise unknown(f"parameter{inside}", param, {row.param for row in found.rows if graph in (None, row.graph)})
+    row = next((row for row in rows if row.operation), rows[0])
+    if row.graph < 0:
+        raise ConvAwareError(f"parameter {param!r} cannot be shown: it is {row.reason}")
+    context = found.context(row.graph)
+    version = version or ("guarded" if context.graphs.guardable else "joint")
+    if version == "forward":
+        raise unknown("version with weight gradients", version, ("joint", "backward", "guarded"))
+    families = [family for family in families_of(found) if family.name in row.families]
+    return around(context, param, version, families, row.reason)
 
 
 def around(context: Context, param: str, version: str, families: Sequence[Family], reason: str) -> Sketch:
@@ -206,7 +230,11 @@ def _product(node: fx.Node, site: Site, tip: str, kind: str) -> Spot:
     if not site.operation:
         return Spot(node.name, "product", _operation(node), name, (blocks, share), tip, kind)
     first, stop = site.flags
-    facts = (f"{blocks}, flags {first}:{stop}", share, f"some off: {site.kernel}")
+    facts = (
+        f"{blocks}, flags {first}:{stop}",
+        share,
+        f"some off: {site.kernel}" if site.blocks > 1 else "all of it or nothing",
+    )
     return Spot(node.name, "masked", site.operation, name, facts, tip, kind)
 
 

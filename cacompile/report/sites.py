@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from cacompile.passes.guard import Mark
 from cacompile.passes.products import result_of, source_of
 from cacompile.plan import Product, WeightGrad
 
@@ -51,7 +50,7 @@ class Site:
             first, stop = self.flags
             lines.append(
                 f"{self.operation}: {self.blocks} x {self.block} {self.along}, flags {first}:{stop}; "
-                f"some off: {self.kernel}"
+                + (f"some off: {self.kernel}" if self.blocks > 1 else "all of it or nothing")
             )
         return lines
 
@@ -81,23 +80,26 @@ class Version:
     @classmethod
     def of(cls, context: Context, version: str) -> Version:
         found = cls(version, context.graphs.version(version), context)
-        grads = {grad.param.name: grad for grad in context.graphs.plan.grads}
+        plan = found.context.graphs.plan
+        grads = {grad.param.name: grad for grad in plan.grads}
+        by_slot = {grad.slot + i: grad for grad in plan.grads for i in range(grad.blocks) if not grad.follows}
         for node in found.graph.nodes:
-            mark = mark_of(node)
-            counts = node.op == "call_function" and (version != "guarded" or is_masked(node))
-            if mark is not None and counts and mark.param in grads:
+            if is_masked(node):
+                slots, blocks = masked_blocks(node)
+                first = next(slot for slot, block in zip(slots, blocks) if block)
+                found.sites[node] = _site(context, node, by_slot[first], first)
+            elif version != "guarded" and (mark := mark_of(node)) is not None and mark.param in grads:
                 dw = result_of(node) or node  # an output of its own where dX is computed as well
-                found.sites[dw] = _site(context, dw, grads[mark.param], mark)
+                found.sites[dw] = _site(context, dw, grads[mark.param], max(mark.slots))
         return found
 
 
-def _site(context: Context, node: fx.Node, grad: WeightGrad, mark: Mark) -> Site:
+def _site(context: Context, node: fx.Node, grad: WeightGrad, first: int) -> Site:
+    """first: the slot of the node's first block."""
     plan, names = context.graphs.plan, context.graphs.names
-    product = _product(grad, mark)
+    product = _product(grad, first)
     param = names.get(grad.param.name, grad.param.name)
     masked = is_masked(node)
-    slots, blocks = masked_blocks(node) if masked else (list(mark.slots), list(mark.blocks))
-    first = next((slot for slot, block in zip(slots, blocks) if block), grad.slot)
     count = -(-(product.hi - product.lo) // grad.block)
     also = tuple(names.get(g.param.name, g.param.name) for g in plan.grads if g.follows == grad.param.name)
     return Site(
@@ -117,10 +119,9 @@ def _site(context: Context, node: fx.Node, grad: WeightGrad, mark: Mark) -> Site
     )
 
 
-def _product(grad: WeightGrad, mark: Mark) -> Product:
-    """Which of a gradient's products carries this mark; those that cannot be told apart are alike."""
-    alike = [p for p in grad.products if (m := Mark.of(grad, p)).slots == mark.slots and m.blocks == mark.blocks]
-    return (alike or list(grad.products))[0]
+def _product(grad: WeightGrad, first: int) -> Product:
+    """Which of a gradient's products begins there; several that do, because the weight is used again, are alike."""
+    return next((p for p in grad.products if grad.slot + p.lo // grad.block == first), grad.products[0])
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
