@@ -43,7 +43,9 @@ AVERAGED: dict[str, tuple[type, ...]] = {
 NAMED = {
     **dict.fromkeys(("AdamW", "Lion"), "exp_avg"),
     # pytorch_optimizer, torch_optimizer
-    **dict.fromkeys(("AdaBelief", "AdaBound", "AdamP", "Adan", "DiffGrad", "Lamb", "StableAdamW", "Yogi"), "exp_avg"),
+    **dict.fromkeys(
+        ("AdaBelief", "AdaBound", "AdamP", "Adan", "DiffGrad", "Lamb", "RAdam", "StableAdamW", "Yogi"), "exp_avg"
+    ),
     "Adam_mini": "m",
 }
 """The same for classes outside torch, by name (Lion's is a mean with its second beta); seen in docs/pipelines.md."""

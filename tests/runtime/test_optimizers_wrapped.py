@@ -169,7 +169,18 @@ FROM_PYPI: dict[str, Callable[[list[Any]], Any]] = {
     "lion_pytorch.Lion": lion_pytorch.Lion,
     **{
         f"pytorch_optimizer.{name}": getattr(pytorch_optimizer, name)
-        for name in ("AdaBelief", "AdaBound", "AdamP", "Adan", "DiffGrad", "Lamb", "Lion", "StableAdamW", "Yogi")
+        for name in (
+            "AdaBelief",
+            "AdaBound",
+            "AdamP",
+            "Adan",
+            "DiffGrad",
+            "Lamb",
+            "Lion",
+            "RAdam",
+            "StableAdamW",
+            "Yogi",
+        )
     },
 }
 
