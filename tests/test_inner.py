@@ -162,7 +162,7 @@ def test_graphs_without_gradients_are_that_compilers_alone() -> None:
     assert watching.ran == [0] and not cacompile.session(model).instances
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", vendor], ids=str)
+@pytest.mark.parametrize("inner", ["aot_eager", vendor], ids=["aot_eager", "vendor"])
 def test_explain_looks_at_that_compilers_graph(inner: Any) -> None:
     found = cacompile.explain(Block(), torch.randn(8, 32), options={**OPTIONS, "inner": inner})
     assert found.coverage == 1.0 and {row.operation for row in found.rows if row.operation} == {"masked_mm"}
