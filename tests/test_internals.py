@@ -1,23 +1,18 @@
 """The examples of docs/internals.md run as they stand."""
 
-import re
 from pathlib import Path
 
 import pytest
+from pages import Block, blocks, sections
 
-TEXT = (Path(__file__).parents[1] / "docs" / "internals.md").read_text()
-SECTION = re.compile(r"^## (.+)$", re.M)
-EXAMPLES = [
-    (SECTION.findall(TEXT[: found.start()])[-1], found[1])
-    for found in re.finditer(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
-]
+EXAMPLES = [block for block in blocks("internals.md") if block.language == "python"]
 
 
 def test_each_section_has_an_example() -> None:
-    assert SECTION.findall(TEXT) == list(dict.fromkeys(section for section, _ in EXAMPLES))
+    assert sections("internals.md") == list(dict.fromkeys(block.section for block in EXAMPLES))
 
 
-@pytest.mark.parametrize("code", [code for _, code in EXAMPLES], ids=[section for section, _ in EXAMPLES])
-def test_example(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda block: block.section)
+def test_example(example: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "docs/internals.md", "exec"), {"__name__": "example"})
+    exec(compile(example.text, "docs/internals.md", "exec"), {"__name__": "example"})
