@@ -5,7 +5,7 @@ PYTHON ?= python3
 OUT ?= benchmarks/results
 BIN := .venv/bin
 
-.PHONY: setup test check demo demo-vision bench quality gpu clean
+.PHONY: setup test check docs demo demo-vision bench quality gpu clean
 
 setup: .venv/.ready
 
@@ -22,9 +22,14 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 test: check
 	$(BIN)/python -m pytest --numprocesses 2
+
+# The pages of docs/ as a site in docs/_build; a warning, such as a link that leads nowhere, is an error.
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 demo: setup
 	$(BIN)/python examples/train_gpt.py
@@ -44,4 +49,4 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 clean:
-	rm -rf .venv build dist demo .data *.egg-info
+	rm -rf .venv build dist demo .data docs/_build *.egg-info

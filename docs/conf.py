@@ -1,0 +1,23 @@
+"""Sphinx: `make docs` builds these pages into docs/_build."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from option_table import option_table
+
+import cacompile
+
+project = "cacompile"
+release = version = cacompile.__version__
+extensions = ["myst_parser"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"cacompile {release}"
+html_copy_source = False
+html_show_copyright = False
+
+myst_enable_extensions = ["substitution"]
+myst_substitutions = {"option_table": option_table()}
+myst_heading_anchors = 3
