@@ -1,11 +1,11 @@
-# Two commands, each of which sets itself up in .venv on a fresh machine: make demo, make test.
+# Two commands, each of which sets itself up in .venv on a fresh machine: make demo, make test (make test-all: every test).
 # A third, make gpu, checks and times everything on a GPU in under nine minutes: it installs nothing, and needs torch,
 # triton, numpy and matplotlib to be there. OUT: where it writes rows, tables and plots.
 PYTHON ?= python3
 OUT ?= benchmarks/results
 BIN := .venv/bin
 
-.PHONY: setup test check docs demo demo-vision bench quality gpu clean
+.PHONY: setup check test test-slow test-all versions docs demo demo-vision bench quality gpu clean
 
 setup: .venv/.ready
 
@@ -24,8 +24,22 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
+# One thread for each of two processes on two cores. A file stays in one process, so that none makes a module's fixtures twice;
+# longest files first (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
 test: check
-	$(BIN)/python -m pytest --numprocesses 2
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
+
+# What make test leaves out: whole commands, each by itself.
+test-slow: setup
+	$(PYTEST) -m slow
+
+test-all: test test-slow
+
+# The quick suite on each supported torch, one environment of several GB at a time.
+versions: setup
+	$(BIN)/python -m tests.versions
 
 # The pages of docs/ as a site in docs/_build; a warning, such as a link that leads nowhere, is an error.
 docs: setup
@@ -38,15 +52,16 @@ demo-vision: setup
 	$(BIN)/python examples/train_vision.py
 
 bench: setup
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python -m benchmarks.speed.step_time
+	$(BIN)/python -m benchmarks.speed.startup
+	$(BIN)/python -m benchmarks.speed.host_time
 
 # Every arm of every task from three seeds, about an hour; goes on where it was interrupted.
 quality: setup
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m benchmarks.quality
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py --out $(OUT)
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 clean:
-	rm -rf .venv build dist demo .data docs/_build *.egg-info
+	rm -rf .venv .versions build dist demo .data docs/_build *.egg-info

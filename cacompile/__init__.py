@@ -5,28 +5,49 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .config import Config as Config
-    from .errors import ConvAwareError as ConvAwareError
-    from .report.explain import explain as explain
-    from .report.run import report_state as report_state
-    from .report.status import status as status
-    from .report.status import step as step
-    from .runtime.session import session as session
+from .version import VERSION
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from cacompile.controller.optimizers import Statistic as Statistic
+    from cacompile.explanation.explain import explain as explain
+    from cacompile.report.run import report_state as report_state
+    from cacompile.sessions.session import session as session
+    from cacompile.sessions.status import status as status
+    from cacompile.sessions.status import step as step
+
+    from .config import Config as Config
+    from .controller.optimizers import OptimizerAdapter as OptimizerAdapter
+    from .controller.optimizers import register_optimizer as register_optimizer
+    from .errors import ConvAwareError as ConvAwareError
+
+__version__ = VERSION
 
 _HOMES = {
     "Config": "config",
     "ConvAwareError": "errors",
-    "explain": "report.explain",
+    "OptimizerAdapter": "controller.optimizers",
+    "Statistic": "controller.optimizers",
+    "explain": "explanation.explain",
+    "register_optimizer": "controller.optimizers",
     "report_state": "report.run",
-    "session": "runtime.session",
-    "status": "report.status",
-    "step": "report.status",
+    "session": "sessions.session",
+    "status": "sessions.status",
+    "step": "sessions.status",
 }
 
-__all__ = ["Config", "ConvAwareError", "__version__", "explain", "report_state", "session", "status", "step"]
+__all__ = [
+    "Config",
+    "ConvAwareError",
+    "OptimizerAdapter",
+    "Statistic",
+    "__version__",
+    "explain",
+    "register_optimizer",
+    "report_state",
+    "session",
+    "status",
+    "step",
+]
 
 
 def __getattr__(name: str) -> Any:

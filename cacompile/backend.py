@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import ShortenTraceback
-from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
 
 from .config import Config
 from .errors import ConvAwareError, unknown
-from .inner import inner_of
-from .joint import has_trainable
-from .region import compile_region
+from .graph.fallback import warn_of_fault
+from .torch_internals import (
+    COMPILE,
+    TESTED,
+    broken_contracts,
+    check_inductor_option,
+    inductor_alone,
+    is_control_flow,
+    release,
+)
+
+log = logging.getLogger(__name__)
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
-
-class OptionError(ShortenTraceback, ConvAwareError):
-    """A wrong option; of the kind that Dynamo hands to the user as it is."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, first_useful_frame=None)  # type: ignore[call-arg]
+PLAIN = "this graph is compiled by the inner compiler alone, and all its weight gradients are computed"
 
 
 def convaware(
@@ -37,22 +40,38 @@ def convaware(
     """Compile Dynamo's graph, with Inductor or `inner`, so that weight gradients of converged groups can be skipped.
 
     mode: as Inductor's. options: ours (see `Config`) and Inductor's, mixed. Raises ValueError for any other, and for
-    Inductor's beside another inner compiler.
+    Inductor's beside another inner compiler. Whatever of ours fails, the graph is compiled by the inner compiler alone.
     """
+    if broken := broken_contracts(COMPILE):
+        warn_of_fault(log, f"relying on torch, where {'; '.join(map(str, broken))}", PLAIN, trace=False)
+        config, theirs = Config.from_options(options)
+        return _plain(gm, example_inputs, config, {name.replace("-", "_"): value for name, value in theirs.items()})
     try:
         config, patches = _settings(mode, options)
     except ConvAwareError as error:
-        raise OptionError(str(error)) from None
-    if not (torch.is_grad_enabled() and has_trainable(example_inputs)):
-        return inner_of(config, patches).alone(gm, example_inputs)
-    region, compiled = compile_region(gm, example_inputs, config, patches)
-    return region.bind(compiled)
+        raise _option_error(str(error)) from None
+    if release() not in TESTED:
+        _note_untested()
+    try:
+        from .graph.compiled import compile_graph  # inside the net
+        from .passes.joint import has_trainable
+
+        if torch.is_grad_enabled() and has_trainable(example_inputs):
+            ours, compiled = compile_graph(gm, example_inputs, config, patches)
+            return ours.bind(compiled)
+    except Exception as error:
+        if is_control_flow(error):
+            raise
+        # what the inner compiler itself cannot do it says now
+        plain = _plain(gm, example_inputs, config, patches)
+        warn_of_fault(log, "compiling a graph", PLAIN)
+        return plain
+    return _plain(gm, example_inputs, config, patches)
 
 
 def _reset() -> None:
-    from torch._inductor import cudagraph_trees
-
-    from .runtime.tracked import registry
+    from .state.params import registry
+    from .torch_internals import cudagraph_trees
 
     cudagraph_trees.reset_cudagraph_trees()
     registry.forget()
@@ -61,8 +80,42 @@ def _reset() -> None:
 convaware.reset = _reset  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
 
 
+def _plain(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """The graph as the inner compiler alone compiles it."""
+    if config.inner == "inductor":
+        return inductor_alone(gm, example_inputs, patches)
+    from .graph.inner import inner_of
+
+    return inner_of(config, patches).alone(gm, example_inputs)
+
+
+@functools.cache
+def _note_untested() -> None:
+    log.warning(
+        "torch %s is not among the releases that cacompile was tested on (%s). What it needs of torch is there, so it "
+        "goes on; `python -m cacompile doctor --test` compiles and trains a small model",
+        torch.__version__,
+        ", ".join(TESTED),
+    )
+
+
+def _option_error(message: str) -> ConvAwareError:
+    """A wrong option's error; of the kind that Dynamo hands to the user as it is."""
+    from .torch_internals import ShortenTraceback
+
+    class OptionError(ShortenTraceback, ConvAwareError):
+        def __init__(self, message: str) -> None:
+            super().__init__(message, first_useful_frame=None)  # type: ignore[call-arg]
+
+    return OptionError(message)
+
+
 def _settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
     """Our Config, and the patches of Inductor's configuration that mode and options ask for."""
+    from .torch_internals import inductor_config, list_mode_options
+
     if mode is not None and mode not in MODES:
         raise unknown("mode", mode, MODES)
     config, theirs = Config.from_options(options)
@@ -77,7 +130,7 @@ def _settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Conf
         if key not in known:
             raise unknown("option", name, {*known, *Config.__dataclass_fields__})
         try:
-            torch._TorchCompileInductorWrapper(None, {name: value}, None)
+            check_inductor_option(name, value)
         except RuntimeError as error:
             raise ConvAwareError(f"option {name!r} cannot be {value!r}: {error}") from None
         patches[key] = value

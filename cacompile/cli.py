@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +54,7 @@ def explain(
     """
     if out is not None and out.suffix not in FORMATS:
         raise _fail(f"--out must end in {', '.join(FORMATS)}, got {str(out)!r}")
-    from .report.explain import explain as explain_model
+    from cacompile.explanation.explain import explain as explain_model
 
     model, args, kwargs = _model_of(target)
     options = None if block_rows is None else {"block_rows": block_rows}
@@ -65,16 +64,16 @@ def explain(
         raise _fail(error) from None
     _console().print(_parameters(found))
     _console().print(
-        f"{sum(bool(row.operation) for row in found.rows)} of {len(found.rows)} parameters guarded, "
+        f"{sum(bool(row.operation) for row in found.rows)} of {len(found.rows)} parameters masked, "
         f"{found.coverage:.1%} of dW FLOPs, {len(found.families)} families of groups, "
         f"{found.graphs} graph{'s' if found.graphs != 1 else ''}",
         highlight=False,
     )
-    for reason, count in found.cuts.items():
+    for reason, count in found.untraced.items():
         _console().print(f"groups end at: {escape(reason)} ({count}x)", highlight=False)
     if out is not None:
         if out.suffix == ".json":
-            out.write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
+            found.to_json(out)
         else:
             (found.to_html if out.suffix == ".html" else found.to_svg)(out)
         typer.echo(f"written: {out}")
@@ -88,8 +87,14 @@ def _parameters(found: Any) -> Table:
     table.add_column("when skipping, or why not")
     for row in found.rows:
         blocks = f"{row.blocks} x {row.block} {row.along}" if row.blocks else ""
-        fate = row.operation or f"dense: {row.reason}"
-        cells = (row.param, "x".join(map(str, row.shape)), f"{row.share:.1%}", blocks, ", ".join(row.families), fate)
+        cells = (
+            row.param,
+            "x".join(map(str, row.shape)),
+            f"{row.share:.1%}",
+            blocks,
+            ", ".join(row.families),
+            row.fate,
+        )
         table.add_row(*map(escape, cells), style=None if row.operation else "dim")
     return table
 
@@ -151,7 +156,7 @@ def report(
         raise _fail(f"no such file: {state}")
     import torch
 
-    from .report.run import report_state
+    from cacompile.report.run import report_state
 
     try:
         report_state(torch.load(state, map_location="cpu", weights_only=True), "-" if out is None else out)

@@ -1,4 +1,4 @@
-"""What a user may set, each option with its unit and default: the one place where they live."""
+"""What a user may set, each option with its range and default: the one place where they live."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Config:
     )
     max_skip: float = _option(0.8, "Largest share of the steps in which a group may be skipped.", low=0.0, high=1.0)
     warmup_steps: int = _option(20, "Optimizer steps before anything is skipped.", low=0)
-    monitor_every: int = _option(20, "Optimizer steps between two readings of the scores.", low=1)
+    monitor_every: int = _option(20, "Optimizer steps between two measurements of the scores.", low=1)
     max_age: int = _option(20, "Most optimizer steps in a row that a group may be skipped.", low=1)
     block_rows: int = _option(
         128, "Rows of a weight in one group, about (filters: half, tokens: four times); no head is ever cut.", low=1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from typing import NamedTuple
@@ -11,9 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .errors import ConvAwareError
-
-OLDEST, NEWEST = (2, 11), (2, 14)
-"""Versions of torch that are tested; as in pyproject.toml."""
+from .torch_internals import COMPILE, CONTRACTS, TESTED, broken_contracts, release
 
 OPTIONAL = {
     "triton": "the masked kernels of GPUs, and Inductor's own",
@@ -46,6 +45,18 @@ def examine() -> list[Check]:
     return checks
 
 
+def _number(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
+
+
+def report(test: bool) -> int:
+    """Write what was found to standard output, with no library beyond torch; the exit status, 1 if anything fails."""
+    checks = [*examine(), *([self_test()] if test else [])]
+    width = max(len(check.name) for check in checks)
+    sys.stdout.writelines(f"{check.state:<5}  {check.name:<{width}}  {check.says}\n" for check in checks)
+    return int(any(check.state == "fails" for check in checks))
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -54,15 +65,21 @@ def _version(name: str) -> str | None:
 
 
 def _torch() -> Iterator[Check]:
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    tested = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
-    if (major, minor) < OLDEST:
-        yield Check("torch", "fails", f"{torch.__version__}; needed: {tested}")
-    elif (major, minor) > NEWEST:
+    here, tested = release(), ", ".join(TESTED)
+    if _number(here) < _number(TESTED[0]):
+        yield Check("torch", "fails", f"{torch.__version__}; needed: {TESTED[0]} or newer")
+    elif here not in TESTED:
         yield Check("torch", "note", f"{torch.__version__} was never tried; tested: {tested}")
     else:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
         yield Check("torch", "ok", f"{torch.__version__}, {built}")
+    broken = broken_contracts()
+    if not broken:
+        yield Check("torch's inside", "ok", f"all {len(CONTRACTS)} names that are needed of it are there, and fit")
+    for each in broken:
+        purpose = each.contract.purpose
+        seen = f"{each}; needed for {purpose}, seen to hold on {', '.join(each.contract.seen)}"
+        yield Check("torch's inside", "fails" if purpose == COMPILE else "note", seen)
 
 
 def _backend() -> Iterator[Check]:
@@ -71,9 +88,9 @@ def _backend() -> Iterator[Check]:
     except Exception as error:
         yield Check("cacompile", "fails", f"does not import: {type(error).__name__}: {error}")
         return
-    from . import __version__
+    from cacompile import __version__
 
-    if "convaware" in torch._dynamo.list_backends(None):
+    if "convaware" in torch.compiler.list_backends(exclude_tags=None):
         yield Check("cacompile", "ok", f'{__version__}, backend="convaware" is registered')
     else:
         says = f'{__version__} is not installed, so torch does not know backend="convaware": pip install .'
@@ -91,7 +108,7 @@ def _libraries() -> Iterator[Check]:
 
 def _compiler() -> Check:
     """Inductor compiles C++ for CPUs, and for GPUs what launches its kernels."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
+    from cacompile.torch_internals import get_cpp_compiler
 
     try:
         name = get_cpp_compiler()
@@ -124,14 +141,14 @@ def _devices() -> Iterator[Check]:
 
 
 def _kernels() -> Iterator[Check]:
-    from .kernels.dispatch import describe, table
+    from cacompile.kernels.dispatch import describe, table
 
     yield Check("dW on CPUs", "ok", "the library's products, on the slices that are on")
     if not torch.cuda.is_available():
         yield Check("dW on GPUs", "note", "not used: no GPU")
         yield Check("CUDA graphs", "note", "not used: no GPU")
         return
-    from torch.utils._triton import has_triton
+    from .torch_internals import has_triton
 
     usable = has_triton()
     name, capability = describe(torch.device("cuda", 0))
@@ -144,19 +161,21 @@ def _kernels() -> Iterator[Check]:
         return
     rows = "measured on this device" if measured else "measured on its family" if family else "never measured"
     says = f"the library where the host may look, else Triton kernels; shapes {rows}"
-    hint = "" if measured else ": python benchmarks/tune.py does that in minutes"
+    hint = "" if measured else ": python -m benchmarks.kernels.tune does that in minutes"
     yield Check("dW on GPUs", "ok" if measured else "note", says + hint)
     yield Check("CUDA graphs", "ok", 'mode="reduce-overhead": Triton kernels read the mask on the device')
 
 
 def _surroundings() -> Iterator[Check]:
     """Settings under which less happens than one thinks."""
-    if torch._dynamo.config.disable:
+    from .torch_internals import dynamo_config, inductor_config
+
+    if dynamo_config.disable:
         says = "off, as by TORCH_COMPILE_DISABLE=1: models run eagerly, and nothing is skipped"
         yield Check("torch.compile", "fails", says)
-    if torch._dynamo.config.compiled_autograd:
+    if dynamo_config.compiled_autograd:
         yield Check("compiled autograd", "note", "on: models train dense, nothing is skipped")
-    if torch._inductor.config.force_disable_caches:
+    if inductor_config.force_disable_caches:
         yield Check("Inductor's cache", "note", "off: each start compiles everything again")
 
 
@@ -170,7 +189,7 @@ def self_test() -> Check:
 
 
 def _train(device: torch.device) -> str:
-    from . import session, status
+    from cacompile import session, status
 
     model = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.GELU(), torch.nn.Linear(512, 64)).to(device)
     run = torch.compile(model, backend="convaware")

@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import argparse
 import ast
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from measuring import Graphs, cross_entropy, schedule, step_flops
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from show import measures, table, verdicts, write_csv, write_picture
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +48,6 @@ class Arm:
     backend: str
     steps: int
     options: dict[str, Any] | None = None
-
-
-class Graphs(NamedTuple):
-    """How many graphs Dynamo captured, and Inductor compiled or took from its cache."""
-
-    captured: int
-    compiled: int
-    cached: int
-
-    @classmethod
-    def so_far(cls) -> Graphs:
-        """In this process."""
-        inductor = counters["inductor"]
-        compiled = inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"]
-        return cls(counters["stats"]["unique_graphs"], compiled, inductor["fxgraph_cache_hit"])
 
 
 class Run:
@@ -134,30 +115,6 @@ class Run:
         """What the steps in which something was compiled took beyond the median step."""
         usual = median(self.seconds)
         return sum(max(0.0, took - usual) for took, new in zip(self.seconds, self.compiles, strict=True) if any(new))
-
-
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean in nats over all but the last dimension of `logits`."""
-    return F.cross_entropy(logits.flatten(0, -2), target.flatten())
-
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over the share `warmup` of the steps, then half a cosine down to a twentieth."""
-    rise = max(1.0, warmup * steps)
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
-
-
-def step_flops(model: nn.Module, batch: Sequence[Tensor]) -> int:
-    """FLOPs (two per multiply-add) of one dense forward and backward pass, counted in eager mode.
-
-    batch: inputs, then the target. The model has gradients afterwards.
-    """
-    *inputs, target = batch
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own kernel is not counted
-        cross_entropy(model(*inputs), target).backward()
-    return counter.get_total_flops()
 
 
 def compare(task: Task, args: argparse.Namespace) -> list[Run]:

@@ -47,7 +47,7 @@ def small(out: Path) -> None:
     found = cacompile.explain(Model(), torch.zeros(16, 3, 8, 8), options={"block_rows": 64})
     print(found)
     out.mkdir(parents=True, exist_ok=True)
-    for version in ("joint", "forward", "backward", "guarded"):
+    for version in ("joint", "forward", "backward", "masked"):
         found.code(version, path=out / f"{version}.py")
     found.diff(path=out / "backward.diff")
     found.show("block.up.weight", path=out / "explain.svg")
@@ -68,11 +68,11 @@ def large(layers: int) -> None:
     found = cacompile.explain(model, tokens, labels=tokens)
     seconds = time.process_time() - start
     start = time.process_time()
-    lines = found.code("guarded").count("\n")
+    lines = found.code("masked").count("\n")
     billions = sum(param.numel() for param in model.parameters()) / 1e9
     print(f"{billions:.1f}B parameters in {layers} layers: {found.nodes} nodes, {seconds:.0f} s of CPU")
     print(f"{found.coverage:.1%} of dW FLOPs can be skipped")
-    print(f"guarded backward: {lines} lines, {time.process_time() - start:.1f} s of CPU")
+    print(f"masked backward: {lines} lines, {time.process_time() - start:.1f} s of CPU")
     print(f"most memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 
 

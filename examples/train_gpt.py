@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from itertools import islice
 
 import torch
-from compare import Run, Task, compare, cross_entropy, parse
+from compare import Run, Task, compare, parse
 from data import load_shakespeare, text_batches
+from measuring import cross_entropy
 from models import GPT
 from torch import Tensor, nn
 

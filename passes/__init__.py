@@ -3,13 +3,25 @@
 if __name__ != "cacompile.passes":
     raise ImportError("import cacompile.passes; the folder passes/ is the source of that package")
 
-from .alone import find_plan, flags_of, run_passes, with_flags
+from typing import Any
+
+from cacompile.errors import renamed
+
 from .analyse import make_plan
-from .couple import couple
+from .coupling import couple
 from .group import group
-from .guard import guard_weight_grads, mark_products
 from .locate import locate
+from .mask import mark_products, mask_weight_grads
+from .standalone import find_plan, flags_of, run_passes, with_flags
 from .verify import Broken, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name != "guard_weight_grads":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    renamed("passes.guard_weight_grads", "passes.mask_weight_grads")
+    return mask_weight_grads
+
 
 __all__ = [
     "Broken",
@@ -17,10 +29,10 @@ __all__ = [
     "find_plan",
     "flags_of",
     "group",
-    "guard_weight_grads",
     "locate",
     "make_plan",
     "mark_products",
+    "mask_weight_grads",
     "run_passes",
     "verify",
     "with_flags",

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 from torch import fx
 
-from cacompile.plan import Param, Plan
-
-from .couple import couple
+from .coupling.couple import couple
 from .group import group
 from .locate import locate
+from .plan import Param, Plan
 
 
 def make_plan(

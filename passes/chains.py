@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cacompile.plan import Param, WeightGrad
-
+from .plan import Param, WeightGrad
 from .products import kind_and_flops, make_grad
 from .rows import RESHAPES, SAME_SHAPE, ZEROS, Rows, Unfit, shape, through_permute, through_reshape, through_sum
 from .trace import product_of

@@ -8,33 +8,33 @@ from itertools import pairwise
 import numpy as np
 
 from cacompile.names import Named, family_names, group_name
-from cacompile.plan import Family, ParamGroup, Shared, Slice
 
-from .components import Components
-from .kin import kin_of
+from .coupling.components import Components
 from .owned import Owned, run
+from .plan import ParamFamily, ParamGroup, SharedAxis, Slice
+from .roles import role_hashes
 
 
-def name_families(used: Sequence[Owned], components: Components) -> tuple[list[Family], list[ParamGroup]]:
+def name_families(used: Sequence[Owned], components: Components) -> tuple[list[ParamFamily], list[ParamGroup]]:
     """Named, in the order of the parameters; sets where each part's groups begin."""
-    kin = kin_of(components, [part.leaf for part in used])
+    role_hash = role_hashes(components, [part.leaf for part in used])
     named = [Named(part.kind, _makers(part, components), _weights(part)) for part in used]
-    families: list[Family] = []
+    families: list[ParamFamily] = []
     groups: list[ParamGroup] = []
-    for part, name, about, relatives in zip(used, family_names(named), named, kin):
+    for part, name, about, relatives in zip(used, family_names(named), named, role_hash):
         part.first = len(groups)
         scale = 1 if part.kind in ("heads", "experts") else _scale(part)
         for number, slices in enumerate(_slices(part)):
             start, stop = number * part.units * scale, min((number + 1) * part.units, part.leaf.size) * scale
             groups.append(ParamGroup(group_name(name, start, stop), start, stop, tuple(slices), len(families)))
-        families.append(Family(name, part.kind, about.makers, about.weights, relatives))
+        families.append(ParamFamily(name, part.kind, about.makers, about.weights, relatives))
     return families, groups
 
 
-def shared_axes(components: Components, used: Sequence[Owned]) -> tuple[Shared, ...]:
+def shared_axes(components: Components, used: Sequence[Owned]) -> tuple[SharedAxis, ...]:
     family = {part.leaf: i for i, part in enumerate(used)}
     return tuple(
-        Shared(
+        SharedAxis(
             "stream" if leaf in components.streams else components.kind(leaf),
             leaf.size,
             tuple(members),

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from cacompile.plan import Plan, Skip, WeightGrad
-
-from .axes import Axis
-from .components import THINNEST, Components, Owner, Part, stretch
-from .couple import Coupling
+from .coupling.axes import Axis
+from .coupling.components import THINNEST, Components, Owner, Part, stretch
+from .coupling.walk import Coupling
 from .families import name_families, shared_axes
+from .kinds import kind_called
 from .owned import Owned, edges_of, inner_of, is_batch
+from .plan import Plan, StaysDense, WeightGrad
 
 TARGETS = {"filters": 0.5, "tokens": 4.0, "outputs": 4.0}
 """Kind -> rows a block, as a multiple of `block_rows`; 1 for others.
@@ -82,7 +82,7 @@ def _collect(owners: dict[str, list[Owner]], components: Components) -> Parts:
 
 def _kind(owner: Owner, part: Part, components: Components) -> str:
     if owner.alone:
-        return "filters" if owner.grad.kind == "convolution" else "rows"
+        return kind_called(owner.grad.kind).unit_name
     kind = components.kind(part.leaf)
     # rows beside others that lead nowhere: keys and values of one head that all queries share
     return "rows" if not kind or (kind == "outputs" and len(owner.parts) > 1) else kind
@@ -120,14 +120,14 @@ def _block(owner: Owner, parts: Parts, block_rows: int) -> int:
 
 
 def _plan(plan: Plan, owners: dict[str, Owner], parts: Parts, components: Components, block_rows: int) -> Plan:
-    skips: list[Skip] = []
+    dense: list[StaysDense] = []
     blocks: dict[str, int] = {}
     for name, owner in owners.items():
         if not (block := _block(owner, parts, block_rows)):
             grad = owner.grad
             edges = ", ".join(map(str, edges_of(grad)))
             reason = f"its parts meet at rows {edges}, where no blocks of {THINNEST} rows or more end"
-            skips.append(Skip(name, grad.kind, reason, grad.flops))
+            dense.append(StaysDense(name, grad.kind, reason, grad.flops))
             for part in owner.parts:
                 found = parts[_key(owner, part)]
                 found.slices = [pair for pair in found.slices if pair[0] is not grad]
@@ -136,8 +136,8 @@ def _plan(plan: Plan, owners: dict[str, Owner], parts: Parts, components: Compon
     followers = [grad for grad in plan.grads if grad.follows]
     for grad in followers:
         if grad.follows not in blocks:
-            skips.append(
-                Skip(grad.param.name, grad.kind, f"made with the gradient of {grad.follows}, which stays dense")
+            dense.append(
+                StaysDense(grad.param.name, grad.kind, f"made with the gradient of {grad.follows}, which stays dense")
             )
             continue
         owner = owners[grad.follows]
@@ -147,17 +147,17 @@ def _plan(plan: Plan, owners: dict[str, Owner], parts: Parts, components: Compon
     used = [part for part in parts.values() if part.slices or part.others]
     families, groups = name_families(used, components)
     grads: list[WeightGrad] = []
-    slot = 0
+    first_flag = 0
     for name, block in blocks.items():
-        grad = replace(owners[name].grad, block=block, slot=slot, others=())
+        grad = replace(owners[name].grad, block=block, first_flag=first_flag, others=())
         labels = _labels(owners[name], parts)[::block]
         grads.append(replace(grad, groups=tuple(map(int, labels))))
-        slot += grads[-1].blocks
+        first_flag += grads[-1].blocks
     made = {grad.param.name: grad for grad in grads}
     for grad in followers:
         if (leader := made.get(grad.follows)) is not None:
-            grads.append(replace(grad, block=leader.block, slot=slot, groups=leader.groups))
-            slot += leader.blocks
+            grads.append(replace(grad, block=leader.block, first_flag=first_flag, groups=leader.groups))
+            first_flag += leader.blocks
     spent: Counter[int] = Counter()
     for grad in grads:
         for label, flops in zip(grad.groups, grad.block_flops):
@@ -168,8 +168,8 @@ def _plan(plan: Plan, owners: dict[str, Owner], parts: Parts, components: Compon
         groups=tuple(replace(group, flops=spent[i]) for i, group in enumerate(groups)),
         families=tuple(families),
         axes=shared_axes(components, used),
-        skips=(*plan.skips, *skips),
-        cuts=tuple(components.coupling.cuts.items()),
+        dense=(*plan.dense, *dense),
+        untraced=tuple(components.coupling.untraced.items()),
         nodes=components.coupling.nodes,
     )
 

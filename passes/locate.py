@@ -11,21 +11,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from cacompile.plan import Param, Plan, Skip, WeightGrad
-
 from .chains import chain
-from .products import (
-    SCATTERS,
-    exits,
-    follows_dense,
-    is_gathered,
-    kind_and_flops,
-    make_grad,
-    no_kernel,
-    numel,
-    opname,
-    result_of,
-)
+from .nodes import exits, numel, opname
+from .plan import Param, Plan, StaysDense, WeightGrad
+from .products import SCATTERS, follows_dense, is_gathered, kind_and_flops, make_grad, no_kernel, result_of
 from .rows import RESHAPES, SAME_SHAPE, Rows, Unfit
 from .trace import DIMENSIONS, trace
 
@@ -41,7 +30,7 @@ _PASSED |= {aten.slice_scatter.default, aten.select_scatter.default, aten._weigh
 
 
 def locate(plan: Plan, *, graphs: bool = False) -> Plan:
-    """Fill `grads` with what can be masked and `skips` with what cannot, and why.
+    """Fill `grads` with what can be masked and `dense` with what cannot, and why.
 
     graphs: the backward will be captured in a CUDA graph, so that no host can choose slices for the library.
     """
@@ -50,18 +39,18 @@ def locate(plan: Plan, *, graphs: bool = False) -> Plan:
     _remove_unmaskable(found, graphs)
     _count_dense(plan.params, found)
     grads = tuple(one for one in found.values() if isinstance(one, WeightGrad))
-    skips = tuple(one for one in found.values() if isinstance(one, Skip))
-    return replace(plan, grads=grads, skips=(*plan.skips, *skips))
+    dense = tuple(one for one in found.values() if isinstance(one, StaysDense))
+    return replace(plan, grads=grads, dense=(*plan.dense, *dense))
 
 
-def _locate(param: Param) -> WeightGrad | Skip:
+def _locate(param: Param) -> WeightGrad | StaysDense:
     """A gradient that shares its products with nothing else."""
     if param.grad is None:
-        return Skip(param.name, "other", "no gradient in this graph")
+        return StaysDense(param.name, "other", "no gradient in this graph")
     if 0 in param.shape:
-        return Skip(param.name, "other", "empty")
+        return StaysDense(param.name, "other", "empty")
     if len(param.shape) < 2:
-        return Skip(param.name, "vector", "one-dimensional, a cheap reduction")
+        return StaysDense(param.name, "vector", "one-dimensional, a cheap reduction")
     found: list[WeightGrad] = []
     reasons = []
     for dim in range(min(len(param.shape), DIMENSIONS)):
@@ -71,26 +60,28 @@ def _locate(param: Param) -> WeightGrad | Skip:
             reasons.append(str(unfit))
             continue
         if not products:
-            return Skip(param.name, "other", "its gradient is constant")
+            return StaysDense(param.name, "other", "its gradient is constant")
         found.append(make_grad(param, tuple(products), dim))
     if found:
         return replace(found[0], others=tuple(found[1:]))
-    return Skip(param.name, "other", reasons[0])
+    return StaysDense(param.name, "other", reasons[0])
 
 
-_Found = dict[str, WeightGrad | Skip]
+_Found = dict[str, WeightGrad | StaysDense]
 
 
 def _locate_chains(params: Iterable[Param], found: _Found) -> None:
     """Gradients that share their products with those of other parameters, from the largest on."""
-    alone = {param.grad: param for param in params if param.grad is not None and isinstance(found[param.name], Skip)}
+    alone = {
+        param.grad: param for param in params if param.grad is not None and isinstance(found[param.name], StaysDense)
+    }
     if not alone:
         return
     places = Counter(next(iter(alone)).graph.output_node().args[0])
     owners = {grad: param for grad, param in alone.items() if places[grad] == 1}
     for param in sorted(owners.values(), key=lambda param: -math.prod(param.shape)):
         left = found[param.name]
-        if len(param.shape) > 1 and isinstance(left, Skip):
+        if len(param.shape) > 1 and isinstance(left, StaysDense):
             made, reason = _chain(param, owners)
             if made:
                 found.update({grad.param.name: grad for grad in made})
@@ -117,12 +108,12 @@ def _remove_unmaskable(found: _Found, graphs: bool) -> None:
         if isinstance(grad, WeightGrad) and grad.products:
             device = grad.param.placeholder.meta["val"].device
             if reason := _no_operation(grad, device, home or device, graphs):
-                found[name] = Skip(name, grad.kind, reason, grad.flops)
+                found[name] = StaysDense(name, grad.kind, reason, grad.flops)
             else:
                 home = home or device
     for name, grad in found.items():
-        if isinstance(grad, WeightGrad) and isinstance(found.get(grad.follows), Skip):
-            found[name] = Skip(name, grad.kind, follows_dense(grad))
+        if isinstance(grad, WeightGrad) and isinstance(found.get(grad.follows), StaysDense):
+            found[name] = StaysDense(name, grad.kind, follows_dense(grad))
 
 
 def _no_operation(grad: WeightGrad, device: torch.device, home: torch.device, graphs: bool) -> str | None:
@@ -140,7 +131,7 @@ def _count_dense(params: Iterable[Param], found: _Found) -> None:
     ours = {param.grad for param in params}
     for param in sorted(params, key=lambda param: -math.prod(param.shape)):
         skip = found[param.name]
-        if param.grad is not None and isinstance(skip, Skip) and skip.kind == "other":
+        if param.grad is not None and isinstance(skip, StaysDense) and skip.kind == "other":
             kind, products = _kind_of(param.grad, ours)
             flops = sum(flops for node, flops in products.items() if node not in counted)
             counted.update(products)

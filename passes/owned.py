@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cacompile.plan import Param, WeightGrad
-
-from .axes import Axis
+from .coupling.axes import Axis
+from .kinds import kind_called
+from .plan import Param, WeightGrad
 
 
 @dataclass
@@ -63,7 +63,7 @@ def inner_of(grad: WeightGrad) -> int:
 
 def is_batch(grad: WeightGrad) -> bool:
     """Whether it is cut into whole matrices of a batched product."""
-    return any(p.kind in ("batched", "grouped") and p.dim == 0 for p in grad.products)
+    return any(kind_called(p.kind).rank == 3 and p.dim == 0 for p in grad.products)
 
 
 def edges_of(grad: WeightGrad) -> list[int]:

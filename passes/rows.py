@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .products import sizes
+from .nodes import sizes
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from cacompile.plan import Product
-
-from .products import SCATTERS, is_gathered, kind_and_flops, opname, source_of, uses
+from .kinds import kind_of
+from .nodes import opname, uses
+from .plan import Product
+from .products import SCATTERS, is_gathered, kind_and_flops, producer_of
 from .rows import CONSTANTS, RESHAPES, SAME_SHAPE, Rows, Unfit, shape, through_permute, through_reshape, through_sum
 
 aten = torch.ops.aten
@@ -153,18 +154,15 @@ def product_of(result: fx.Node, rows: Rows) -> Product | None:
     found = kind_and_flops(result)
     if found is None:
         return None
-    node, (kind, flops) = source_of(result), found
-    if kind == "convolution":
-        *_, transposed, _output_padding, groups, _mask = node.args
-        if transposed and groups != 1:
-            raise Unfit(f"transposed convolution with {groups} groups")
-        if rows.dim != int(bool(transposed)) or rows.inner != 1:
-            raise Unfit("filters lie along another dimension of the convolution's weight")
+    node, (name, flops) = producer_of(result), found
+    kind = kind_of(node)
+    if kind is not None and (reason := kind.unfit(node, rows.dim, rows.inner)):
+        raise Unfit(reason)
     if shape(result)[rows.dim] != (rows.hi - rows.lo) * rows.inner:
         raise Unfit(f"rows {rows.lo}:{rows.hi} do not fill dimension {rows.dim} of {node.target}")
     if rows.dim >= DIMENSIONS:
         raise Unfit(f"rows lie along dimension {rows.dim} of {node.target}")
-    return Product(node, kind, rows.dim, rows.inner, rows.lo, rows.hi, flops)
+    return Product(node, name, rows.dim, rows.inner, rows.lo, rows.hi, flops)
 
 
 def no_way(node: fx.Node) -> str:
@@ -175,4 +173,4 @@ def no_way(node: fx.Node) -> str:
     if is_gathered(node):
         return "weights were gathered for each token: its gradient is a scatter of outer products, one a token"
     found = _REASONS.get(opname(node))
-    return found or f"gradient comes from {node.target}, only matmuls and convolutions are guarded"
+    return found or f"gradient comes from {node.target}, only matmuls and convolutions are masked"

@@ -11,11 +11,13 @@ from torch import fx
 
 from cacompile.kernels import masked_bmm, masked_conv_dw, masked_grouped_mm, masked_mm
 
-from .guard import FLAGS, HOST_FLAGS, MARK, experts_forward, sites
-from .products import is_experts, is_split, is_transposed
+from .kinds import Experts, is_transposed, kind_of
+from .marks import MARK
+from .mask import FLAGS, HOST_FLAGS
+from .products import is_split
 
 aten = torch.ops.aten
-_TWIN = {aten.mm.default: masked_mm, aten.bmm.default: masked_bmm, aten._grouped_mm.default: masked_grouped_mm}
+_REPLACEMENT = {aten.mm.default: masked_mm, aten.bmm.default: masked_bmm, aten._grouped_mm.default: masked_grouped_mm}
 
 _PREVIOUS = object()
 """Among expected arguments: the node that was expected before this one."""
@@ -37,15 +39,15 @@ class _Call(NamedTuple):
     op: str = "call_function"
 
 
-def verify(before: fx.Graph, after: fx.Graph, guarded: tuple[str, ...], flags: fx.Node | None = None) -> None:
-    """Raise `Broken` unless `after` is `before` with exactly the products of `guarded` parameters masked.
+def verify(before: fx.Graph, after: fx.Graph, masked: tuple[str, ...], flags: fx.Node | None = None) -> None:
+    """Raise `Broken` unless `after` is `before` with exactly the products of `masked` parameters masked.
 
     Both graphs are walked side by side. Every node must meet its equal (same operation, same arguments up to what was
-    already matched), a planned product its masked twin on the same operands; nothing may be added, lost or reordered
-    beyond the input for the flags, which comes last, or the two for flags on the device and on the host; nothing at all
-    where `after` has had its `flags` before.
+    already matched), a planned product its masked replacement on the same operands; nothing may be added, lost or
+    reordered beyond the input for the flags, which comes last, or the two for flags on the device and on the host;
+    nothing at all where `after` has had its `flags` before.
     """
-    names = set(guarded)
+    names = set(masked)
     image: dict[fx.Node, Any] = {}
     inputs = after.find_nodes(op="placeholder")
     added = [node for node in inputs if node.target in (FLAGS, HOST_FLAGS)]
@@ -77,12 +79,12 @@ def _expected(old: fx.Node, names: set[str], mapped: _Map, given: tuple[Any, ...
     """The nodes that must stand in the place of one."""
     source: Any = old.args[0] if old.target is operator.getitem else None
     if source is not None and is_split(source) and _is_planned(source, names):
-        return (_experts if is_experts(source) else _convolution)(old, source, mapped, given)
+        return (_experts if _is_experts(source) else _convolution)(old, source, mapped, given)
     if not _is_planned(old, names):
         return [_Call(old.target, mapped(old.args), mapped(old.kwargs), old.op)]
     if not is_split(old):
-        return [_Call(_TWIN.get(old.target), (*mapped(old.args), *given, *old.meta[MARK].arguments()))]
-    if is_experts(old) or not old.args[-1][0]:
+        return [_Call(_REPLACEMENT.get(old.target), (*mapped(old.args), *given, *old.meta[MARK].arguments()))]
+    if _is_experts(old) or not old.args[-1][0]:
         return []  # all that was asked of it comes from elsewhere
     return [_Call(old.target, (*mapped(old.args[:-1]), [True, False, False]))]
 
@@ -92,7 +94,7 @@ def _convolution(old: fx.Node, conv: fx.Node, mapped: _Map, given: tuple[Any, ..
     if old.args[1] == 1:
         return [_Call(masked_conv_dw, (grad_out, x, weight, *given, *conv.meta[MARK].only, *settings))]
     if old.args[1] == 2:
-        return [_Call(aten.sum.dim_IntList, (grad_out, sites(conv.args[0])))]
+        return [_Call(aten.sum.dim_IntList, (grad_out, [d for d in range(conv.args[0].meta["val"].dim()) if d != 1]))]
     return [_Call(old.target, mapped(old.args))]
 
 
@@ -100,7 +102,7 @@ def _experts(old: fx.Node, experts: fx.Node, mapped: _Map, given: tuple[Any, ...
     x, weight, offs, grad_out = mapped(experts.args)
     if old.args[1] == 0:
         turned = _Call(aten.permute.default, (weight, [0, 2, 1]))
-        return [turned, _Call(experts_forward(), (grad_out, _PREVIOUS, offs))]
+        return [turned, _Call(torch.ops.transformers.grouped_mm_fallback.default, (grad_out, _PREVIOUS, offs))]
     mark, flip = experts.meta[MARK], is_transposed(experts)
     a, b = (grad_out, x) if flip else (x, grad_out)
     where = (mark.transposed if flip else mark).arguments()
@@ -114,3 +116,7 @@ def _experts(old: fx.Node, experts: fx.Node, mapped: _Map, given: tuple[Any, ...
 def _is_planned(node: fx.Node, names: set[str]) -> bool:
     mark = node.meta.get(MARK)
     return mark is not None and mark.param in names
+
+
+def _is_experts(node: fx.Node) -> bool:
+    return isinstance(kind_of(node), Experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import subprocess
@@ -51,5 +52,10 @@ class Browser:
         return target
 
     def dom(self, page: Path, *, width: int = 1280) -> str:
-        """The page's HTML after its scripts have run."""
-        return self._run(page, "--dump-dom", f"--window-size={width},1600")
+        """The HTML of a page that frames it, after its scripts have run: no window is as narrow as a telephone."""
+        framed = html.escape(page.read_text(encoding="utf-8"))
+        frame = page.with_name(f"{page.stem}-framed.html")
+        frame.write_text(
+            f'<body style="margin:0"><iframe width={width} height=1600 style="border:0" srcdoc="{framed}">'
+        )
+        return self._run(frame, "--dump-dom", f"--window-size={max(width, 500)},1600")

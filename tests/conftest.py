@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from interpreter import interpreter_process, skip_without_interpreter
+from param_states import backward, followed, make, rows  # noqa: F401 - fixtures, for every folder below
 
-from cacompile.runtime import policy
+from cacompile.controller import policy
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +30,12 @@ def launch(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         yield lambda function, *args: run(function, "cpu", *args)
 
 
+LONGEST = ("test_scripts.py", "test_quality.py", "test_exact.py", "test_locate_models.py", "test_triton_compile.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole scripts first: of two processes, neither should be left with the slowest at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_scripts.py", "test_quality.py"))
+    """The longest files first: of two processes, neither should be left with the slowest at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import cacompile
-from cacompile.runtime.session import Session
+from cacompile.sessions.session import Session
 
 OPTIONS = {"block_rows": 16, "warmup_steps": 10**6}
 
@@ -56,10 +56,10 @@ def train_step(compiled: Compiled, inputs: Sequence[Any], loss_of: Callable[[Any
 def masks(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
     """Parameter name -> (dimension, bool for each index of it) of the parameters that have groups."""
     found = {}
-    for name, record in cacompile.session(model).tracked.items():
-        if record.partition is not None:
-            on = torch.from_numpy(record.state.on.copy()).repeat_interleave(record.partition.block)
-            found[name] = record.partition.dim, on[: record.partition.rows]
+    for name, state in cacompile.session(model).params.items():
+        if state.partition is not None:
+            on = torch.from_numpy(state.on.copy()).repeat_interleave(state.partition.block)
+            found[name] = state.partition.dim, on[: state.partition.rows]
     return found
 
 
@@ -103,7 +103,7 @@ def compare(
     make_model: Callable[[], nn.Module],
     make_inputs: Callable[[], Sequence[Any]],
     *,
-    guards: Sequence[str] | None = None,
+    grouped: Sequence[str] | None = None,
     stays: dict[str, str] | None = None,
     rtol: float = 1e-5,
     near: Sequence[str] = (),
@@ -113,7 +113,7 @@ def compare(
 ) -> nn.Module:
     """The core check of a scenario; returns our model, still pinned to the mixed mask.
 
-    guards: parameters that must have groups, exactly. stays: parameter -> words of the reason why it stays dense.
+    grouped: parameters that must have groups, exactly. stays: parameter -> words of the reason why it stays dense.
     near: gradients beside the masked ones that a mask may change within rounding (rtol).
     compile_it(model, backend, **settings) gives the callable to train.
     """
@@ -126,26 +126,26 @@ def compare(
     assert_same(train_step(ours, inputs, loss_of), dense)
     session = cacompile.session(model)
     assert session.mask.all()
-    assert not any(i.guarded_backwards for i in session.instances), "all groups on, yet something was skipped"
-    if guards is not None:
-        assert set(masks(model)) == set(guards)
-    reasons = {skip.param: skip.reason for i in session.instances for skip in i.plan.skips}
+    assert not any(i.masked_backwards for i in session.bindings), "all groups on, yet something was skipped"
+    if grouped is not None:
+        assert set(masks(model)) == set(grouped)
+    reasons = {skip.param: skip.reason for i in session.bindings for skip in i.layout.dense}
     for name, words in (stays or {}).items():
         assert words in reasons[name], f"{name}: {reasons[name]}"
     pin_mixed(session)
     assert_masked(train_step(ours, inputs, loss_of), dense, masks(model), rtol, near)
-    assert any(i.guarded_backwards for i in session.instances), "nothing was skipped"
+    assert any(i.masked_backwards for i in session.bindings), "nothing was skipped"
     assert 0 < session.flops[1] < session.flops[0]
     return model
 
 
 def pin_mixed(session: Session) -> None:
     """Pin a random mask in which every parameter with two groups or more has some on and some off."""
-    records = {name: r for name, r in session.tracked.items() if r.groups > 1}
-    assert records, "no parameter has two groups"
+    states = {name: r for name, r in session.params.items() if r.blocks > 1}
+    assert states, "no parameter has two groups"
     for seed in range(200):
         session.pin(keep=0.5, seed=seed)
-        if all(0 < r.state.on.sum() < r.groups for r in records.values()):
+        if all(0 < r.on.sum() < r.blocks for r in states.values()):
             return
     raise AssertionError("no mixed mask found")
 

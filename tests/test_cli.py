@@ -14,7 +14,7 @@ from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
 import cacompile
-from cacompile import doctor
+from cacompile import doctor, torch_internals
 from cacompile.cli import app
 from cacompile.doctor import Check, examine
 
@@ -60,7 +60,7 @@ def test_explain(factory: str, factories: Path) -> None:
     (row,) = [line.split() for line in text.splitlines() if line.lstrip().startswith("up.weight")]
     assert row[1:3] == ["64x32", "50.0%"] and "up.neurons" in row and row[-1] == "masked_mm"
     assert "dense: one-dimensional, a cheap reduction" in text
-    assert "2 of 4 parameters guarded, 100.0% of dW FLOPs, 1 families of groups, 1 graph" in text
+    assert "2 of 4 parameters masked, 100.0% of dW FLOPs, 1 families of groups, 1 graph" in text
 
 
 def test_explain_by_module_writes_files(factories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,10 +157,27 @@ def test_doctor_knows_the_versions_that_pyproject_allows(monkeypatch: pytest.Mon
     (line,) = [
         line for line in (Path(__file__).parents[1] / "pyproject.toml").read_text().splitlines() if '"torch>=' in line
     ]
-    assert f'"torch>={doctor.OLDEST[0]}.{doctor.OLDEST[1]},<{doctor.NEWEST[0]}.{doctor.NEWEST[1] + 1}"' in line
+    assert f'"torch>={torch_internals.TESTED[0]}"' in line, "no upper bound: contracts are checked instead"
     for version, state in (("2.10.1", "fails"), ("2.99.0", "note")):
         monkeypatch.setattr(torch, "__version__", version)
         assert states()["torch"] == state
+
+
+def test_doctor_tells_which_contract_does_not_hold() -> None:
+    assert states()["torch's inside"] == "ok"
+    with torch_internals.taken_away("compile_fx"):
+        (check,) = (check for check in examine() if check.name == "torch's inside")
+    assert check.state == "fails" and "compile_fx" in check.says and "compiling" in check.says
+    with torch_internals.taken_away("eval_frame"):
+        assert states()["torch's inside"] == "note", "training works without it"
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_doctor_needs_no_extra(missing: str) -> None:
+    hide = f"import sys; sys.modules['{missing}'] = None; sys.argv = ['cacompile', 'doctor']\n"
+    result = run_python("-c", f"{hide}from cacompile.__main__ import main\nmain()")
+    assert result.returncode == 0, result.stderr
+    assert "torch's inside" in result.stdout and torch.__version__ in result.stdout
 
 
 def test_doctor_tests_itself() -> None:

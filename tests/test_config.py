@@ -138,4 +138,4 @@ def test_inductors_options_are_in_force_while_each_version_is_compiled(settings:
         run(torch.ones(8, 16)).sum().backward()
         cacompile.session(model).pin(keep=0.0)
         run(torch.ones(8, 16)).sum().backward()
-    assert found == [seen] * 3  # forward, dense, guarded
+    assert found == [seen] * 3  # forward, dense, masked

@@ -5,9 +5,9 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
+from cacompile.explanation import chosen
 from cacompile.kernels import dispatch, masked_bmm, masked_conv_dw, masked_mm
 from cacompile.kernels.dispatch import Choice
-from cacompile.report import chosen
 
 
 def node(target, *shapes, arguments, host=None, device="cpu", dtype=torch.float32) -> fx.Node:

@@ -13,9 +13,9 @@ from helpers import Block
 from torch import nn
 
 import cacompile
-from cacompile import versions
-from cacompile.report.explain import Explanation
-from cacompile.report.sites import Version
+from cacompile.explanation.explain import Explanation
+from cacompile.explanation.products import Version
+from cacompile.graph import masked as versions
 
 OPTIONS = {"block_rows": 16}
 
@@ -87,12 +87,12 @@ def test_the_code_runs_and_skips_what_its_flags_say(net, found):
             name: torch.ones_like(output) for name in inputs(found.code("backward")) if "tangents" in name
         }
         dense = gradients(found.code("backward"), values)
-        guarded = found.code("guarded")
-        site = next(iter(Version.of(found.context(0), "guarded").sites.values()))
-        flags = torch.ones(int(re.search(r'convaware_flags: "u8\[(\d+)\]"', guarded)[1]), dtype=torch.uint8)
-        same = gradients(guarded, values | {"convaware_flags": flags})
+        masked = found.code("masked")
+        site = next(iter(Version.of(found.context(0), "masked").products.values()))
+        flags = torch.ones(int(re.search(r'convaware_flags: "u8\[(\d+)\]"', masked)[1]), dtype=torch.uint8)
+        same = gradients(masked, values | {"convaware_flags": flags})
         flags[site.flags[0] : site.flags[1]] = 0
-        skipped = gradients(guarded, values | {"convaware_flags": flags})
+        skipped = gradients(masked, values | {"convaware_flags": flags})
     net.zero_grad()
     net(x).sum().backward()
     for name, param in params.items():
@@ -101,8 +101,8 @@ def test_the_code_runs_and_skips_what_its_flags_say(net, found):
     assert [name for name in params if not torch.equal(skipped[name], same[name])] == [site.param]
 
 
-def test_every_guarded_line_says_what_it_is(found):
-    lines = found.code("guarded").splitlines()
+def test_every_masked_line_says_what_it_is(found):
+    lines = found.code("masked").splitlines()
     masked = [i for i, line in enumerate(lines) if "torch.ops.cacompile.masked_" in line]
     operations = {row.param: row.operation for row in found.rows if row.operation}
     assert len(masked) == len(operations) == 4
@@ -133,13 +133,13 @@ def test_other_versions_mask_nothing_and_name_their_inputs(found, version, nodes
 
 def test_diff_is_the_products_and_the_flags_and_nothing_else(found, tmp_path):
     changed = [line for line in found.diff(path=tmp_path / "backward.diff").splitlines()[2:] if line[0] in "+-"]
-    dense, guarded = ([line[1:].strip() for line in changed if line[0] == sign] for sign in "-+")
+    dense, masked = ([line[1:].strip() for line in changed if line[0] == sign] for sign in "-+")
     assert (tmp_path / "backward.diff").read_text(encoding="utf-8") == found.diff()
-    calls = [line for line in guarded if "cacompile.masked_" in line]
-    notes = [line for line in guarded if line.startswith("# masked_")]
+    calls = [line for line in masked if "cacompile.masked_" in line]
+    notes = [line for line in masked if line.startswith("# masked_")]
     assert len(calls) == len(notes) == 4
     # the convolution gives up its dW, and its bias gradient becomes a sum
-    others = [re.sub(r"(: | = ).*", "", line) for line in guarded if line not in (*calls, *notes)]
+    others = [re.sub(r"(: | = ).*", "", line) for line in masked if line not in (*calls, *notes)]
     assert [name for name in others if not name.startswith("# dW of conv")] == [
         "convaware_flags",
         "convolution_backward",
@@ -157,9 +157,9 @@ def graph_of(graph: torch.fx.Graph) -> list[tuple[object, ...]]:
 def test_of_a_compiled_model_it_shows_what_was_compiled_and_compiles_nothing(monkeypatch):
     built = []
 
-    def verify(before, after, guarded):
+    def verify(before, after, masked):
         built.append(graph_of(after))
-        return real(before, after, guarded)
+        return real(before, after, masked)
 
     real = versions.verify
     monkeypatch.setattr(versions, "verify", verify)
@@ -169,19 +169,19 @@ def test_of_a_compiled_model_it_shows_what_was_compiled_and_compiles_nothing(mon
     compiled(x).sum().backward()
     counters = {name: dict(values) for name, values in torch._dynamo.utils.counters.items()}
     early = cacompile.explain(compiled)
-    code = {name: early.code(name) for name in ("joint", "forward", "backward", "guarded")}
-    assert not built, "looking made the guarded version"
+    code = {name: early.code(name) for name in ("joint", "forward", "backward", "masked")}
+    assert not built, "looking made the masked version"
     assert {name: dict(values) for name, values in torch._dynamo.utils.counters.items()} == counters
     cacompile.session(model).pin(keep=0.0)
     compiled(x).sum().backward()
     found = cacompile.explain(model)
-    assert graph_of(found.traced[0].version("guarded")) == built[0]
+    assert graph_of(found.traced[0].version("masked")) == built[0]
     assert len(built) == 1
     # an explanation stays what it is while its graphs are compiled on
     assert {name: early.code(name) for name in code} == {name: found.code(name) for name in code} == code
     traced = cacompile.explain(model, x, options=OPTIONS)
-    assert traced.code("guarded") == code["guarded"]
-    assert cacompile.session(model).instances[0].guarded_backwards == 1
+    assert traced.code("masked") == code["masked"]
+    assert cacompile.session(model).bindings[0].masked_backwards == 1
 
 
 def test_graphs_that_blocks_share_are_shown_under_each_blocks_names():
@@ -191,13 +191,13 @@ def test_graphs_that_blocks_share_are_shown_under_each_blocks_names():
     for block in model:
         block.compile(backend="convaware", options=OPTIONS)
     output = model(torch.randn(8, 32))
-    with pytest.raises(cacompile.ConvAwareError, match="graph 1 has no 'guarded' version: its backward has not run"):
-        cacompile.explain(model).code("guarded", graph=1)
+    with pytest.raises(cacompile.ConvAwareError, match="graph 1 has no 'masked' version: its backward has not run"):
+        cacompile.explain(model).code("masked", graph=1)
     output.sum().backward()
     found = cacompile.explain(model)
     assert found.graphs == 2
     for i in range(2):
-        code = found.code("guarded", graph=i)
+        code = found.code("masked", graph=i)
         assert f"graph {i} of 2" in code
         assert set(re.findall(r"dW of (\d)\.", code)) == {str(i)}
 
@@ -209,7 +209,7 @@ def test_an_explanation_keeps_no_tensors_alive():
     del model
     gc.collect()
     assert [ref() for ref in params] == [None] * 4
-    assert "masked_mm" in found.code("guarded")
+    assert "masked_mm" in found.code("masked")
 
 
 def test_pickling_leaves_the_graphs_behind(found):
@@ -222,9 +222,9 @@ def test_pickling_leaves_the_graphs_behind(found):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (("gaurded",), "unknown version 'gaurded'; did you mean 'guarded'?"),
-        (("guarded", 1), "graph must be an int from 0 to 0, got 1"),
-        (("guarded", True), "got True"),
+        (("maskd",), "unknown version 'maskd'; did you mean 'masked'?"),
+        (("masked", 1), "graph must be an int from 0 to 0, got 1"),
+        (("masked", True), "got True"),
     ],
 )
 def test_what_there_is_not(found, call, words):
@@ -236,5 +236,5 @@ def test_a_graph_without_anything_to_skip_says_why(tmp_path):
     found = cacompile.explain(nn.Sequential(nn.LayerNorm(8), nn.ReLU()), torch.randn(2, 8))
     assert "0.weight" in found.code("joint", path=tmp_path / "joint.py")
     assert (tmp_path / "joint.py").read_text(encoding="utf-8") == found.code("joint")
-    with pytest.raises(cacompile.ConvAwareError, match=r"no 'guarded' version.*0\.weight: one-dimensional"):
-        found.code("guarded")
+    with pytest.raises(cacompile.ConvAwareError, match=r"no 'masked' version.*0\.weight: one-dimensional"):
+        found.code("masked")

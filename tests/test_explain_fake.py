@@ -56,7 +56,7 @@ def test_a_model_without_values_is_explained_as_one_with_them(real, kind, inside
     if not inside:
         found = cacompile.explain(model, tokens, options=OPTIONS)
     assert found.to_dict() == real
-    assert "masked_mm" in found.code("guarded", graph=found.graphs - 1)
+    assert "masked_mm" in found.code("masked", graph=found.graphs - 1)
     assert "block.up.weight" in found.show("block.up.weight")
     after = {id(value): value for value in (*model.parameters(), *model.buffers(), model.table)}
     assert before.keys() == after.keys()
@@ -83,7 +83,7 @@ def test_a_layer_of_a_70b_llama_takes_no_memory(kind):
     assert sum(param.numel() for param in model.parameters()) > 2.9e9
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = cacompile.explain(model, tokens, labels=tokens)
-    code = found.code("guarded")
+    code = found.code("masked")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
     assert found.coverage == pytest.approx(1.0)
     assert found.semantic == pytest.approx(1.0)

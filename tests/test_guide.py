@@ -52,6 +52,7 @@ def test_what_it_installs_is_there_to_install() -> None:
     assert set(wanted.split(",")) <= extras.keys()
 
 
+@pytest.mark.slow
 def test_it_does_and_prints_what_it_says(tmp_path: Path) -> None:
     printed = ""
     saved = []

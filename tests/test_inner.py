@@ -93,7 +93,7 @@ class Watching:
         return run
 
 
-FORWARD, DENSE, GUARDED = range(3)
+FORWARD, DENSE, MASKED = range(3)
 
 
 def test_what_a_vendors_compiler_is_given_and_when(tmp_path: Path) -> None:
@@ -111,14 +111,14 @@ def test_what_a_vendors_compiler_is_given_and_when(tmp_path: Path) -> None:
         assert_same(train_step(pair, x), dense)
         pin_mixed(session)
         train_step(pair, x)
-    assert watching.ran == [FORWARD, DENSE, FORWARD, GUARDED, FORWARD, DENSE, FORWARD, GUARDED]
+    assert watching.ran == [FORWARD, DENSE, FORWARD, MASKED, FORWARD, DENSE, FORWARD, MASKED]
     assert len(watching.graphs) == 3, "each version is compiled once"
 
     ours = [{t for node in gm.graph.nodes if (t := str(node.target)).startswith("cacompile")} for gm in watching.graphs]
     assert ours == [set(), set(), {"cacompile.masked_mm.default"}]
-    last = watching.graphs[GUARDED].graph.find_nodes(op="placeholder")[-1]
-    (instance,) = session.instances
-    assert last.meta["val"].dtype == torch.uint8 and last.meta["val"].shape == (instance.plan.blocks,)
+    last = watching.graphs[MASKED].graph.find_nodes(op="placeholder")[-1]
+    (binding,) = session.bindings
+    assert last.meta["val"].dtype == torch.uint8 and last.meta["val"].shape == (binding.layout.blocks,)
     assert not any("handle" in str(node) for gm in watching.graphs for node in gm.graph.nodes)
 
 
@@ -159,7 +159,7 @@ def test_graphs_without_gradients_are_that_compilers_alone() -> None:
     watching, model = Watching(), Block()
     with torch.no_grad():
         compiled(model, watching)(torch.randn(8, 32))
-    assert watching.ran == [0] and not cacompile.session(model).instances
+    assert watching.ran == [0] and not cacompile.session(model).bindings
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", vendor], ids=["aot_eager", "vendor"])

@@ -33,7 +33,7 @@ import cacompile.integrations.accelerate
 from cacompile.integrations.transformers import FILE, ConvAwareCallback
 
 STEPS = 6
-OPTIONS = {"warmup_steps": 2, "monitor_every": 1, "tolerance": 1.0, "block_rows": 16}
+OPTIONS = {"warmup_steps": 2, "monitor_every": 1, "tolerance": 1.0, "block_rows": 16, "inner": "aot_eager"}
 LOGGED = {"convaware/skipped_dw", "convaware/keep", "convaware/saved_flops", "convaware/saved_dw"}
 
 pytestmark = pytest.mark.usefixtures("however_fast")
@@ -99,19 +99,21 @@ def trainer(
 
 
 @pytest.mark.parametrize("torch_compile", [False, True], ids=["the callback compiles", "accelerate compiles"])
-def test_trainer_logs_and_resumes_bit_for_bit(torch_compile: bool, tmp_path: Path, caplog: Any):
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_trainer_logs_and_resumes_bit_for_bit(torch_compile: bool, inner: str, tmp_path: Path, caplog: Any):
+    options = {**OPTIONS, "inner": inner}
     how = {"torch_compile": True, "torch_compile_backend": "convaware"} if torch_compile else {}
     sees = Sees()
-    whole = trainer(tmp_path / "run", ConvAwareCallback(OPTIONS), sees, **how)
+    whole = trainer(tmp_path / "run", ConvAwareCallback(options), sees, **how)
     whole.train()
-    assert cacompile.session(whole.model).config == cacompile.Config(**OPTIONS)
+    assert cacompile.session(whole.model).config == cacompile.Config(**options)
     losses = [logs for logs in sees.logs if "loss" in logs]
     assert len(losses) == STEPS and all(logs.keys() >= LOGGED for logs in losses)
     assert [logs.keys() >= LOGGED for logs in whole.state.log_history] == STEPS * [True] + [False]
     assert losses[0]["convaware/skipped_dw"] == 0.0 < losses[-1]["convaware/skipped_dw"] <= 1.0
 
     def resumed(output: str, place: Path | bool, **settings: Any) -> Trainer:
-        again = trainer(tmp_path / output, ConvAwareCallback(OPTIONS), **how, **settings)
+        again = trainer(tmp_path / output, ConvAwareCallback(options), **how, **settings)
         again.train(resume_from_checkpoint=str(place) if isinstance(place, Path) else place)
         return again
 
@@ -160,7 +162,9 @@ def test_trainer_is_told_what_does_not_fit(options: Any, settings: dict[str, Any
 
 ACCELERATED = {
     "plugin": {"dynamo_plugin": {"backend": "convaware", "options": OPTIONS}},
-    "regions": {"dynamo_plugin": {"backend": "convaware", "options": OPTIONS, "use_regional_compilation": True}},
+    "compiled_graphs": {
+        "dynamo_plugin": {"backend": "convaware", "options": OPTIONS, "use_regional_compilation": True}
+    },
     "environment": {"env": True},
     "before prepare": {},
 }

@@ -1,4 +1,4 @@
-"""The examples of docs/internals.md run as they stand."""
+"""The examples of docs/internals.md, and of an own optimizer in docs/pipelines.md, run as they stand."""
 
 from pathlib import Path
 
@@ -9,10 +9,14 @@ EXAMPLES = [block for block in blocks("internals.md") if block.language == "pyth
 
 
 def test_each_section_has_an_example() -> None:
-    assert sections("internals.md") == list(dict.fromkeys(block.section for block in EXAMPLES))
+    told = ["Four walks through the house", "Words"]
+    assert sections("internals.md") == [*dict.fromkeys(block.section for block in EXAMPLES), *told]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda block: block.section)
+OWN = [block for block in blocks("pipelines.md") if block.section == "Your own optimizer"]
+
+
+@pytest.mark.parametrize("example", [*EXAMPLES, *OWN], ids=lambda block: block.section)
 def test_example(example: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(example.text, "docs/internals.md", "exec"), {"__name__": "example"})
+    exec(compile(example.text, "docs", "exec"), {"__name__": "example"})

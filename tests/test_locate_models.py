@@ -1,4 +1,4 @@
-"""What is found in real models: which weights are guarded, which stay dense and why, and that the numbers hold."""
+"""What is found in real models: which weights are masked, which stay dense and why, and that the numbers hold."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from helpers import compile_all, masks, mlp, square_mean
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from cacompile import region
 from cacompile.config import Config
-from cacompile.passes import guard_weight_grads, locate, verify
-from cacompile.plan import Param, Plan
-from cacompile.versions import _erase_handle
+from cacompile.graph import compiled as region
+from cacompile.graph.handle import erase_handle
+from cacompile.passes import locate, mask_weight_grads, verify
+from cacompile.passes.plan import Param, Plan
 
 
 def small_blocks(model: nn.Module, backend: str, **settings: Any) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ def test_linear(shape: tuple[int, ...], bias: bool) -> None:
     compare(
         lambda: mlp(bias=bias),
         normal(*shape),
-        guards=["0.weight", "3.weight"],
+        grouped=["0.weight", "3.weight"],
         stays=dict.fromkeys(vectors, "cheap reduction"),
     )
 
@@ -76,12 +76,12 @@ def test_linear_under_autocast() -> None:
                 return self.mlp(x)
 
     # a product of fewer rows may be summed in another order, and bfloat16 keeps 8 bits
-    compare(Autocast, normal(2, 4, 32), guards=["mlp.0.weight", "mlp.3.weight"], rtol=1e-2)
+    compare(Autocast, normal(2, 4, 32), grouped=["mlp.0.weight", "mlp.3.weight"], rtol=1e-2)
 
 
 def test_float64() -> None:
     compare(lambda: mlp(dtype=torch.float64), lambda: [torch.randn(8, 32, dtype=torch.float64)],
-            guards=["0.weight", "3.weight"], rtol=1e-12)  # fmt: skip
+            grouped=["0.weight", "3.weight"], rtol=1e-12)  # fmt: skip
 
 
 CONVOLUTIONS = {
@@ -105,7 +105,7 @@ def test_convolution(name: str) -> None:
     layer, inputs = CONVOLUTIONS[name]
     # a bias gradient leaves the library's call, which would compute all of dW with it
     near = ["0.bias"] if layer().bias is not None else []
-    compare(lambda: nn.Sequential(layer()), inputs, guards=["0.weight"], near=near)
+    compare(lambda: nn.Sequential(layer()), inputs, grouped=["0.weight"], near=near)
 
 
 def test_grouped_transposed_convolution_stays_dense() -> None:
@@ -113,7 +113,7 @@ def test_grouped_transposed_convolution_stays_dense() -> None:
         return nn.Sequential(nn.ConvTranspose2d(32, 32, 3, groups=2), nn.Conv2d(32, 32, 3, bias=False))
 
     stays = {"0.weight": "transposed convolution with 2 groups"}
-    compare(make, normal(2, 32, 5, 5), guards=["1.weight"], stays=stays)
+    compare(make, normal(2, 32, 5, 5), grouped=["1.weight"], stays=stays)
 
 
 def test_batch_norm_and_residual_stream() -> None:
@@ -130,7 +130,7 @@ def test_batch_norm_and_residual_stream() -> None:
             return self.head((x + self.inside(x)).mean((2, 3)))
 
     stays = {"norm.weight": "cheap reduction", "norm.bias": "cheap reduction", "head.bias": "cheap reduction"}
-    compare(Residual, normal(2, 3, 6, 6), guards=["stem.weight", "inside.weight", "head.weight"], stays=stays)
+    compare(Residual, normal(2, 3, 6, 6), grouped=["stem.weight", "inside.weight", "head.weight"], stays=stays)
 
 
 PRODUCTS = {
@@ -151,7 +151,7 @@ PRODUCTS = {
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_of_every_shape(name: str) -> None:
     function, shapes, x = PRODUCTS[name]
-    compare(lambda: Function(function, *shapes), normal(*x), guards=[f"w{i}" for i in range(len(shapes))])
+    compare(lambda: Function(function, *shapes), normal(*x), grouped=[f"w{i}" for i in range(len(shapes))])
 
 
 ODD = {
@@ -168,7 +168,7 @@ def test_weight_stored_transposed(stored: str, use: str) -> None:
         model.w0 = nn.Parameter(ODD[stored](model.w0.detach()))
         return model
 
-    model = compare(make, normal(8, 32), guards=["w0"])
+    model = compare(make, normal(8, 32), grouped=["w0"])
     assert model.w0.is_contiguous() == (stored == "contiguous")
 
 
@@ -180,7 +180,7 @@ def test_weights_joined_by_cat_stay_dense() -> None:
 
     model = lambda: Function(function, (32, 32), (48, 32), (96, 32))  # noqa: E731
     stays = dict.fromkeys(["w0", "w1"], "makes other gradients as well")
-    compare(model, normal(8, 32), guards=["w2"], stays=stays)
+    compare(model, normal(8, 32), grouped=["w2"], stays=stays)
 
 
 SLICED = {
@@ -195,7 +195,7 @@ SLICED = {
 
 @pytest.mark.parametrize("name", SLICED)
 def test_weight_sliced_before_its_use(name: str) -> None:
-    compare(lambda: Function(SLICED[name], (96, 32)), normal(8, 32), guards=["w0"])
+    compare(lambda: Function(SLICED[name], (96, 32)), normal(8, 32), grouped=["w0"])
 
 
 def test_slices_where_no_block_ends_are_cut_the_other_way() -> None:
@@ -203,14 +203,14 @@ def test_slices_where_no_block_ends_are_cut_the_other_way() -> None:
         return F.linear(x, w[:37]).sum(-1, keepdim=True) + F.linear(x, w[37:]).square().sum(-1, keepdim=True) + x @ v
 
     model = lambda: Function(function, (80, 32), (32, 32))  # noqa: E731
-    found = compare(model, normal(8, 32), guards=["w0", "w1"])
+    found = compare(model, normal(8, 32), grouped=["w0", "w1"])
     assert masks(found)["w0"][0] == 1
 
 
 def test_weight_used_twice() -> None:
-    compare(lambda: Function(lambda x, w: F.linear(F.linear(x, w).relu(), w), (32, 32)), normal(8, 32), guards=["w0"])
+    compare(lambda: Function(lambda x, w: F.linear(F.linear(x, w).relu(), w), (32, 32)), normal(8, 32), grouped=["w0"])
     # once as it is and once transposed: its rows are rows of one product and columns of the other
-    compare(lambda: Function(lambda x, w: F.linear(x, w).relu() @ w, (48, 32)), normal(8, 32), guards=["w0"])
+    compare(lambda: Function(lambda x, w: F.linear(x, w).relu() @ w, (48, 32)), normal(8, 32), grouped=["w0"])
 
 
 def test_embedding_stays_dense() -> None:
@@ -225,7 +225,7 @@ def test_embedding_stays_dense() -> None:
             return self.head(self.embed(tokens).sum(1) + self.bag(tokens))
 
     stays = {"embed.weight": "an embedding", "bag.weight": "an embedding"}
-    compare(Tokens, lambda: [torch.randint(0, 40, (4, 6))], guards=["head.weight"], stays=stays)
+    compare(Tokens, lambda: [torch.randint(0, 40, (4, 6))], grouped=["head.weight"], stays=stays)
 
 
 def test_what_a_product_does_not_make_stays_dense() -> None:
@@ -233,7 +233,7 @@ def test_what_a_product_does_not_make_stays_dense() -> None:
         return F.linear(x * scale + table.sum(0), w) + 0 * unused.sum()
 
     model = lambda: Function(function, (8, 32), (32, 32), (32, 32), (48, 32))  # noqa: E731
-    compare(model, normal(8, 32), guards=["w3"], stays={"w0": "used 3 times", "w1": "broadcast", "w2": "broadcast"})
+    compare(model, normal(8, 32), grouped=["w3"], stays={"w0": "used 3 times", "w1": "broadcast", "w2": "broadcast"})
 
 
 def test_a_product_that_is_two_gradients_stays_dense() -> None:
@@ -243,7 +243,7 @@ def test_a_product_that_is_two_gradients_stays_dense() -> None:
         return F.linear(F.linear(x, w + v), u)
 
     model = lambda: Function(function, (48, 32), (48, 32), (32, 48))  # noqa: E731
-    compare(model, normal(8, 32), guards=["w2"], stays={"w0": "used 2 times", "w1": "used 2 times"})
+    compare(model, normal(8, 32), grouped=["w2"], stays={"w0": "used 2 times", "w1": "used 2 times"})
 
 
 def test_a_gradient_that_is_also_the_inputs_stays_dense() -> None:
@@ -253,7 +253,7 @@ def test_a_gradient_that_is_also_the_inputs_stays_dense() -> None:
         return F.linear(x + position, w)
 
     inputs = lambda: [torch.randn(8, 32, requires_grad=True)]  # noqa: E731
-    compare(lambda: Function(function, (8, 32), (48, 32)), inputs, guards=["w1"], stays={"w0": "used 2 times"})
+    compare(lambda: Function(function, (8, 32), (48, 32)), inputs, grouped=["w1"], stays={"w0": "used 2 times"})
 
 
 class Standardized(nn.Conv2d):
@@ -302,7 +302,7 @@ def test_gradients_that_share_a_product(name: str, monkeypatch: pytest.MonkeyPat
     make, x, leader, followers = CHAINS[name]
     plan, dense, masked = backward_by_hand(make(), [torch.randn(x, requires_grad=True)], monkeypatch)
     assert {g.param.name: g.follows for g in plan.grads} == {leader: "", **dict.fromkeys(followers, leader)}
-    assert set(plan.guarded or ()) == {leader, *followers}
+    assert set(plan.masked or ()) == {leader, *followers}
     dims = {g.param.name: g.dim for g in plan.grads}
     for param, expected in dense.items():
         if param not in dims:
@@ -317,7 +317,7 @@ def test_scale_of_a_whole_weight_keeps_it_dense(monkeypatch: pytest.MonkeyPatch)
     model = Function(lambda x, w, g, v: F.linear(x, w * g) @ v, (48, 32), (1,), (48, 32))
     plan, *_ = backward_by_hand(model, [torch.randn(8, 32)], monkeypatch)
     assert [g.param.name for g in plan.grads] == ["w2"]
-    assert "gradient of w1" in next(skip.reason for skip in plan.skips if skip.param == "w0")
+    assert "gradient of w1" in next(skip.reason for skip in plan.dense if skip.param == "w0")
     assert plan.flops == 2 * 8 * 48 * 32 * 2
 
 
@@ -329,7 +329,7 @@ def test_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Function(experts, (4, 48, 32), dtype=torch.bfloat16)
     plan, dense, masked = backward_by_hand(model, [torch.randn(32, 32)], monkeypatch, block=2)
     [grad] = plan.grads
-    assert (grad.kind, plan.guarded, grad.flops) == ("grouped", ("w0",), 2 * 32 * 48 * 32)
+    assert (grad.kind, plan.masked, grad.flops) == ("grouped", ("w0",), 2 * 32 * 48 * 32)
     assert not masked["w0"][:2].any() and dense["w0"][:1].any()
     assert torch.equal(masked["w0"][2:], dense["w0"][2:])
 
@@ -344,33 +344,35 @@ def backward_by_hand(
 
     def plan_by_hand(params: tuple[Param, ...], **_: Any) -> Plan:
         plan = locate(Plan(params=params))
-        slots = itertools.count(step=1000)
-        return replace(plan, grads=tuple(replace(g, block=block, slot=next(slots), others=()) for g in plan.grads))
+        first_flags = itertools.count(step=1000)
+        return replace(
+            plan, grads=tuple(replace(g, block=block, first_flag=next(first_flags), others=()) for g in plan.grads)
+        )
 
     def eager(gm: fx.GraphModule, _inputs: Any, **_settings: Any) -> Callable[[list[Any]], Any]:
         return make_boxed_func(gm.forward)
 
     def versions(gm: fx.GraphModule, inputs: Any, settings: Any, *, handle: int, plan: Plan, **_: Any) -> Any:
-        slot = _erase_handle(gm, handle)
-        before, guarded = copy.deepcopy(gm.graph), copy.deepcopy(gm)
-        plans.append(guard_weight_grads(guarded, plan))
-        verify(before, guarded.graph, plans[-1].guarded or ())
+        first_flag = erase_handle(gm, handle)
+        before, masked = copy.deepcopy(gm.graph), copy.deepcopy(gm)
+        plans.append(mask_weight_grads(masked, plan))
+        verify(before, masked.graph, plans[-1].masked or ())
 
         def run(args: list[Any]) -> list[Any]:
             args.pop(handle)
             flags = torch.ones(1000 * len(plan.grads), dtype=torch.uint8)
             if modes[0] == "off":
-                flags[[grad.slot for grad in plan.grads]] = 0
-            every = list(gm(*args) if modes[0] == "dense" else guarded(*args, flags))
-            if slot is not None:
-                every.insert(slot, None)
+                flags[[grad.first_flag for grad in plan.grads]] = 0
+            every = list(gm(*args) if modes[0] == "dense" else masked(*args, flags))
+            if first_flag is not None:
+                every.insert(first_flag, None)
             return every
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        _, compiled = region.compile_region(gm, inputs, Config(), {}, compile_inner=eager)
+        _, compiled = region.compile_graph(gm, inputs, Config(), {}, compile_inner=eager)
         return lambda *args: compiled(*args, torch.tensor(0))
 
     plans: list[Plan] = []

@@ -33,9 +33,9 @@ def test_model_without_parameters() -> None:
 
 def test_only_vectors() -> None:
     model = nn.Sequential(nn.LayerNorm(32))
-    twin = copy.deepcopy(model)
+    replacement = copy.deepcopy(model)
     x = batch()
-    dense = train_step((twin, compile_all(twin, "inductor")), x)
+    dense = train_step((replacement, compile_all(replacement, "inductor")), x)
     assert_same(train_step((model, compile_all(model, "convaware")), x), dense)
     assert cacompile.session(model).groups == []
 
@@ -46,18 +46,18 @@ def test_frozen_parameters() -> None:
         model.up.requires_grad_(False)
         return model
 
-    compare(make, batch, guards=["down.weight"])
+    compare(make, batch, grouped=["down.weight"])
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 does not see it, with plain Inductor either")
 def test_unfreezing_later() -> None:
     model = Block()
     model.up.requires_grad_(False)
-    twin = copy.deepcopy(model)
-    ours, theirs = (model, compile_all(model, "convaware")), (twin, compile_all(twin, "inductor"))
+    replacement = copy.deepcopy(model)
+    ours, theirs = (model, compile_all(model, "convaware")), (replacement, compile_all(replacement, "inductor"))
     x = batch()
     assert_same(train_step(ours, x), train_step(theirs, x))
-    model.up.requires_grad_(True), twin.up.requires_grad_(True)
+    model.up.requires_grad_(True), replacement.up.requires_grad_(True)
     dense = train_step(theirs, x)
     assert_same(train_step(ours, x), dense)
     pin_mixed(cacompile.session(model))
@@ -77,7 +77,7 @@ def test_adapters() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.base(x) + self.b(self.a(x)) * 2.0
 
-    compare(Adapted, batch, guards=["a.weight", "b.weight"])
+    compare(Adapted, batch, grouped=["a.weight", "b.weight"])
 
 
 class Standardized(nn.Conv2d):
@@ -96,14 +96,14 @@ def test_standardized_weights_take_their_gains_along() -> None:
     """One product makes the gradients of weight and gain: both are zero where it is off."""
     weight, gain = "1.parametrizations.weight.original1", "1.parametrizations.weight.original0"
     make = lambda: nn.Sequential(Standardized(8, 32), weight_norm(nn.Conv2d(32, 48, 3)), nn.Flatten())  # noqa: E731
-    guards = ["0.weight", "0.gain", weight, gain]
-    model = compare(make, lambda: [torch.randn(2, 8, 5, 5)], guards=guards, near=["0.bias", "1.bias"])
+    masks = ["0.weight", "0.gain", weight, gain]
+    model = compare(make, lambda: [torch.randn(2, 8, 5, 5)], grouped=masks, near=["0.bias", "1.bias"])
     session = cacompile.session(model)
     assert session.families == ["0.filters", "1.filters"]
-    tracked = session.tracked
+    params = session.params
     for one, other in (("0.weight", "0.gain"), (weight, gain)):
-        assert (tracked[one].state.on == tracked[other].state.on).all()
-        assert not tracked[other].flops.any()
+        assert (params[one].on == params[other].on).all()
+        assert not params[other].flops.any()
 
 
 def test_tied_embedding_and_head() -> None:
@@ -119,15 +119,15 @@ def test_tied_embedding_and_head() -> None:
             return self.head(self.block(self.embed(tokens)))
 
     model = Tied()
-    twin = copy.deepcopy(model)
+    replacement = copy.deepcopy(model)
     tokens = [torch.randint(0, 192, (16, 16))]
-    ours, theirs = (model, compile_all(model, "convaware")), (twin, compile_all(twin, "inductor"))
+    ours, theirs = (model, compile_all(model, "convaware")), (replacement, compile_all(replacement, "inductor"))
     dense = train_step(theirs, tokens)
     assert_same(train_step(ours, tokens), dense)
     cacompile.session(model).pin({"embed.tokens[64:128]": False})
     step = train_step(ours, tokens)
     # only the head's product is skipped, the scatter of the embedding stays
-    untied = copy.deepcopy(twin)
+    untied = copy.deepcopy(replacement)
     untied.head.weight = nn.Parameter(untied.embed.weight.detach().clone())
     scatter = train_step((untied, untied), tokens).grads["embed.weight"]
     actual, expected = step.grads.pop("embed.weight"), dense.grads.pop("embed.weight")
@@ -136,19 +136,19 @@ def test_tied_embedding_and_head() -> None:
     torch.testing.assert_close(actual[rest], expected[rest], rtol=0, atol=1e-6)
     assert not torch.allclose(actual[64:128], expected[64:128])
     assert_masked(step, dense, {})
-    assert any(i.guarded_backwards for i in cacompile.session(model).instances)
+    assert any(i.masked_backwards for i in cacompile.session(model).bindings)
 
 
 def test_no_optimizer() -> None:
     """Weights moved by hand: groups stay on, a pin still holds, and nothing is drawn."""
     model = Block()
-    twin = copy.deepcopy(model)
-    ours, theirs = (model, compile_all(model, "convaware")), (twin, compile_all(twin, "inductor"))
+    replacement = copy.deepcopy(model)
+    ours, theirs = (model, compile_all(model, "convaware")), (replacement, compile_all(replacement, "inductor"))
     x = batch()
     for _ in range(3):
         assert_same(train_step(ours, x), train_step(theirs, x))
         with torch.no_grad():
-            for p in (*model.parameters(), *twin.parameters()):
+            for p in (*model.parameters(), *replacement.parameters()):
                 p -= 0.1 * p.grad
     session = cacompile.session(model)
     assert session.step_count == 0 and session.mask.all()

@@ -1,25 +1,26 @@
-"""The picture of the coupling graph: all of it there, once, nothing on top of anything else, and safe to open."""
+"""The picture of the coupling graph: all of it there, once, folded by role, and safe to open."""
 
-import itertools
 import re
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pydot
 import pytest
 import torch
 from helpers import Block
 from torch import nn
 
 import cacompile
-from cacompile.plan import Shared, Slice
-from cacompile.report.explain import Explanation, Row
-from cacompile.report.fold import fold, fold_name, gather
-from cacompile.report.groups import Group
-from cacompile.report.picture import UNGROUPED, Picture, families_of, picture_of
+from cacompile.explanation.drawing import Box, Drawing, Line, dot
+from cacompile.explanation.explain import Explanation
+from cacompile.explanation.facts import ExplainedGroup, ExplainedParam
+from cacompile.explanation.families import families_of, fold, fold_name, pattern
+from cacompile.explanation.picture import picture
+from cacompile.passes.plan import SharedAxis, Slice
 
 SVG = "{http://www.w3.org/2000/svg}"
-Rect = tuple[float, float, float, float]
 
 
 class Net(nn.Module):
@@ -43,15 +44,17 @@ def found() -> Explanation:
     return cacompile.explain(Net(), torch.randint(0, 40, (4, 8)), options={"block_rows": 16})
 
 
-def family(name: str, *weights: tuple[str, int, tuple[int, ...]], kin: str = "", units: int = 16) -> list[Group]:
+def family(
+    name: str, *weights: tuple[str, int, tuple[int, ...]], role_hash: str = "", units: int = 16
+) -> list[ExplainedGroup]:
     """Two groups of a family; weights: (name, dimension, shape)."""
     kind = name.rpartition(".")[2]
     return [
-        Group(
+        ExplainedGroup(
             f"{name}[{start}:{start + units}]",
             name,
             kind,
-            kin or kind,
+            role_hash or kind,
             tuple(Slice(weight, dim, start, start + units) for weight, dim, _ in weights),
             100,
             0.05,
@@ -60,12 +63,14 @@ def family(name: str, *weights: tuple[str, int, tuple[int, ...]], kin: str = "",
     ]
 
 
-def row(param: str, *shape: int, reason: str = "") -> Row:
+def row(param: str, *shape: int, reason: str = "") -> ExplainedParam:
     operation = "" if reason else "masked_mm"
-    return Row(0, param, shape, "linear", (), 100, 0.1, 2, 16, "rows", (), operation, reason)
+    return ExplainedParam(0, param, shape, "linear", (), 100, 0.1, 2, 16, "rows", (), operation, reason)
 
 
-def explanation(rows: Sequence[Row], groups: Sequence[Group] = (), axes: Sequence[Shared] = ()) -> Explanation:
+def explanation(
+    rows: Sequence[ExplainedParam], groups: Sequence[ExplainedGroup] = (), axes: Sequence[SharedAxis] = ()
+) -> Explanation:
     families = tuple(dict.fromkeys(group.family for group in groups))
     return Explanation(tuple(rows), 1, tuple(groups), tuple(axes), families, {}, 10, 0.01)
 
@@ -83,127 +88,104 @@ def layers(count: int, widths: Sequence[int] = ()) -> Explanation:
         rows += [row(name, *shape) for name, _, shape in (qkv, out, up, down)]
     rows.append(row("norm.weight", 8, reason="one-dimensional"))
     members = tuple((r.param, r.shape.index(8)) for r in rows)
-    return explanation(rows, groups, [Shared("stream", 8, members)])
+    return explanation(rows, groups, [SharedAxis("stream", 8, members)])
 
 
-def rects(root: ET.Element, name: str) -> list[Rect]:
-    return [
-        tuple(float(rect.get(key, "")) for key in ("x", "y", "width", "height"))
-        for rect in root.iter(f"{SVG}rect")
-        if name in rect.get("class", "").split()
-    ]
+def text_of(lines: Sequence[Line]) -> str:
+    return " | ".join("".join(word.text for word in line) for line in lines)
 
 
-def overlap(a: Rect, b: Rect) -> bool:
-    return a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
+def heads(drawing: Drawing) -> list[str]:
+    """First lines of the clusters."""
+    return [text_of(cluster.lines[:1]) for cluster in drawing.clusters]
 
 
-def inside(a: Rect, b: Rect) -> bool:
-    return b[0] <= a[0] and a[0] + a[2] <= b[0] + b[2] and b[1] <= a[1] and a[1] + a[3] <= b[1] + b[3]
-
-
-def text_rects(root: ET.Element) -> list[Rect]:
-    """As wide as they are told to be, as high as capitals and descenders."""
-    out = []
-    for text in root.iter(f"{SVG}text"):
-        x, y, width = float(text.get("x", "")), float(text.get("y", "")), float(text.get("textLength", 0))
-        out.append((x - 8, y - width, 8, width) if text.get("transform") else (x, y - 8, width, 10))
-    return out
-
-
-def check(found: Explanation) -> tuple[Picture, ET.Element]:
-    """What holds for every picture."""
-    picture = picture_of(found)
+def check(found: Explanation) -> tuple[Drawing, ET.Element]:
+    """What holds for every picture: each parameter and family is there once, and Graphviz draws what it was told."""
+    drawing = picture(found)
+    boxes = [*drawing.boxes, *(box for cluster in drawing.clusters for box in cluster.boxes)]
+    keys = [box.key for box in boxes]
+    params = {row.param for row in found.rows}
+    assert len(set(keys)) == len(keys) and {key for key in keys if not key.startswith("groups ")} <= params
+    assert {end[0] for edge in drawing.edges for end in (edge.source, edge.target)} <= set(keys)
     root = ET.fromstring(found.to_svg())
-    drawn = [name for cluster in picture.clusters for box in cluster.boxes for name in box.names]
-    assert sorted(drawn) == sorted({r.param for r in found.rows})
-    families = [name for cluster in picture.clusters for name in cluster.names]
-    assert sorted(families) == sorted({group.family for group in found.groups})
-    boxes, clusters = rects(root, "box"), rects(root, "front")
-    assert len(boxes) == sum(len(cluster.boxes) for cluster in picture.clusters)
-    assert len(clusters) == len(picture.clusters)
-    for several in (boxes, clusters, text_rects(root)):
-        assert not [pair for pair in itertools.combinations(several, 2) if overlap(*pair)]
-    page = (0.0, 0.0, float(root.get("width", "")), float(root.get("height", "")))
-    assert all(inside(it, page) for it in (*boxes, *clusters, *text_rects(root)))
-    assert all(sum(inside(box, cluster) for cluster in clusters) == 1 for box in boxes)
-    for text in text_rects(root):
-        assert all(inside(text, it) or not overlap(text, it) for it in (*boxes, *clusters)), "a text crosses an edge"
-    return picture, root
+    drawn = [group.get("class", "").split()[0] for group in root.iter(f"{SVG}g") if group.get("class")]
+    assert drawn.count("node") == len(boxes)
+    assert (drawn.count("cluster"), drawn.count("edge")) == (len(drawing.clusters), len(drawing.edges))
+    told = pydot.graph_from_dot_data(dot(drawing))[0].get_edges()
+    assert sum(edge.get_style() != "invis" for edge in told) == len(drawing.edges)
+    return drawing, root
 
 
 def test_model(found):
-    picture, root = check(found)
+    drawing, root = check(found)
     text = "".join(root.itertext())
-    assert "blocks.{0..2}.neurons" in text and "× 3" in text
-    assert "not in any group" in text and "norm.weight" in text
-    [stream] = [line for line in picture.lines if line.kind == "stream"]
-    assert stream.label == "stream 32"
-    assert {port.box.label for port in stream.ports} >= {"weight", "up.weight", "down.weight", "norm.weight"}
+    assert "blocks.{0..2}.neurons × 3" in text and "Not in any group: 5 parameters" in text
+    assert "axes in common, among them stream 32" in re.sub(r"\s+", " ", text_of(drawing.lines).replace(" | ", " "))
+    stream = [edge for edge in drawing.edges if edge.classes == "stream stream-0"]
+    assert {end for edge in stream for end in (edge.source, edge.target)} >= {
+        ("embed.weight", "d1"),
+        ("blocks.0.up.weight", "d1"),
+        ("blocks.0.down.weight", "d0"),
+        ("norm.weight", "d0"),
+    }
 
 
 def test_equal_layers_are_drawn_once():
-    picture, _ = check(layers(3))
-    assert [cluster.title for cluster in picture.clusters] == [
-        "layers.{0..2}.attn.heads",
-        "layers.{0..2}.mlp.neurons",
-        UNGROUPED,
-    ]
-    assert [box.label for box in picture.clusters[-1].boxes] == [
-        "embed.weight",
-        "layers.{0..2}.norm.weight",
-        "norm.weight",
-    ]
-    assert picture.clusters[0].share == pytest.approx(0.3)
-    assert len(picture_of(layers(32)).clusters) == 3
+    drawing, _ = check(layers(3))
+    assert heads(drawing) == ["layers.{0..2}.attn.heads × 3", "layers.{0..2}.mlp.neurons × 3"]
+    assert [box.key for box in drawing.boxes] == ["embed.weight", "layers.0.norm.weight", "norm.weight"]
+    assert "30.0% of dW FLOPs" in text_of(drawing.clusters[0].lines)
+    assert len(picture(layers(32)).clusters) == 2
 
 
-def test_layers_that_differ_are_drawn_each():
-    picture, _ = check(layers(3, widths=[32, 64, 96]))
-    assert sum(cluster.kind == "neurons" for cluster in picture.clusters) == 3
-    other_kin = layers(3)
-    other_kin = replace(other_kin, groups=tuple(replace(group, kin=group.name) for group in other_kin.groups))
-    assert len(check(other_kin)[0].clusters) == 7
+@pytest.mark.parametrize(
+    "change", [lambda i: {"role_hash": str(i)}, lambda i: {"kind": ("neurons", "rows")[i % 2]}], ids=["role", "kind"]
+)
+def test_layers_that_differ_are_drawn_each(change):
+    drawing, _ = check(layers(3, widths=[32, 64, 96]))
+    assert sum(head.startswith("layers.") and "neurons" in head for head in heads(drawing)) == 3
+    alike = layers(3)
+    groups = tuple(replace(group, **change(int(group.family.split(".")[1]))) for group in alike.groups)
+    assert len(check(replace(alike, groups=groups))[0].clusters) > 2
 
 
 def test_fold():
     def folded(*names: str) -> list[str]:
-        return [fold_name(run) for run in fold(names, str, lambda name: "")]
+        return [fold_name(run) for run in fold(names, pattern)]
 
     assert folded("a", "l.0.h", "l.0.n", "l.1.h", "l.1.n", "z") == ["a", "l.{0,1}.h", "l.{0,1}.n", "z"]
-    assert folded("l.0.n", "l.1.h", "l.1.n", "l.2.h", "l.2.n") == ["l.0.n", "l.{1,2}.h", "l.{1,2}.n"]
     assert folded("s.0", "s.2", "s.4", "s.6", "s.8") == ["s.{0,2..8}"]
     assert folded("s.0", "s.1", "s.5") == ["s.{0,1,5}"]
     assert folded("l.0.e.0", "l.0.e.1", "l.1.e.0", "l.1.e.1") == ["l.{0,1}.e.{0,1}"]
-    assert folded("a.0", "b.1", "a.2") == ["a.0", "b.1", "a.2"]
-    names = ["l.0.norm", "l.0.bias", "l.1.norm", "l.3.bias", "norm"]
-    assert [fold_name(run) for run in gather(names, str, lambda name: "")] == ["l.{0,1}.norm", "l.{0,3}.bias", "norm"]
+    assert folded("a.0", "b.1", "a.2") == ["a.{0,2}", "b.1"]
+
+
+def labels(boxes: Sequence[Box]) -> list[str]:
+    return [text_of(box.lines[:1]) for box in boxes]
 
 
 def test_weight_of_two_families_is_drawn_in_the_one_that_has_most():
     fused, out = ("block.fused.weight", 0, (80, 8)), ("block.out.weight", 1, (8, 32))
     groups = family("block.neurons", fused, out, units=24) + family("block.heads", fused)
-    picture, root = check(explanation([row(name, *shape) for name, _, shape in (fused, out)], groups))
-    assert [[box.label for box in cluster.boxes] for cluster in picture.clusters] == [
-        ["fused.weight", "out.weight"],
-        [],
-    ]
+    drawing, root = check(explanation([row(name, *shape) for name, _, shape in (fused, out)], groups))
+    assert [labels(cluster.boxes) for cluster in drawing.clusters] == [["fused.weight", "out.weight"]]
+    assert labels(drawing.boxes) == ["block.heads"]
     assert "also slices of fused.weight" in "".join(root.itertext())
 
 
 def test_axis_with_groups_is_a_line_only_where_it_leads_elsewhere():
     first, second = ("a.weight", 0, (32, 8)), ("b.weight", 0, (32, 32))
-    axis = Shared("neurons", 32, (("a.weight", 0), ("b.weight", 1)), family=0)
-    alone = Shared("neurons", 32, (("b.weight", 0),), family=1)
-    groups = family("a.neurons", first) + family("b.neurons", second, kin="other")
+    axis = SharedAxis("neurons", 32, (("a.weight", 0), ("b.weight", 1)), family=0)
+    lonely = SharedAxis("neurons", 32, (("b.weight", 0), ("b.weight", 1)), family=1)
+    groups = family("a.neurons", first) + family("b.neurons", second, role_hash="other")
     rows = [row(name, *shape) for name, _, shape in (first, second)]
-    picture, _ = check(explanation(rows, groups, [axis, alone]))
-    [line] = picture.lines
-    assert [(port.box.names[0], port.dim) for port in line.ports] == [("a.weight", 0), ("b.weight", 1)]
+    drawing, _ = check(explanation(rows, groups, [axis, lonely]))
+    assert [(edge.source, edge.target) for edge in drawing.edges] == [(("a.weight", "d0"), ("b.weight", "d1"))]
 
 
 def test_odd_names_and_shapes():
-    name = 'a<b>&"c".weight'
+    name = 'a<b>&"c\\".weight'
     long = ".".join(f"a_rather_long_name_of_a_module_{i}" for i in range(8))
     groups = family(f"{long}.neurons", (name, 0, (32, 8)))
     rows = [row(name, 32, 8), row("scale", reason="<script>alert(1)</script>"), row(f"{long}.bias", 4, reason="vector")]
@@ -214,7 +196,7 @@ def test_odd_names_and_shapes():
 
 
 def test_nothing_found():
-    check(explanation([]))
+    assert len(check(explanation([]))[0].clusters) == 0
     assert "0.0% of dW FLOPs" in explanation([]).to_html()
 
 
@@ -224,10 +206,8 @@ def test_files(found, tmp_path):
 
 
 def test_page_has_everything_and_needs_nothing(found):
-    page = replace(found, cuts={"aten.cumsum.default": 2}).to_html()
-    assert not re.search(
-        r"https?://|<script|<link|@import|url\(", page.replace('xmlns="http://www.w3.org/2000/svg"', "")
-    )
+    page = replace(found, untraced={"aten.cumsum.default": 2}).to_html()
+    assert not re.search(r"<script|<link|@import|url\(|https?://", re.sub(r'xmlns(:xlink)?="[^"]*"', "", page))
     assert "aten.cumsum.default (2×)" in page
     for name in (*found.families, *(r.param for r in found.rows)):
         assert f"<code>{name}</code>" in page
@@ -237,3 +217,24 @@ def test_page_has_everything_and_needs_nothing(found):
 def test_equal_input_gives_equal_output(found):
     assert found.to_html() == replace(found).to_html()
     assert layers(4).to_svg() == layers(4).to_svg()
+
+
+def test_without_graphviz_it_says_what_to_install(found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pygraphviz", None)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(cacompile.ConvAwareError, match=r"pip install 'cacompile\[report\]'"):
+        found.to_svg()
+    assert found.show("head.weight", "dot").startswith("digraph {")
+
+
+@pytest.mark.parametrize("old", ["cuts", "kin", "guarded", "version"])
+def test_old_names_work_and_warn(found, old):
+    calls = {
+        "cuts": lambda: found.cuts == found.untraced,
+        "kin": lambda: found.groups[0].kin == found.groups[0].role_hash,
+        "guarded": lambda: found.code("guarded") == found.code("masked"),
+        "version": lambda: found.show("head.weight", "dot", version="guarded").startswith("digraph"),
+    }
+    with pytest.warns(DeprecationWarning, match=old) as warned:
+        assert calls[old]()
+    assert warned[0].filename == __file__, "who calls it is told"

@@ -1,18 +1,19 @@
 """The quality benchmark: its arithmetic by hand, what is run and what is not, and all of it in its mode of seconds."""
 
-import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import read_rows, run_script
+from scripts import read_rows, run_module
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from quality_curve import Arms, Worth, mean_worth, resampled, rising, seed_worths, standard_error, worth  # noqa: E402
+from benchmarks.quality.arms import ARMS, random_groups
+from benchmarks.quality.curve import Arms, Worth, mean_worth, resampled, rising, seed_worths, standard_error, worth
+from benchmarks.quality.plan import Part, Settings, Turn, next_part, plan
+from benchmarks.quality.report import against_goal, report, summarize, times, within_error
+from benchmarks.quality.rows import COLUMNS, append, keys, read, write_profile
+from benchmarks.quality.worker import spread
 
 DENSE = ["dense-75", "dense-80", "dense-85", "dense-90", "dense-95", "dense"]
 
@@ -76,8 +77,6 @@ def test_standard_error():
 
 
 def test_verdicts():
-    from quality_report import against_goal, within_error
-
     assert against_goal(Worth(1.2), 1.1) == "reached (1.200)"
     assert against_goal(Worth(1.2, "at least"), 1.1) == "reached (≥ 1.200)"
     assert against_goal(Worth(1.08), 1.2) == "falls short by 10.0% (1.080)"
@@ -90,8 +89,6 @@ def test_verdicts():
 
 
 def test_random_groups_come_near_what_is_wanted():
-    from quality_arms import random_groups
-
     flops, rng = np.array([1.0] * 10), np.random.default_rng(0)
     assert not random_groups(flops, 0.0, rng).any()
     assert random_groups(flops, 3.2, rng).sum() == 3
@@ -104,9 +101,6 @@ def test_random_groups_come_near_what_is_wanted():
 
 def write_rows(folder: Path) -> None:
     """Two seeds of ResNet: dense runs whose quality is their share of the steps plus the seed, and convaware."""
-    from quality_arms import ARMS
-    from quality_rows import COLUMNS, append
-
     for seed in (0, 1):
         for arm in (*DENSE, "convaware"):
             share = ARMS[arm].fraction if arm != "convaware" else 0.8
@@ -118,9 +112,6 @@ def write_rows(folder: Path) -> None:
 
 
 def test_report_of_rows_made_by_hand(tmp_path):
-    from quality_report import report, summarize, times
-    from quality_rows import read
-
     write_rows(tmp_path)
     rows = read(tmp_path / "quality.csv")
     ours = summarize(rows)[-1]
@@ -135,8 +126,6 @@ def test_report_of_rows_made_by_hand(tmp_path):
 
 
 def test_of_a_run_made_twice_the_later_row_counts(tmp_path):
-    from quality_rows import keys, read
-
     write_rows(tmp_path)
     first = read(tmp_path / "quality.csv")
     write_rows(tmp_path)
@@ -146,14 +135,10 @@ def test_of_a_run_made_twice_the_later_row_counts(tmp_path):
 
 
 def settings(folder: Path):
-    from quality_plan import Settings
-
     return Settings(out=folder, smoke=True)
 
 
 def test_plan_leaves_out_what_is_done(tmp_path):
-    from quality_plan import Turn, plan
-
     here = settings(tmp_path)
     [part] = plan(["gpt"], ["dense", "convaware", "random", "gradskip"], [3], here, set())
     assert part.turns == (Turn(("dense", "convaware"), 3), Turn(("random",), 3))
@@ -164,9 +149,6 @@ def test_plan_leaves_out_what_is_done(tmp_path):
 
 
 def test_plan_makes_the_profile_that_a_control_needs(tmp_path):
-    from quality_plan import Turn, plan
-    from quality_rows import write_profile
-
     here = settings(tmp_path)
     done = {here.key("vit", "convaware", 0)}
     [part] = plan(["vit"], ["static"], [0], here, done)
@@ -177,10 +159,7 @@ def test_plan_makes_the_profile_that_a_control_needs(tmp_path):
 
 
 def test_process_stays_with_its_task_then_helps_where_most_is_left(monkeypatch):
-    import quality_plan
-    from quality_plan import Part, next_part
-
-    monkeypatch.setattr(quality_plan, "SECONDS", {"gpt": 2.0, "resnet": 1.0, "minilm": 5.0})
+    monkeypatch.setattr("benchmarks.quality.plan.SECONDS", {"gpt": 2.0, "resnet": 1.0, "minilm": 5.0})
     parts = [Part("resnet", (), 100), Part("gpt", (), 100), Part("gpt", (), 100), Part("minilm", (), 50)]
     assert next_part(parts, [], None).task == "gpt"
     assert next_part(parts, [], "resnet").task == "resnet"
@@ -189,9 +168,10 @@ def test_process_stays_with_its_task_then_helps_where_most_is_left(monkeypatch):
 
 
 def run(*arguments: str) -> str:
-    return run_script("benchmarks/quality.py", *arguments)
+    return run_module("benchmarks.quality", *arguments)
 
 
+@pytest.mark.slow
 def test_whole_command_then_nothing_left_to_do(tmp_path):
     call = ("--smoke", "--tasks", "gpt,resnet", "--seeds", "0", "--out", str(tmp_path))
     out = run(*call)
@@ -225,10 +205,8 @@ def test_whole_command_then_nothing_left_to_do(tmp_path):
     assert (tmp_path / "quality.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_one_crash_does_not_lose_the_others(tmp_path):
-    from quality_plan import Part, Turn
-    from quality_worker import spread
-
     part = Part("resnet", (Turn(("static",), 0), Turn(("dense-75",), 0)), 35)
     events = [(kind, what) for kind, what in spread([part], 1, settings(tmp_path)) if kind != "step"]
     (failed, (task, turn, text)), (made, row) = events

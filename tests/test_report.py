@@ -9,9 +9,9 @@ from helpers import Block
 from torch import nn
 
 import cacompile
-from cacompile.report.look import CAN_ISOLATE
+from cacompile.explanation.look import CAN_ISOLATE
 
-OPTIONS = {"block_rows": 16}
+OPTIONS = {"block_rows": 16, "inner": "aot_eager"}
 
 
 class Net(nn.Module):
@@ -95,7 +95,7 @@ def test_looking_leaves_no_trace(tokens):
     cacompile.explain(model, tokens)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert cacompile.session(model).instances == []
+    assert cacompile.session(model).bindings == []
 
 
 def test_explain_of_a_model_that_has_run_needs_no_inputs(tokens):
@@ -170,7 +170,7 @@ def test_explain_ten_times_is_the_same_and_uses_up_no_recompilations(ran):
 def test_explain_names_the_parameters_of_identical_blocks(early):
     model = nn.Sequential(Block(), Block(), Block())
     if early:
-        _ = cacompile.session(model).tracked
+        _ = cacompile.session(model).params
     model = stack(*model)
     found = cacompile.explain(model)
     assert [row.param for row in found.rows] == [
@@ -185,7 +185,7 @@ def test_explain_names_the_parameters_of_identical_blocks(early):
 def test_explain_shows_the_newest_of_several_graphs_over_the_same_parameters():
     model = stack(Block(), Block())
     model(torch.randn(12, 32))
-    assert len(cacompile.session(model).instances) == 4
+    assert len(cacompile.session(model).bindings) == 4
     found = cacompile.explain(model)
     assert [row.param for row in found.rows] == [name for name, _ in model.named_parameters()]
     assert found.rows[0].flops == 2 * 64 * 32 * 12
@@ -200,13 +200,13 @@ def test_status_of_blocks_compiled_one_by_one():
     assert cacompile.status(model).skipped_flops == pytest.approx(1 / 6)
 
 
-@pytest.mark.parametrize(("guarded", "skipped"), [(None, 1.0), (("up.weight",), 0.5), ((), 0.0)])
-def test_status_counts_what_is_really_left_out(guarded, skipped):
-    """Of a graph whose guarded version was not made for all that was planned."""
+@pytest.mark.parametrize(("masked", "skipped"), [(None, 1.0), (("up.weight",), 0.5), ((), 0.0)])
+def test_status_counts_what_is_really_left_out(masked, skipped):
+    """Of a graph whose masked version was not made for all that was planned."""
     [block] = stack(Block())
     session = cacompile.session(block)
-    for instance in session.instances:
-        instance.plan = replace(instance.plan, guarded=guarded)
+    for binding in session.bindings:
+        binding.layout = replace(binding.layout, masked=None if masked is None else frozenset(masked))
     session.pin(keep=0.0)
     found = cacompile.status(block)
     assert (found.skipped, found.skipped_flops) == (4 if skipped else 0, pytest.approx(skipped))
@@ -220,7 +220,7 @@ def test_status_of_a_graph_that_cuts_a_parameter_otherwise():
     first(x)
     cacompile.session(model).pin(keep=0.0)
     assert cacompile.status(model).skipped == 4
-    other = torch.compile(model, backend="convaware", options={"block_rows": 32})
+    other = torch.compile(model, backend="convaware", options={**OPTIONS, "block_rows": 32})
     del first
     torch._dynamo.reset()
     other(x).sum().backward()

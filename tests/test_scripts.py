@@ -1,17 +1,66 @@
 """Every example and benchmark in its mode of seconds, as a user would call it."""
 
+import importlib
 import re
+import runpy
 import shutil
+import sys
 from importlib.metadata import version
 
 import pytest
-from scripts import read_rows, run_script
+from scripts import ROOT, read_rows, run_module, run_script
+
+COMMANDS = (
+    "benchmarks.gpu.__main__",
+    "benchmarks.kernels.docs",
+    "benchmarks.kernels.tune",
+    "benchmarks.quality.__main__",
+    "benchmarks.quality.policies",
+    "benchmarks.speed.controller",
+    "benchmarks.speed.host_time",
+    "benchmarks.speed.overhead",
+    "benchmarks.speed.startup",
+    "benchmarks.speed.step_time",
+    "benchmarks.zoo.__main__",
+    "benchmarks.zoo.removal",
+    "benchmarks.zoo.scale",
+)
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_benchmark_says_how_it_is_called(module, capsys):
+    if module == "benchmarks.kernels.docs":
+        pytest.importorskip("triton", exc_type=ImportError)
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(module).main(["--help"])
+    assert end.value.code == 0
+    assert f"python -m {module.removesuffix('.__main__')} " in capsys.readouterr().out
+
+
+def test_every_benchmark_that_is_a_command_is_here_and_in_the_readme():
+    folder = ROOT / "benchmarks"
+    files = (file for file in folder.rglob("*.py") if "argparse.ArgumentParser(" in file.read_text())
+    found = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
+    assert found == set(COMMANDS)
+    readme = (folder / "README.md").read_text()
+    assert not [name for name in found if f"`python -m {name.removesuffix('.__main__')}`" not in readme]
+
+
+@pytest.mark.parametrize("name", ("train_gpt", "train_vision", "explain", "hf_trainer", "accelerate_loop"))
+def test_example_says_how_it_is_called(name, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert end.value.code == 0
+    assert "--" in capsys.readouterr().out
 
 
 def run(script: str, *arguments: str) -> str:
     return run_script(script, "--smoke", *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["examples/train_gpt.py", "examples/train_vision.py"])
 def test_example_compares_and_draws(script, tmp_path):
     options = ["warmup_steps=2", "monitor_every=1", "tolerance=1.0", "block_rows=16", "max_skip=1.0"]
@@ -23,30 +72,35 @@ def test_example_compares_and_draws(script, tmp_path):
     assert any(float(row["skipped_dw_flops"]) > 0.0 for row in ours)
 
 
-@pytest.mark.parametrize("script", ["benchmarks/step_time.py", "benchmarks/startup.py", "benchmarks/controller.py"])
-def test_benchmark_writes_its_rows(script, tmp_path):
-    out = run(script, "--out", str(tmp_path / "rows.csv"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["step_time", "startup", "controller", "host_time"])
+def test_benchmark_writes_its_rows(name, tmp_path):
+    against = ("--against", str(ROOT)) if name == "host_time" else ()
+    out = run_module(f"benchmarks.speed.{name}", "--smoke", "--out", str(tmp_path / "rows.csv"), *against)
     assert "median [quartiles]" in out
     rows = read_rows(tmp_path / "rows.csv")
     assert rows
     assert all(float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_policies_are_compared_at_the_same_skipped_share(tmp_path):
-    out = run("benchmarks/policies.py", "--seeds", "0", "--out", str(tmp_path))
+    call = ("benchmarks.quality.policies", "--smoke", "--seeds", "0", "--out", str(tmp_path))
+    out = run_module(*call)
     rows = read_rows(tmp_path / "policies.csv")
     assert len(rows) == len({row["variant"] for row in rows}) > 8 and all(row["variant"] in out for row in rows)
     # half of dW in half of the run, of groups that are few
     assert all(0.1 < float(row["skipped_share"]) < 0.45 for row in rows), rows
     assert len({row["quality"] for row in rows}) > 8
-    assert run("benchmarks/policies.py", "--seeds", "0", "--out", str(tmp_path)) == out, "nothing is run again"
+    assert run_module(*call) == out, "nothing is run again"
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_checks_itself_without_a_gpu(tmp_path):
     pytest.importorskip("triton", exc_type=ImportError)
     if version("triton").startswith("3.6") and int(version("numpy").split(".")[1]) >= 4:
         pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    run_script("benchmarks/gpu.py", "--self-check", "--out", str(tmp_path), timeout=900)
+    run_module("benchmarks.gpu", "--self-check", "--out", str(tmp_path), timeout=900)
     rows = read_rows(tmp_path / "self_check.csv")
     assert not [row for row in rows if row["measure"] in ("failed", "not run")]
     assert {row["benchmark"] for row in rows} == {"gpu check", "gpu kernels", "gpu models"}
@@ -59,6 +113,7 @@ def test_gpu_benchmark_checks_itself_without_a_gpu(tmp_path):
 PIPELINES = ["hf_trainer", "accelerate_loop", "lightning_module", "config_train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_pipeline_skips_and_says_so(name, tmp_path):
     out = run(f"examples/{name}.py", *([] if name == "config_train" else ["--out", str(tmp_path)]))

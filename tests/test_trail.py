@@ -59,11 +59,11 @@ def test_torch_logs(level: str, details: bool) -> None:
     lines = [line for line in train(TORCH_LOGS=level).splitlines() if "cacompile/" in line]
     text = "\n".join(lines)
     assert "[0/0] graph 0/0: 2 gradients in 4 groups can be skipped (100.0% of dW FLOPs), 2 stay dense" in text
-    assert "guarded backward compiled, 2 of 2 gradients masked" in text
+    assert "masked backward compiled, 2 of 2 gradients masked" in text
     assert "step 5: 0 of 4 groups are skipped next" in text
     assert "step 10: 1 of 4 groups are skipped next, 25.0% of dW FLOPs" in text
     assert ("up.bias stays dense: one-dimensional" in text) == details
-    assert ("backward is guarded from now on" in text) == details
+    assert ("backward is masked from now on" in text) == details
     if not details:
         assert len(lines) == 4, "a line a step is too much at INFO"
 
@@ -85,7 +85,7 @@ def test_torch_trace_has_the_plan_and_the_guarded_backward(trace: Path) -> None:
     text = trace.read_text()
     entries = [json.loads(line[line.index("{") :]) for line in text.splitlines() if '"artifact"' in line]
     ours = {e["artifact"]["name"]: e for e in entries if e["artifact"]["name"].startswith("convaware")}
-    assert set(ours) == {"convaware_plan", "convaware_guarded_backward"}
+    assert set(ours) == {"convaware_plan", "convaware_masked_backward"}
     for entry in ours.values():
         assert (entry["frame_id"], entry["frame_compile_id"]) == (0, 0), "not listed with its compilation"
     assert "down.weight  32x64" in text and "up.neurons" in text and "4 groups in 1 families" in text
@@ -98,7 +98,7 @@ def test_tlparse_shows_them(trace: Path, tmp_path: Path) -> None:
     subprocess.run(["tlparse", "--no-browser", "-o", str(page), str(trace)], check=True, capture_output=True)
     found = {path.name.rsplit("_", 1)[0]: path.read_text() for path in page.glob("*/convaware_*.txt")}
     assert "up.bias" in found["convaware_plan"]
-    assert "masked_mm" in found["convaware_guarded_backward"]
+    assert "masked_mm" in found["convaware_masked_backward"]
     assert "convaware_plan" in (page / "index.html").read_text()
 
 
@@ -119,7 +119,7 @@ def test_counters() -> None:
     for keep in (0.0, 0.0, 1.0):
         cacompile.session(model).pin(keep=keep)
         train_step(pair, x)
-    made = {"versions compiled: guarded": 1, "guarded parameters": 2, "version switches": 2}
+    made = {"versions compiled: masked": 1, "masked parameters": 2, "version switches": 2}
     assert counters["cacompile"] == expected | made
 
 
@@ -133,7 +133,7 @@ def test_a_profile_shows_what_was_skipped(inner: str, tmp_path: Path) -> None:
     cacompile.session(model).pin({"up.neurons[16:32]": False})
     unwatched = train_step(pair, x)
     events = events_of(pair, x, tmp_path)
-    backward = "convaware backward: guarded, 1 of 4 groups skipped"
+    backward = "convaware backward: masked, 1 of 4 groups skipped"
     weights = [f"convaware dW {name}.weight: 3 of 4 blocks on" for name in ("up", "down")]
     assert events.keys() == {backward, *weights, "cacompile::masked_mm"}
     for weight in weights:

@@ -1,13 +1,9 @@
 """tune: the table it writes is the table that is read; overhead writes its rows."""
 
-import sys
-
 import pytest
-from scripts import ROOT, read_rows, run_script
+from scripts import read_rows, run_module
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import tune
+from benchmarks.kernels import tune
 
 INF = float("inf")
 
@@ -42,13 +38,14 @@ def test_tiles_below(ratio_at, below):
     assert tune.tiles_below_of(ratio_at) == below
 
 
+@pytest.mark.slow
 def test_tune_replaces_the_rows_of_its_own_device(tmp_path):
     file = tmp_path / "measured.csv"
     file.write_text(
         "device,capability,op,dtype,m,n,k,long_run,tiles_below\n"
         "cpu,,mm,float32,9,9,9,9,0\nSome GPU,9.0,mm,float32,9,9,9,9,0.5\n"
     )
-    out = run_script("benchmarks/tune.py", "--self-check", "--device", "cpu", "--out", str(file))
+    out = run_module("benchmarks.kernels.tune", "--self-check", "--device", "cpu", "--out", str(file))
     assert "slices / packed" in out and "medians of 2 interleaved rounds" in out
     rows = read_rows(file)
     assert rows[0]["device"] == "Some GPU" and {row["device"] for row in rows[1:]} == {"cpu"}
@@ -56,8 +53,9 @@ def test_tune_replaces_the_rows_of_its_own_device(tmp_path):
     assert all(float(row["long_run"]) > 0 and row["tiles_below"] == "0" and row["date"] for row in rows[1:])
 
 
+@pytest.mark.slow
 def test_overhead_writes_its_rows(tmp_path):
     file = tmp_path / "rows.csv"
-    assert "goal 10 us" in run_script("benchmarks/overhead.py", "--self-check", "--out", str(file))
+    assert "goal 10 us" in run_module("benchmarks.speed.overhead", "--self-check", "--out", str(file))
     rows = read_rows(file)
     assert [row["unit"] for row in rows] == ["us"] * 12  # four cases: the library, ours, the difference

@@ -1,4 +1,4 @@
-"""The guarded version is compiled late, from any thread, as if it had been compiled with the dense one."""
+"""The masked version is compiled late, from any thread, as if it had been compiled with the dense one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ import pytest
 import torch
 from helpers import Block, assert_masked, compare, compile_all, masks, pin_mixed, train_step
 from torch import fx
-from torch._guards import TracingContext
-from torch._inductor import config as inductor_config
-from torch._inductor import graph as inductor_graph
 from torch._inductor.utils import BoxedBool
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cacompile
-from cacompile import region, versions
+from cacompile.graph import compiled, masked
+from cacompile.graph.backward import BackwardVersions
+from cacompile.graph.handle import erase_handle
+from cacompile.graph.log import CompileLog
+from cacompile.graph.masked import MaskedMaker, MaskedVersion
 from cacompile.kernels import masked_mm
-from cacompile.passes import group, guard_weight_grads, locate, mark_products
-from cacompile.plan import Param, Plan
-from cacompile.versions import BackwardVersions, Guarded
+from cacompile.passes import group, locate, mark_products, mask_weight_grads
+from cacompile.passes.plan import Param, Plan
+from cacompile.torch_internals import (
+    FakeTensorMode,
+    TracingContext,
+    aligned_host_inputs,
+    inductor_config,
+    inductor_graph,
+)
 
 
 class Spied(BackwardVersions):
@@ -57,7 +63,7 @@ class Spied(BackwardVersions):
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Spied, "made", [], raising=False)
-    monkeypatch.setattr(region, "BackwardVersions", Spied)
+    monkeypatch.setattr(compiled, "BackwardVersions", Spied)
 
 
 def in_threads(count: int, call: Any) -> list[Any]:
@@ -80,15 +86,15 @@ def in_threads(count: int, call: Any) -> list[Any]:
 @pytest.mark.usefixtures("spied")
 def test_config_of_the_main_thread_is_seen_from_another() -> None:
     model, x = Block(), [torch.randn(8, 32)]
-    twin = copy.deepcopy(model)
-    ours, theirs = (model, compile_all(model, "convaware")), (twin, compile_all(twin, "inductor"))
+    replacement = copy.deepcopy(model)
+    ours, theirs = (model, compile_all(model, "convaware")), (replacement, compile_all(replacement, "inductor"))
     with inductor_config.patch(max_fusion_size=3):
         train_step(ours, x)
         dense = train_step(theirs, x)
     (made,) = Spied.made
     assert in_threads(1, lambda: inductor_config.max_fusion_size)[0] != 3
-    (guarded,) = in_threads(1, made.guarded)
-    assert guarded is not None and guarded.masked == {"up.weight", "down.weight"}
+    (version,) = in_threads(1, made.masked_version)
+    assert version is not None and version.masked == {"up.weight", "down.weight"}
     first, late = made.seen
     assert first["fusion"] == late["fusion"] == 3 and late["patched"] == 7
     assert late["context"] is first["context"] is not None and not late["grad"]
@@ -104,13 +110,13 @@ def test_two_threads_get_one_version_whole() -> None:
     model = Block()
     train_step((model, compile_all(model, "convaware")), [torch.randn(8, 32)])
     (made,) = Spied.made
-    one, other = in_threads(2, made.guarded)
-    assert one is other and isinstance(one, Guarded) and one.masked
-    assert len(made.seen) == 2, "dense and guarded, each compiled once"
+    one, other = in_threads(2, made.masked_version)
+    assert one is other and isinstance(one, MaskedVersion) and one.masked
+    assert len(made.seen) == 2, "dense and masked, each compiled once"
 
 
-def planned_on(device: str, settings: dict[str, Any]) -> tuple[BackwardVersions, fx.GraphModule]:
-    """Versions of a graph of one masked product on a device that need not be there, and that graph with its marks."""
+def planned_on(device: str, settings: dict[str, Any]) -> tuple[MaskedMaker, Plan]:
+    """What makes the masked version of one product on a device that need not be there, and its plan."""
     graph = fx.Graph()
     dy_t, x = graph.placeholder("dy_t"), graph.placeholder("x")
     dw = graph.call_function(torch.ops.aten.mm.default, (dy_t, x))
@@ -121,9 +127,14 @@ def planned_on(device: str, settings: dict[str, Any]) -> tuple[BackwardVersions,
     gm = fx.GraphModule({}, graph)
     plan = group(locate(Plan(params=(Param("w", 0, (64, 32), dw, dw),))), block_rows=16)
     mark_products(plan)
-    made = BackwardVersions.__new__(BackwardVersions)
-    made._plan, made._settings, made._inputs = plan, settings, [dy_t.meta["val"], x.meta["val"]]
-    return made, gm
+    inputs = [dy_t.meta["val"], x.meta["val"]]
+    return MaskedMaker(
+        gm, inputs, settings, plan=plan, donated=None, compile_inner=_nothing, compile_log=CompileLog(quiet=True)
+    ), plan
+
+
+def _nothing(gm: fx.GraphModule, inputs: Any, **settings: Any) -> Any:
+    raise AssertionError("nothing is to be compiled")
 
 
 @pytest.mark.parametrize(
@@ -136,25 +147,25 @@ def planned_on(device: str, settings: dict[str, Any]) -> tuple[BackwardVersions,
     ),
 )
 def test_the_host_reads_flags_on_a_gpu_without_cuda_graphs(device: str, settings: dict[str, Any], wanted: bool) -> None:
-    made, gm = planned_on(device, settings)
-    assert made._wants_host() == wanted
-    guard_weight_grads(gm, made._plan, host=made._wants_host())
-    fakes = made._fake_flags(gm)
+    made, plan = planned_on(device, settings)
+    assert made.wants_host == wanted
+    mask_weight_grads(made.source, plan, host=made.wants_host)
+    fakes = made.fake_flags(plan.blocks)
     assert [fake.device.type for fake in fakes] == [device, "cpu"][: 1 + wanted]
     assert all(fake.shape == (4,) and fake.dtype == torch.uint8 for fake in fakes)
-    assert [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")[2:]] == fakes
+    assert [node.meta["val"] for node in made.source.graph.find_nodes(op="placeholder")[2:]] == fakes
 
 
 def test_flags_on_the_host_reach_the_masked_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BackwardVersions, "_wants_host", lambda self: True)
+    monkeypatch.setattr(MaskedMaker, "wants_host", True)
     made: list[fx.GraphModule] = []
 
     def note(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Plan:
-        plan = guard_weight_grads(gm, *args, **kwargs)
+        plan = mask_weight_grads(gm, *args, **kwargs)
         made.append(gm)
         return plan
 
-    monkeypatch.setattr(versions, "guard_weight_grads", note)
+    monkeypatch.setattr(masked, "mask_weight_grads", note)
     compare(Block, lambda: [torch.randn(8, 32)])
     (gm,) = made
     flags, host = gm.graph.find_nodes(op="placeholder")[-2:]
@@ -165,24 +176,24 @@ def test_flags_given_to_a_backward_never_change() -> None:
     model = Block()
     train_step((model, compile_all(model, "convaware")), [torch.randn(8, 32)])
     session = cacompile.session(model)
-    (instance,) = session.instances
+    (binding,) = session.bindings
     pin_mixed(session)
-    assert instance.wants_guarded()
-    flags, host = instance.flags(("up.weight", "down.weight")), instance.host_flags
+    assert binding.wants_masked()
+    flags, host = binding.leave_out(), binding.host_flags
     before = host.clone()
     assert torch.equal(flags, host) and not host.all() and host.any()
     session.pin(keep=0.0)
-    assert instance.wants_guarded() and not instance.host_flags.any()
+    assert binding.wants_masked() and not binding.host_flags.any()
     assert torch.equal(host, before) and torch.equal(flags, before)
-    again = instance.host_flags
+    again = binding.host_flags
     session.pin(keep=0.0, seed=1)
-    assert instance.wants_guarded() and instance.host_flags is again, "the same mask was sent anew"
+    assert binding.wants_masked() and binding.host_flags is again, "the same mask was sent anew"
 
 
 @pytest.mark.parametrize("wanted", (True, False))
 def test_flags_on_the_host_do_not_make_gradients_look_unaligned(wanted: bool) -> None:
     before = inductor_graph.should_assume_input_aligned
-    with versions._aligned_host(wanted):
+    with aligned_host_inputs(wanted):
         assert inductor_graph.should_assume_input_aligned(torch.empty(3)) == wanted
     assert inductor_graph.should_assume_input_aligned is before
 
@@ -192,7 +203,7 @@ def test_output_loses_its_description_with_the_handle() -> None:
     a, handle, b = (graph.placeholder(name) for name in ("a", "handle", "b"))
     graph.output((a, handle, b)).meta.update(desc=["of a", "of handle", "of b"], user_visible_output_idxs=[0, 2])
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    assert versions._erase_handle(gm, 1) == 1
+    assert erase_handle(gm, 1) == 1
     output = gm.graph.output_node()
     assert [n.name for n in output.args[0]] == ["a", "b"]
     assert output.meta["desc"] == ["of a", "of b"] and output.meta["user_visible_output_idxs"] == [0, 1]

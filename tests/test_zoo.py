@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from scripts import read_rows, run_script
+from scripts import read_rows, run_module
 
 HEADER = "model,source,trains,grads_equal,coverage,semantic,graph_breaks,analysis_s,nodes,compile_ratio"
 
@@ -12,9 +12,10 @@ HEADER = "model,source,trains,grads_equal,coverage,semantic,graph_breaks,analysi
 def run(*arguments: str, path: Path | None = None) -> str:
     paths = filter(None, (path and str(path), os.environ.get("PYTHONPATH")))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    return run_script("benchmarks/zoo.py", *arguments, environment=environment)
+    return run_module("benchmarks.zoo", *arguments, environment=environment)
 
 
+@pytest.mark.slow
 def test_checks_itself(tmp_path):
     run("--self-check", "--out", str(tmp_path))
     [row] = read_rows(tmp_path / "zoo.csv")
@@ -26,6 +27,7 @@ def test_checks_itself(tmp_path):
     assert "never skipped" not in note["note"]
 
 
+@pytest.mark.slow
 def test_missing_library_is_a_note(tmp_path):
     (tmp_path / "timm.py").write_text("raise ImportError('hidden')")
     out = run("--models", "resnet18", "--out", str(tmp_path), path=tmp_path)

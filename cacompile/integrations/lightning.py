@@ -16,7 +16,7 @@ import importlib
 import weakref
 from typing import Any
 
-from cacompile.runtime.session import session
+from cacompile.sessions.session import session
 
 from .shared import missing, readings
 

@@ -6,10 +6,10 @@ import logging
 from typing import Any
 
 import torch
-from torch._logging import warning_once
 
-from cacompile.report.status import status
-from cacompile.runtime.session import session
+from cacompile.sessions.session import session
+from cacompile.sessions.status import status
+from cacompile.torch_internals import warning_once
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def readings(model: torch.nn.Module) -> dict[str, float]:
     of being kept, over all groups. `convaware/saved_flops`: dW FLOPs left out so far; `convaware/saved_dw`: the same as
     a share of what a dense run would have spent on dW by now.
     """
-    if not session(model).instances:
+    if not session(model).bindings:
         warning_once(
             log, "nothing of %s is compiled by convaware: there is nothing to log or save", type(model).__name__
         )

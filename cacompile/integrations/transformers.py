@@ -19,7 +19,7 @@ import torch
 
 from cacompile.config import Config
 from cacompile.errors import ConvAwareError
-from cacompile.runtime.session import session
+from cacompile.sessions.session import session
 
 from .shared import BACKEND, is_compiled, missing, readings
 
@@ -29,7 +29,7 @@ try:
 except ImportError as error:
     raise missing("transformers", error) from error
 
-from . import accelerate as accelerate  # so that torch_compile_backend="convaware" is taken
+from cacompile.integrations import accelerate as accelerate  # so that torch_compile_backend="convaware" is taken
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class ConvAwareCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and not args.save_only_model and folder.is_dir() and session(model).instances:
+        if args.should_save and not args.save_only_model and folder.is_dir() and session(model).bindings:
             torch.save(session(model).state_dict(), folder / FILE)
 
     def _stand_first(self, handler: Any) -> None:

@@ -2,24 +2,16 @@
 
 from .masked_bmm import masked_bmm, masked_bmm_reference
 from .masked_conv import masked_conv_dw, masked_conv_dw_reference
-from .masked_embedding import masked_embedding_dw, masked_embedding_dw_reference
 from .masked_grouped_mm import masked_grouped_mm, masked_grouped_mm_reference
 from .masked_mm import masked_mm, masked_mm_reference
-from .masked_stats import masked_bmm_stats, masked_bmm_stats_reference, masked_mm_stats, masked_mm_stats_reference
 
 __all__ = [
     "masked_bmm",
     "masked_bmm_reference",
-    "masked_bmm_stats",
-    "masked_bmm_stats_reference",
     "masked_conv_dw",
     "masked_conv_dw_reference",
-    "masked_embedding_dw",
-    "masked_embedding_dw_reference",
     "masked_grouped_mm",
     "masked_grouped_mm_reference",
     "masked_mm",
     "masked_mm_reference",
-    "masked_mm_stats",
-    "masked_mm_stats_reference",
 ]

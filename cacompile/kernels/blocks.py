@@ -1,7 +1,7 @@
 """Blocks of a dimension: which of them are on, and work done on those alone.
 
 A dimension of `size` rows (or columns, channels, experts) is cut into ceil(size / block) blocks, the last one smaller
-where it must be; block i is on when `flags[slot + i] != 0`. A block of 0 means that this dimension is not masked.
+where it must be; block i is on when `flags[first_flag + i] != 0`. A block of 0 means that this dimension is not masked.
 """
 
 import contextlib
@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+
+from cacompile.torch_internals import DisableAutocast, autograd_profiler
 
 from .ranges import range_of
 
@@ -31,9 +32,9 @@ def without_autocast(device: str) -> Callable[[Callable[..., Tensor]], Callable[
         @functools.wraps(implementation)
         def run(*args: object) -> Tensor:
             autocast = torch.is_autocast_enabled(device)
-            if not (autocast or profiler._is_profiler_enabled):
+            if not (autocast or autograd_profiler._is_profiler_enabled):
                 return implementation(*args)
-            with range_of(args), torch._C._DisableAutocast() if autocast else contextlib.nullcontext():
+            with range_of(args), DisableAutocast() if autocast else contextlib.nullcontext():
                 return implementation(*args)
 
         return run
@@ -50,34 +51,34 @@ def block_count(block: int, size: int) -> int:
     return -(-size // block) if block else 1
 
 
-def block_flags(flags: Tensor, slot: int, block: int, size: int) -> Tensor:
+def block_flags(flags: Tensor, first_flag: int, block: int, size: int) -> Tensor:
     """The flags of one dimension, one per block: a view of `flags`, or an error where it is too short."""
-    return flags.narrow(0, slot, -(-size // block))
+    return flags.narrow(0, first_flag, -(-size // block))
 
 
-def read_flags(flags: Tensor, slot: int, block: int, size: int) -> bytes:
+def read_flags(flags: Tensor, first_flag: int, block: int, size: int) -> bytes:
     """The flags of one dimension from CPU memory, one byte per block: in a third of the time of narrow and tolist."""
     count = -(-size // block)
-    read = flags.numpy()[slot : slot + count].tobytes()
+    read = flags.numpy()[first_flag : first_flag + count].tobytes()
     if len(read) != count:
-        raise ValueError(f"{count} blocks from slot {slot} on, but {flags.numel()} flags")
+        raise ValueError(f"{count} blocks from first_flag {first_flag} on, but {flags.numel()} flags")
     return read
 
 
-def all_on(flags: Tensor, slots: Sequence[int], blocks: Sequence[int], sizes: Sequence[int]) -> bool:
+def all_on(flags: Tensor, first_flags: Sequence[int], blocks: Sequence[int], sizes: Sequence[int]) -> bool:
     """Reads CPU flags, quickly: it is asked before every product."""
-    for slot, block, size in zip(slots, blocks, sizes):
-        if block and 0 in read_flags(flags, slot, block, size):
+    for first_flag, block, size in zip(first_flags, blocks, sizes):
+        if block and 0 in read_flags(flags, first_flag, block, size):
             return False
     return True
 
 
-def live_runs(flags: Tensor, slot: int, block: int, size: int) -> list[Run]:
+def live_runs(flags: Tensor, first_flag: int, block: int, size: int) -> list[Run]:
     """Reads CPU flags; everything on gives exactly `[(0, size)]`, everything off gives `[]`."""
     if not block:
         return [(0, size)]
     runs: list[Run] = []
-    for i, flag in enumerate(read_flags(flags, slot, block, size)):
+    for i, flag in enumerate(read_flags(flags, first_flag, block, size)):
         if flag:
             start, stop = i * block, min(i * block + block, size)
             runs.append((runs.pop()[0] if runs and runs[-1][1] == start else start, stop))
@@ -89,11 +90,11 @@ def length(runs: Sequence[Run]) -> int:
     return sum(hi - lo for lo, hi in runs)
 
 
-def zero_off_blocks(full: Tensor, flags: Tensor, slots: Sequence[int], blocks: Sequence[int]) -> Tensor:
+def zero_off_blocks(full: Tensor, flags: Tensor, first_flags: Sequence[int], blocks: Sequence[int]) -> Tensor:
     """`full` with the off blocks of its first dimensions set to zero, in place: on any device, without a host sync."""
-    for dim, (slot, block, size) in enumerate(zip(slots, blocks, full.shape)):
+    for dim, (first_flag, block, size) in enumerate(zip(first_flags, blocks, full.shape)):
         if block:
-            off = block_flags(flags, slot, block, size).eq(0).repeat_interleave(block)[:size]
+            off = block_flags(flags, first_flag, block, size).eq(0).repeat_interleave(block)[:size]
             full = full.masked_fill_(off.view(-1, *[1] * (full.dim() - 1 - dim)), 0)
     return full
 

@@ -1,8 +1,8 @@
 """Which way a product takes when some of its blocks are off and the host may look: as measured on this device.
 
 slices: one library product for each live run, straight into its slice. packed: live rows and columns put side by side,
-one library product, spread again. tiles: the Triton kernel. `python benchmarks/tune.py` writes measured.csv, in which
-every row says what was measured for one shape:
+one library product, spread again. tiles: the Triton kernel. `python -m benchmarks.kernels.tune` writes measured.csv, in
+which every row says what was measured for one shape:
 
     device, capability     "cpu", or a GPU's name and its compute capability
     op, dtype, m, n, k     mm, bmm or conv, as one matrix product [m, k] x [k, n]: a conv has m filters, n = channels
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .blocks import KERNEL_DTYPES, all_on, length, live_runs, multiply_runs
+from .decide import Way, decide
 
 log = logging.getLogger(__name__)
 
@@ -102,24 +103,31 @@ def describe(device: torch.device) -> tuple[str, str]:
 
 @cache
 def _report_unmeasured(name: str) -> None:
-    log.info("masked products were never measured on %s; python benchmarks/tune.py does that in minutes", name)
+    log.info("masked products were never measured on %s; python -m benchmarks.kernels.tune does that in minutes", name)
 
 
 def by_library(
-    product: Callable[..., Tensor], a: Tensor, b: Tensor, host: Tensor, slots: Sequence[int], blocks: Sequence[int]
+    product: Callable[..., Tensor],
+    a: Tensor,
+    b: Tensor,
+    host: Tensor,
+    first_flags: Sequence[int],
+    blocks: Sequence[int],
 ) -> Tensor | None:
     """A masked `product` (torch.mm or torch.bmm) by the library, as the flags on the host ask; None: better by tiles.
 
     All on, it is the library's own product, bit for bit.
     """
     sizes = (*a.shape[:-1], b.shape[-1])
-    if all_on(host, slots, blocks, sizes):
+    if all_on(host, first_flags, blocks, sizes):  # Way.WHOLE
         return product(a, b)
-    runs = [live_runs(host, slot, block, size) for slot, block, size in zip(slots, blocks, sizes, strict=True)]
-    if not all(runs) or 0 in sizes:
+    runs = [
+        live_runs(host, first_flag, block, size)
+        for first_flag, block, size in zip(first_flags, blocks, sizes, strict=True)
+    ]
+    live = math.prod(map(length, runs)) / math.prod(sizes) if all(runs) and 0 not in sizes else 0.0
+    choice = choose(a.device, "mm" if len(sizes) == 2 else "bmm", a.dtype, sizes[-2], sizes[-1], a.shape[-1])
+    way = decide(live, has_tiles=a.dtype in KERNEL_DTYPES, sliceable=True, tiles_below=choice.tiles_below)
+    if way is Way.NOTHING:
         return a.new_zeros(sizes)
-    op = "mm" if len(sizes) == 2 else "bmm"
-    choice = choose(a.device, op, a.dtype, sizes[-2], sizes[-1], a.shape[-1])
-    if a.dtype in KERNEL_DTYPES and choice.tiles_below > math.prod(map(length, runs)) / math.prod(sizes):
-        return None
-    return multiply_runs(product, a, b, runs, choice.long_run)
+    return None if way is Way.TILES else multiply_runs(product, a, b, runs, choice.long_run)

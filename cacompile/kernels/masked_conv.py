@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cacompile.torch_internals import FakeTensorMode
 
 from .blocks import (
     KERNEL_DTYPES,
@@ -27,14 +28,15 @@ from .blocks import (
     without_autocast,
     zero_off_blocks,
 )
+from .decide import Way, decide
 from .dispatch import choose
 
 _LIBRARY = torch.library.Library("cacompile", "FRAGMENT")
 # the strides of the result follow those of the operands, so Inductor must keep them, as it does for the library's own
 _LIBRARY.define(
-    "masked_conv_dw(Tensor grad_out, Tensor x, Tensor weight, Tensor flags, Tensor? host, int slot, int block, int dim,"
-    " SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups)"
-    " -> Tensor",
+    "masked_conv_dw(Tensor grad_out, Tensor x, Tensor weight, Tensor flags, Tensor? host, int first_flag, int block,"
+    " int dim, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding,"
+    " SymInt groups) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 masked_conv_dw = torch.ops.cacompile.masked_conv_dw.default
@@ -81,8 +83,8 @@ def _as_promised(dw: Tensor, grad_out: Tensor, x: Tensor, weight: Tensor, *conv:
 
 
 def masked_conv_dw_reference(
-    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, slot: int, block: int, dim: int,
-    *conv: Any,
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, first_flag: int, block: int,
+    dim: int, *conv: Any,
 ) -> Tensor:  # fmt: skip
     """The weight gradient with exact zeros where the block of an index of weight dim `dim` is off.
 
@@ -92,25 +94,25 @@ def masked_conv_dw_reference(
     convolution_backward would give.
     """
     full = _whole(grad_out, x, weight, *conv)
-    return zero_off_blocks(full, flags, (0,) * dim + (slot,), (0,) * dim + (block,))
+    return zero_off_blocks(full, flags, (0,) * dim + (first_flag,), (0,) * dim + (block,))
 
 
 @torch.library.register_fake("cacompile::masked_conv_dw", lib=_LIBRARY)
 def _fake(
-    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, slot: int, block: int, dim: int,
-    *conv: Any,
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, first_flag: int, block: int,
+    dim: int, *conv: Any,
 ) -> Tensor:  # fmt: skip
     return _library(grad_out, x, weight, *conv)
 
 
 def _cpu(
-    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, slot: int, block: int, dim: int,
-    stride: list[int], padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int],
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, first_flag: int, block: int,
+    dim: int, stride: list[int], padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int],
     groups: int,
 ) -> Tensor:  # fmt: skip
-    if 0 in read_flags(flags, slot, block, weight.shape[dim]) or torch.is_autocast_enabled("cpu"):
+    if 0 in read_flags(flags, first_flag, block, weight.shape[dim]) or torch.is_autocast_enabled("cpu"):
         return _mixed(
-            grad_out, x, weight, flags, flags, slot, block, dim,
+            grad_out, x, weight, flags, flags, first_flag, block, dim,
             stride, padding, dilation, transposed, output_padding, groups)  # fmt: skip
     # all on: bit for bit what this op stands in for. Spelled out, for layers and stars take a third of its overhead
     conv = stride, padding, dilation, transposed, output_padding, groups
@@ -120,38 +122,48 @@ def _cpu(
 
 @without_autocast("cuda")
 def _cuda(
-    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, slot: int, block: int, dim: int,
-    *conv: Any,
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor | None, first_flag: int, block: int,
+    dim: int, *conv: Any,
 ) -> Tensor:  # fmt: skip
     if readable(host, x):
-        return _mixed(grad_out, x, weight, flags, host, slot, block, dim, *conv)
-    if has_tiles(grad_out, x, dim, *conv):
-        return convolve_tiles(grad_out, x, weight, flags, slot, block, dim, *conv)
+        return _mixed(grad_out, x, weight, flags, host, first_flag, block, dim, *conv)
+    if decide(None, has_tiles=has_tiles(grad_out, x, dim, *conv), sliceable=False) is Way.TILES:
+        return convolve_tiles(grad_out, x, weight, flags, first_flag, block, dim, *conv)
     # no kernel of ours: correct and without a sync, but the off filters are computed and thrown away
-    return masked_conv_dw_reference(grad_out, x, weight, flags, None, slot, block, dim, *conv)
+    return masked_conv_dw_reference(grad_out, x, weight, flags, None, first_flag, block, dim, *conv)
 
 
 @without_autocast("cpu")
 def _mixed(
-    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor, slot: int, block: int, dim: int,
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, host: Tensor, first_flag: int, block: int, dim: int,
     *conv: Any,
 ) -> Tensor:  # fmt: skip
     """`host` are the flags in CPU memory, by which the way is chosen; all on, it is the library's."""
     size = weight.shape[dim]
-    runs = live_runs(host, slot, block, size)
-    if runs == [(0, size)]:
-        return _whole(grad_out, x, weight, *conv)
-    if not runs:
-        return grad_out.new_empty_strided(weight.shape, _promised(grad_out, x, weight, *conv)).zero_()
+    runs = live_runs(host, first_flag, block, size)
     *_, transposed, _, groups = conv
     pixels = (x if transposed else grad_out)[:, 0].numel()
     choice = choose(x.device, "conv", x.dtype, weight.shape[0], math.prod(weight.shape[1:]), pixels)
-    if choice.tiles_below > length(runs) / size and has_tiles(grad_out, x, dim, *conv):
-        return convolve_tiles(grad_out, x, weight, flags, slot, block, dim, *conv)
-    if groups > 1 and (transposed or dim != 0 or block % (size // groups)):
-        # a group cannot be cut
-        return masked_conv_dw_reference(grad_out, x, weight, flags, None, slot, block, dim, *conv)
+    way = decide(
+        length(runs) / size if runs else 0.0,
+        has_tiles=has_tiles(grad_out, x, dim, *conv),
+        sliceable=is_sliceable(size, block, dim, transposed, groups),
+        tiles_below=choice.tiles_below,
+    )
+    if way is Way.WHOLE:
+        return _whole(grad_out, x, weight, *conv)
+    if way is Way.NOTHING:
+        return grad_out.new_empty_strided(weight.shape, _promised(grad_out, x, weight, *conv)).zero_()
+    if way is Way.TILES:
+        return convolve_tiles(grad_out, x, weight, flags, first_flag, block, dim, *conv)
+    if way is Way.EVERYTHING:
+        return masked_conv_dw_reference(grad_out, x, weight, flags, None, first_flag, block, dim, *conv)
     return convolve_runs(grad_out, x, weight, runs, choice.long_run, dim, *conv)
+
+
+def is_sliceable(size: int, block: int, dim: int, transposed: bool, groups: int) -> bool:
+    """Whether the library can compute blocks of filters alone: no group of a convolution can be parted."""
+    return groups == 1 or not (transposed or dim != 0 or block % (size // groups))
 
 
 @torch.no_grad()
@@ -194,7 +206,7 @@ def has_tiles(grad_out: Tensor, x: Tensor, dim: int, *conv: Any) -> bool:
 
 
 def convolve_tiles(
-    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, slot: int, block: int, dim: int, *conv: Any
+    grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, first_flag: int, block: int, dim: int, *conv: Any
 ) -> Tensor:
     """The gradient by a Triton kernel, which reads the flags on the device: that of products for 1x1 convolutions."""
     strides = _promised(grad_out, x, weight, *conv)
@@ -204,12 +216,12 @@ def convolve_tiles(
         if dy is not None and pixels is not None:
             from .triton_matmul import masked_matmul  # here, because torch for CPUs comes without triton
 
-            dw = masked_matmul(dy.t()[None], pixels[None], flags, (0, slot, 0), (0, block, 0))
+            dw = masked_matmul(dy.t()[None], pixels[None], flags, (0, first_flag, 0), (0, block, 0))
             return dw.as_strided(weight.shape, strides)  # all layouts of 1x1 filters are the same memory
     from .triton_conv import write_conv_dw
 
     out = grad_out.new_empty_strided(weight.shape, strides)
-    write_conv_dw(out, grad_out, x, flags, slot, block, stride, padding, dilation, groups)
+    write_conv_dw(out, grad_out, x, flags, first_flag, block, stride, padding, dilation, groups)
     return out
 
 

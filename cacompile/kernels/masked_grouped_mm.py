@@ -1,6 +1,6 @@
 """`cacompile::masked_grouped_mm`: the weight gradients of experts, without the experts, rows and columns that are off.
 
-dw = _grouped_mm(dy_t, x, offs)  ->  dw = masked_grouped_mm(dy_t, x, offs, flags, host, slots, blocks)
+dw = _grouped_mm(dy_t, x, offs)  ->  dw = masked_grouped_mm(dy_t, x, offs, flags, host, first_flags, blocks)
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,16 @@ from .blocks import (
     without_autocast,
     zero_off_blocks,
 )
+from .decide import Way, decide
 from .dispatch import choose
+
+ALWAYS = 2.0
+"""Below which share the kernel is taken: no library product on a GPU leaves anything out."""
 
 _LIBRARY = torch.library.Library("cacompile", "FRAGMENT")
 # flexible_layout: as in masked_mm
 _LIBRARY.define(
-    "masked_grouped_mm(Tensor a, Tensor b, Tensor offs, Tensor flags, Tensor? host, int[] slots, int[] blocks)"
+    "masked_grouped_mm(Tensor a, Tensor b, Tensor offs, Tensor flags, Tensor? host, int[] first_flags, int[] blocks)"
     " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
@@ -33,36 +37,54 @@ masked_grouped_mm = torch.ops.cacompile.masked_grouped_mm.default
 
 
 def masked_grouped_mm_reference(
-    a: Tensor, b: Tensor, offs: Tensor, flags: Tensor, host: Tensor | None, slots: Sequence[int], blocks: Sequence[int]
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor,
+    flags: Tensor,
+    host: Tensor | None,
+    first_flags: Sequence[int],
+    blocks: Sequence[int],
 ) -> Tensor:
     """Each expert's `a @ b` over its own tokens, with experts, rows and columns set to exact zeros where off.
 
     a [M, S] and b [S, N] of one dtype and any strides. offs: 1-D int32 (or int64) on their device, of E experts;
     expert e has the tokens `offs[e - 1]` (0 for the first) up to, not including, `offs[e]`. Tokens from `offs[-1]` on
-    belong to none; an expert without tokens gets zeros. flags, host: as for masked_mm; slots, blocks: of (experts,
-    rows, columns). The result, [E, M, N], is contiguous; torch._grouped_mm's is as well unless N is no multiple of
-    16 bytes.
+    belong to none; an expert without tokens gets zeros. flags, host: as for masked_mm; first_flags,
+    blocks: of (experts, rows, columns). The result, [E, M, N], is contiguous; torch._grouped_mm's is as well
+    unless N is no multiple of 16 bytes.
 
     On GPUs `offs` is never read by the host, unless in float64, or where all is on and the library itself reads it.
     """
-    return zero_off_blocks(_by_expert(a, b, offs), flags, slots, blocks)
+    return zero_off_blocks(_by_expert(a, b, offs), flags, first_flags, blocks)
 
 
 @torch.library.register_fake("cacompile::masked_grouped_mm", lib=_LIBRARY)
 def _fake(
-    a: Tensor, b: Tensor, offs: Tensor, flags: Tensor, host: Tensor | None, slots: Sequence[int], blocks: Sequence[int]
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor,
+    flags: Tensor,
+    host: Tensor | None,
+    first_flags: Sequence[int],
+    blocks: Sequence[int],
 ) -> Tensor:
     return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
 
 
 @without_autocast("cpu")
 def _cpu(
-    a: Tensor, b: Tensor, offs: Tensor, flags: Tensor, host: Tensor | None, slots: Sequence[int], blocks: Sequence[int]
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor,
+    flags: Tensor,
+    host: Tensor | None,
+    first_flags: Sequence[int],
+    blocks: Sequence[int],
 ) -> Tensor:
     sizes = _checked(a, b, offs)
-    if all_on(flags, slots, blocks, sizes):
+    if all_on(flags, first_flags, blocks, sizes):
         return _dense(a, b, offs)
-    experts, rows, columns = runs = _runs(flags, slots, blocks, sizes)
+    experts, rows, columns = runs = _runs(flags, first_flags, blocks, sizes)
     if not all(runs) or 0 in sizes:
         return a.new_zeros(sizes)
     return _live(a, b, offs, experts, rows, columns)
@@ -70,19 +92,28 @@ def _cpu(
 
 @without_autocast("cuda")
 def _cuda(
-    a: Tensor, b: Tensor, offs: Tensor, flags: Tensor, host: Tensor | None, slots: Sequence[int], blocks: Sequence[int]
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor,
+    flags: Tensor,
+    host: Tensor | None,
+    first_flags: Sequence[int],
+    blocks: Sequence[int],
 ) -> Tensor:
-    sizes = _checked(a, b, offs)
+    sizes, live = _checked(a, b, offs), None
     if host is not None and readable(host, a):
-        if all_on(host, slots, blocks, sizes):
-            return _dense(a, b, offs)
-        if not all(_runs(host, slots, blocks, sizes)):
-            return a.new_zeros(sizes)
-    if a.dtype not in KERNEL_DTYPES:
-        return masked_grouped_mm_reference(a, b, offs, flags, host, slots, blocks)
+        runs = _runs(host, first_flags, blocks, sizes)
+        live = 1.0 if all_on(host, first_flags, blocks, sizes) else 0.5 if all(runs) else 0.0
+    way = decide(live, has_tiles=a.dtype in KERNEL_DTYPES, sliceable=False, tiles_below=ALWAYS)
+    if way is Way.WHOLE:
+        return _dense(a, b, offs)
+    if way is Way.NOTHING:
+        return a.new_zeros(sizes)
+    if way is Way.EVERYTHING:
+        return masked_grouped_mm_reference(a, b, offs, flags, host, first_flags, blocks)
     from .triton_grouped import masked_grouped_matmul  # here, because torch for CPUs comes without triton
 
-    return masked_grouped_matmul(a, b, offs, flags, slots, blocks)
+    return masked_grouped_matmul(a, b, offs, flags, first_flags, blocks)
 
 
 _LIBRARY.impl("masked_grouped_mm", _cpu, "CPU")
@@ -97,8 +128,11 @@ def _checked(a: Tensor, b: Tensor, offs: Tensor) -> tuple[int, int, int]:
     return offs.shape[0], a.shape[0], b.shape[1]
 
 
-def _runs(flags: Tensor, slots: Sequence[int], blocks: Sequence[int], sizes: Sequence[int]) -> list[list[Run]]:
-    return [live_runs(flags, slot, block, size) for slot, block, size in zip(slots, blocks, sizes, strict=True)]
+def _runs(flags: Tensor, first_flags: Sequence[int], blocks: Sequence[int], sizes: Sequence[int]) -> list[list[Run]]:
+    return [
+        live_runs(flags, first_flag, block, size)
+        for first_flag, block, size in zip(first_flags, blocks, sizes, strict=True)
+    ]
 
 
 def _dense(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch._C._profiler import _RecordFunctionFast as Range
+
+from cacompile.torch_internals import Range
 
 _local = threading.local()
 
 
 @contextlib.contextmanager
 def named(labels: Mapping[int, str]) -> Iterator[None]:
-    """Masked operations that this thread runs get a range of their own. labels: of each slot among the flags."""
+    """Masked operations that this thread runs get a range of their own. labels: of each first_flag among the flags."""
     before = getattr(_local, "labels", None)
     _local.labels = labels
     try:
@@ -32,8 +33,8 @@ def range_of(args: Sequence[Any]) -> contextlib.AbstractContextManager[object]:
 
 
 def _slot(args: Sequence[Any]) -> int | None:
-    """The first block of the masked dimension: operations take slots, then blocks, after all their tensors."""
-    slots, blocks, *_ = [arg for arg in args if arg is not None and not isinstance(arg, Tensor)]
-    if isinstance(slots, int):
-        return slots
-    return next((slot for slot, block in zip(slots, blocks) if block), None)
+    """The first block of the masked dimension: operations take first_flags, then blocks, after all their tensors."""
+    first_flags, blocks, *_ = [arg for arg in args if arg is not None and not isinstance(arg, Tensor)]
+    if isinstance(first_flags, int):
+        return first_flags
+    return next((first_flag for first_flag, block in zip(first_flags, blocks) if block), None)

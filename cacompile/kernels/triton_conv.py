@@ -110,7 +110,7 @@ def write_conv_dw(
     grad_out: Tensor,
     x: Tensor,
     flags: Tensor,
-    slot: int,
+    first_flag: int,
     block: int,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -130,8 +130,10 @@ def write_conv_dw(
             f"weight gradient {tuple(out.shape)} in {groups} groups of {grad_out.dtype} {tuple(grad_out.shape)}"
             f" and {x.dtype} {tuple(x.shape)}"
         )
-    if slot + triton.cdiv(filters, block) > flags.numel():
-        raise IndexError(f"{flags.numel()} flags for {triton.cdiv(filters, block)} blocks from slot {slot} on")
+    if first_flag + triton.cdiv(filters, block) > flags.numel():
+        raise IndexError(
+            f"{flags.numel()} flags for {triton.cdiv(filters, block)} blocks from first_flag {first_flag} on"
+        )
     if out.numel() == 0:
         return
     precision = input_precision(x.dtype, torch.backends.cudnn.conv.fp32_precision) if x.itemsize == 4 else "ieee"
@@ -142,7 +144,7 @@ def write_conv_dw(
     with torch.cuda.device_of(x):
         masked_conv_dw_kernel[(plan.programs,)](
             out, grad_out, x, flags, parts,
-            groups, *weight[:2], pixels, slot,
+            groups, *weight[:2], pixels, first_flag,
             *x.shape[2:], out_h, out_w, kernel_h, kernel_w,
             *stride, *padding, *dilation,
             *out.stride(), *grad_out.stride(), *x.stride(),
@@ -151,7 +153,7 @@ def write_conv_dw(
         if plan.rest:
             add_conv_parts_kernel[(plan.rest, plan.tile.m // ROWS_AT_ONCE)](
                 out, flags, parts,
-                groups, *weight[:2], plan.steps, plan.programs, slot, kernel_h, kernel_w,
+                groups, *weight[:2], plan.steps, plan.programs, first_flag, kernel_h, kernel_w,
                 *out.stride(),
                 BLOCK_M=plan.tile.m, BLOCK_N=plan.tile.n, ROWS=ROWS_AT_ONCE, num_warps=4, **plan.masks,
             )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .triton_tiles import cut_rest, entries_on, live_count, nth_live
 
-SLOTS = ["slot"]  # where a slot starts is no reason to compile again
+SLOTS = ["first_flag"]  # where a first_flag starts is no reason to compile again
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def columns_of(tile, CHANNELS, KERNEL_W, TAPS, ONE_TAP: tl.constexpr, BLOCK_N: t
 @triton.jit(do_not_specialize=SLOTS)
 def masked_conv_dw_kernel(
     out, grad_out, x, flags, parts,
-    GROUPS, FILTERS, CHANNELS, PIXELS, slot,
+    GROUPS, FILTERS, CHANNELS, PIXELS, first_flag,
     H, W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     out_f, out_c, out_h, out_w,
@@ -57,7 +57,7 @@ def masked_conv_dw_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All of `out`: zeros where a filter's block is off. parts: of tiles that `add_conv_parts_kernel` adds up."""
-    flags += slot
+    flags += first_flag
     TAPS = KERNEL_H * KERNEL_W
     tiles_m = tl.cdiv(FILTERS, BLOCK_M)
     tiles_n = TAPS * tl.cdiv(CHANNELS, BLOCK_N) if ONE_TAP else tl.cdiv(TAPS * CHANNELS, BLOCK_N)
@@ -138,7 +138,7 @@ def masked_conv_dw_kernel(
 @triton.jit(do_not_specialize=SLOTS)
 def add_conv_parts_kernel(
     out, flags, parts,
-    GROUPS, FILTERS, CHANNELS, steps, programs, slot, KERNEL_H, KERNEL_W,
+    GROUPS, FILTERS, CHANNELS, steps, programs, first_flag, KERNEL_H, KERNEL_W,
     out_f, out_c, out_h, out_w,
     BLOCK: tl.constexpr, SPAN: tl.constexpr, LIST: tl.constexpr, ONE_TAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
@@ -147,7 +147,7 @@ def add_conv_parts_kernel(
 
     Program (t, c): rows c * ROWS .. of the t-th of those tiles, if there are so many.
     """
-    flags += slot
+    flags += first_flag
     TAPS = KERNEL_H * KERNEL_W
     tiles_m = tl.cdiv(FILTERS, BLOCK_M)
     tiles_n = TAPS * tl.cdiv(CHANNELS, BLOCK_N) if ONE_TAP else tl.cdiv(TAPS * CHANNELS, BLOCK_N)

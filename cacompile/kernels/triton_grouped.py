@@ -155,24 +155,24 @@ def _plan(
 
 
 def masked_grouped_matmul(
-    a: Tensor, b: Tensor, offs: Tensor, flags: Tensor, slots: Sequence[int], blocks: Sequence[int]
+    a: Tensor, b: Tensor, offs: Tensor, flags: Tensor, first_flags: Sequence[int], blocks: Sequence[int]
 ) -> Tensor:
     """Each expert's `a @ b` with zeros in what is off; reads the offsets and the flags on the device only.
 
     a [M, S] and b [S, N], float32, bfloat16 or float16, any strides; offs: int32 or int64 [E]; accumulates in float32.
-    slots, blocks: of the experts, the rows and the columns; a block of 0: not masked along it. The result is
+    first_flags, blocks: of the experts, the rows and the columns; a block of 0: not masked along it. The result is
     contiguous, and always the same for the same operands, offsets and flags.
     """
     (m, s), n, e, dtype = a.shape, b.shape[1], offs.shape[0], a.dtype
-    for slot, block, size in zip(slots, blocks, (e, m, n), strict=True):
-        if block and slot + -(-size // block) > flags.numel():
-            raise IndexError(f"{flags.numel()} flags for {-(-size // block)} blocks from slot {slot} on")
+    for first_flag, block, size in zip(first_flags, blocks, (e, m, n), strict=True):
+        if block and first_flag + -(-size // block) > flags.numel():
+            raise IndexError(f"{flags.numel()} flags for {-(-size // block)} blocks from first_flag {first_flag} on")
     out = a.new_empty(e, m, n)
     if out.numel():
         precision = input_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
         programs, options = _plan(a.device, dtype, precision, m, n, (*a.stride(), *b.stride()), tuple(blocks))
         with torch.cuda.device_of(a):
             masked_grouped_kernel[(e * programs,)](
-                a, b, out, offs.contiguous(), flags, m, n, s, *slots, *a.stride(), *b.stride(), **options
+                a, b, out, offs.contiguous(), flags, m, n, s, *first_flags, *a.stride(), *b.stride(), **options
             )
     return out

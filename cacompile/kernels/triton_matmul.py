@@ -87,11 +87,10 @@ def choose_tile(
     arch: str,
     *,
     aligned: bool = True,
-    stats: bool = False,
 ) -> Tile:
     """The largest tile for out [E, M, N] that no block ends inside and that is not mostly outside.
 
-    aligned: operands can be read 16 bytes at a time; stats: sums over blocks are taken, which need registers too.
+    aligned: operands can be read 16 bytes at a time.
     """
     tiles = CONFIGS[arch]
     if dtype == torch.float32:
@@ -100,8 +99,6 @@ def choose_tile(
         names: tuple[str, ...] = ("tf32",)
     elif not aligned:
         names = ("unaligned",)
-    elif stats:
-        names = ("square",)
     else:
         names = ("wide", "tall", "square", "flat", "slim")
     for tile in (tiles[name] for name in names if name in tiles):
@@ -113,26 +110,15 @@ def choose_tile(
 
 
 def masked_matmul(
-    a: Tensor, b: Tensor, flags: Tensor, slots: Sequence[int], blocks: Sequence[int], host: Tensor | None = None
+    a: Tensor, b: Tensor, flags: Tensor, first_flags: Sequence[int], blocks: Sequence[int], host: Tensor | None = None
 ) -> Tensor:
     """`a @ b` with zeros in what is off; reads the flags on the device only.
 
-    a [E, M, K] and b [E, K, N], float32, bfloat16 or float16, any strides; accumulates in float32. slots, blocks: of
-    the batch, the rows and the columns; a block of 0: not masked along it. host: the flags in CPU memory, where the
-    launch may look; it then leaves out what has nothing to do.
+    a [E, M, K] and b [E, K, N], float32, bfloat16 or float16, any strides; accumulates in float32. first_flags,
+    blocks: of the batch, the rows and the columns; a block of 0: not masked along it. host: the flags in CPU memory,
+    where the launch may look; it then leaves out what has nothing to do.
     """
-    return _launch(a, b, flags, slots, blocks, host, False, None)[0]
-
-
-def masked_matmul_stats(
-    a: Tensor, b: Tensor, flags: Tensor, slots: Sequence[int], blocks: Sequence[int], estimate: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """`masked_matmul`, and sums over each block from its accumulators, always in the same order.
-
-    estimate: [E, M, N] of any dtype, or None, where the second half is zeros. Sums are float32 [2, blocks of E, of M,
-    of N], of squares and of products with the estimate; None where blocks end inside tiles.
-    """
-    return _launch(a, b, flags, slots, blocks, None, True, estimate)
+    return _launch(a, b, flags, first_flags, blocks, host)
 
 
 class _Plan(NamedTuple):
@@ -160,13 +146,12 @@ def _plan(
     sizes: tuple[int, ...],
     strides: tuple[int, ...],
     blocks: tuple[int, ...],
-    stats: bool,
 ) -> _Plan:
     """sizes: E, M, N, K; strides: of a, then of b."""
     e, m, n, k = sizes
     arch = architecture(device)
     aligned = all(_in_sixteens(strides[i : i + 3] if e > 1 else strides[i + 1 : i + 3], dtype) for i in (0, 3))
-    tile = choose_tile(dtype, precision, sizes[:3], blocks, arch, aligned=aligned, stats=stats)
+    tile = choose_tile(dtype, precision, sizes[:3], blocks, arch, aligned=aligned)
     far = max(n, *strides) * max(tile.m, tile.n) >= 2**31
     turned = strides[1] == 1, strides[4] == 1
     tensor_cores = dtype.itemsize == 2 or precision == "tf32"
@@ -202,68 +187,49 @@ def _launch(
     a: Tensor,
     b: Tensor,
     flags: Tensor,
-    slots: Sequence[int],
+    first_flags: Sequence[int],
     blocks: Sequence[int],
     host: Tensor | None,
-    stats: bool,
-    estimate: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     (e, m, k), n, dtype = a.shape, b.shape[2], a.dtype
     if dtype != b.dtype or b.shape[:2] != (e, k):
         raise ValueError(f"masked product of {dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
     sizes = (e, m, n)
-    for slot, block, size in zip(slots, blocks, sizes):
-        if block and slot + -(-size // block) > flags.numel():
-            raise IndexError(f"{flags.numel()} flags for {-(-size // block)} blocks from slot {slot} on")
+    for first_flag, block, size in zip(first_flags, blocks, sizes):
+        if block and first_flag + -(-size // block) > flags.numel():
+            raise IndexError(f"{flags.numel()} flags for {-(-size // block)} blocks from first_flag {first_flag} on")
     precision = input_precision(dtype, torch.backends.cuda.matmul.fp32_precision) if dtype.itemsize == 4 else "ieee"
-    plan = _plan(a.device, dtype, precision, (*sizes, k), (*a.stride(), *b.stride()), tuple(blocks), stats)
+    plan = _plan(a.device, dtype, precision, (*sizes, k), (*a.stride(), *b.stride()), tuple(blocks))
     tile = plan.tile
     out = a.new_empty(sizes)
-    stats = stats and all(block % t == 0 for block, t in zip(blocks, (1, tile.m, tile.n)))
-    estimate = None if estimate is None else estimate.contiguous()
-    chunks = tile.m // ROWS_AT_ONCE if stats else 1
-    sums = torch.zeros(2, *plan.tiles, chunks, device=a.device) if stats else None
     if out.numel():
-        rest, cut = _rest(sizes, plan, slots, blocks, host)
+        rest, cut = _rest(sizes, plan, first_flags, blocks, host)
         parts = a.new_empty((rest * cut, tile.m, tile.n), dtype=torch.float32)
-        notes = {"STATS": stats, "DOT": stats and estimate is not None, "CHUNKS": chunks}
         boxes = plan.boxes if (a.data_ptr() | b.data_ptr()) % 16 == 0 else None
         with torch.cuda.device_of(a):
             masked_matmul_kernel[(plan.programs,)](
                 boxes[0].over(a) if boxes else a,
                 boxes[1].over(b) if boxes else b,
-                out, flags, parts, sums, estimate,
-                *sizes, k, *slots, *a.stride(), *b.stride(),
-                TMA=boxes is not None, **plan.product, **plan.masks, **notes,
+                out, flags, parts,
+                *sizes, k, *first_flags, *a.stride(), *b.stride(),
+                TMA=boxes is not None, **plan.product, **plan.masks,
             )  # fmt: skip
             if rest:
                 add_parts_kernel[(rest, tile.m // ROWS_AT_ONCE)](
-                    out, flags, parts, sums, estimate, *sizes, plan.steps, plan.programs, *slots,
-                    BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=ROWS_AT_ONCE, num_warps=plan.adders, **plan.masks, **notes,
+                    out, flags, parts, *sizes, plan.steps, plan.programs, *first_flags,
+                    BLOCK_M=tile.m, BLOCK_N=tile.n, ROWS=ROWS_AT_ONCE, num_warps=plan.adders, **plan.masks,
                 )  # fmt: skip
-    if sums is not None:
-        sums = sum_blocks(sums.sum(-1), [block // t for block, t in zip(blocks, (1, tile.m, tile.n))])
-    return out, sums
+    return out
 
 
 def _rest(
-    sizes: Sequence[int], plan: _Plan, slots: Sequence[int], blocks: Sequence[int], host: Tensor | None
+    sizes: Sequence[int], plan: _Plan, first_flags: Sequence[int], blocks: Sequence[int], host: Tensor | None
 ) -> tuple[int, int]:
     """How many tiles are cut at most, and into how many parts each: no more than 2 * programs parts in all."""
     if host is None:
         return most_cut(math.prod(plan.tiles), plan.programs, plan.steps)
     live = 1
-    for size, length, slot, block, tiles in zip(sizes, (1, *plan.tile), slots, blocks, plan.tiles):
-        live *= live_tiles(read_flags(host, slot, block, size), length, block, size) if block else tiles
+    for size, length, first_flag, block, tiles in zip(sizes, (1, *plan.tile), first_flags, blocks, plan.tiles):
+        live *= live_tiles(read_flags(host, first_flag, block, size), length, block, size) if block else tiles
     cut = cuts(live, plan.programs, plan.steps)
     return (live % plan.programs, cut) if cut > 1 else (0, 0)
-
-
-def sum_blocks(values: Tensor, blocks: Sequence[int]) -> Tensor:
-    """[..., E, M, N] summed over each block of its last three dimensions, always in the same order; 0: over all."""
-    for dim, block in zip((-3, -2, -1), blocks):
-        size = values.shape[dim]
-        padding = [0, 0] * (-dim - 1) + [0, -size % (block or size)]
-        padded = torch.nn.functional.pad(values, padding) if padding[-1] else values
-        values = padded.unflatten(dim, (-1, block or size)).sum(dim)
-    return values

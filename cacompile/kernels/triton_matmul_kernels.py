@@ -5,26 +5,24 @@ import triton.language as tl
 
 from .triton_tiles import cut_rest, entries_on, grouped, live_count, live_list, nth_live, touches_live
 
-SLOTS = ["e_slot", "m_slot", "n_slot"]  # where a slot starts is no reason to compile again
+SLOTS = ["e_slot", "m_slot", "n_slot"]  # where a first_flag starts is no reason to compile again
 
 
 @triton.jit(do_not_specialize=SLOTS)
 def masked_matmul_kernel(
-    a, b, out, flags, parts, sums, estimate,
+    a, b, out, flags, parts,
     E, M, N, K, e_slot, m_slot, n_slot,
     stride_ae, stride_am, stride_ak, stride_be, stride_bk, stride_bn,
     E_BLOCK: tl.constexpr, M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr,
     M_SPAN: tl.constexpr, N_SPAN: tl.constexpr,
     E_LIST: tl.constexpr, M_LIST: tl.constexpr, N_LIST: tl.constexpr,
     A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
-    STATS: tl.constexpr, DOT: tl.constexpr, CHUNKS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [E, M, N], contiguous: the product where flags are on, zeros elsewhere; see `masked_matmul`.
 
     parts: float32 [units of the last rounds, BLOCK_M, BLOCK_N], for `add_parts_kernel`.
-    sums: float32 [2, tiles, CHUNKS]: each tile's sum of squares, and dot product with `estimate`, at chunk 0.
     a is a pointer or, with TMA, a descriptor of [E, M, K] in boxes of a tile and a step; A_TURNED: of [E, K, M].
     """
     e_flags, m_flags, n_flags = flags + e_slot, flags + m_slot, flags + n_slot
@@ -93,12 +91,6 @@ def masked_matmul_kernel(
             inside = (i < M - row0)[:, None] & (j < N - col0)[None, :]
             at = (e.to(tl.int64) * M + row0) * N + col0 + (i_wide[:, None] * N + j_wide[None, :])
             tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
-            if STATS:
-                note = sums + ((e.to(tl.int64) * tiles_m + row) * tiles_n + column) * CHUNKS
-                tl.store(note, tl.sum(acc * acc))
-                if DOT:
-                    old = tl.load(estimate + at, mask=inside, other=0.0).to(tl.float32)
-                    tl.store(note + E * tiles_m * tiles_n * CHUNKS, tl.sum(acc * old))
 
     # always written: an off tile reads as zeros, never as what was in memory
     if E_BLOCK + M_BLOCK + N_BLOCK > 0:
@@ -116,12 +108,11 @@ def masked_matmul_kernel(
 
 @triton.jit(do_not_specialize=SLOTS)
 def add_parts_kernel(
-    out, flags, parts, sums, estimate,
+    out, flags, parts,
     E, M, N, steps, programs, e_slot, m_slot, n_slot,
     E_BLOCK: tl.constexpr, M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr,
     M_SPAN: tl.constexpr, N_SPAN: tl.constexpr,
     E_LIST: tl.constexpr, M_LIST: tl.constexpr, N_LIST: tl.constexpr,
-    STATS: tl.constexpr, DOT: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add up, in order, the parts of tiles that `programs` programs of `masked_matmul_kernel` have cut.
@@ -156,10 +147,3 @@ def add_parts_kernel(
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         at = e.to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
-        if STATS:
-            tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-            note = sums + ((e.to(tl.int64) * tiles_m + row) * tiles_n + column) * CHUNKS + chunk
-            tl.store(note, tl.sum(acc * acc))
-            if DOT:
-                old = tl.load(estimate + at, mask=inside, other=0.0).to(tl.float32)
-                tl.store(note + E * tiles_m * tiles_n * CHUNKS, tl.sum(acc * old))

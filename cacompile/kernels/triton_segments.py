@@ -74,8 +74,8 @@ def _read(
 ):  # fmt: skip
     """The chunk of the tensors at addresses x and y in float32; zeros outside, and for the address 0."""
     places, inside = _places(base, stride, first, run, length, WIDE, CHUNK, VECTOR)
-    a = tl.load(_start(x, X, WIDE) + places, mask=inside & (x != 0), other=0.0)
-    b = tl.load(_start(y, Y, WIDE) + places, mask=inside & (y != 0), other=0.0)
+    a = tl.load(_start(x, X, WIDE) + places, mask=inside & (places * 0 + x != 0), other=0.0)
+    b = tl.load(_start(y, Y, WIDE) + places, mask=inside & (places * 0 + y != 0), other=0.0)
     return a.to(tl.float32), b.to(tl.float32)
 
 

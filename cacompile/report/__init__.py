@@ -1,1 +1,1 @@
-"""What a user can see: what would be skipped and why not (explain), and where training stands (status)."""
+"""What a run did, from its saved state: as a page, as rows, for TensorBoard and in the terminal."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from cacompile.errors import ConvAwareError, unknown
 
-from .run_data import Run
+from .data import RunData
 
 SUFFIXES = {".html": "html", ".htm": "html", ".csv": "csv", ".txt": "terminal"}
 FORMATS = ("html", "csv", "terminal", "tensorboard")
@@ -22,15 +20,15 @@ def report_state(state: Mapping[str, Any], path: str | os.PathLike[str] = "-", f
     """Write what a run did; `Session.report` does the same for a run that is still in memory.
 
     state: of `Session.state_dict()`, as `torch.load` gives it back.
-    path: `run.html` (a page that needs nothing else), `run.csv` (a row for each reading and group), `run.txt` (tables
-    as in the terminal), a folder (events for TensorBoard), or "-" to print tables.
+    path: `run.html` (a page that needs nothing else), `run.csv` (a row for each measurement and group), `run.txt`
+    (tables as in the terminal), a folder (events for TensorBoard), or "-" to print tables.
     format: html, csv, terminal or tensorboard, where the path does not say it. Raises ConvAwareError for any other,
     for a path that says none, for a state of another kind, and if a library is missing.
     """
     format = _format(path, format)
-    run = Run.of(state)
+    run = RunData.of(state)
     if format == "terminal":
-        from .run_terminal import show
+        from .terminal import show
 
         if str(path) == "-":
             return show(run, sys.stdout)
@@ -39,28 +37,17 @@ def report_state(state: Mapping[str, Any], path: str | os.PathLike[str] = "-", f
     if str(path) == "-":
         raise ConvAwareError(f"a report of format {format!r} needs a path, got '-'")
     if format == "tensorboard":
-        from .run_rows import write_events
+        from .rows import write_events
 
         return write_events(run, Path(path))
     if format == "csv":
-        from .run_rows import write_csv
+        from .rows import write_csv
 
         return write_csv(run, _place(path))
-    from .run_page import page
+    from .page import page
 
     _place(path).write_text(page(run), encoding="utf-8")
     return None
-
-
-def library(name: str, extra: str) -> ModuleType:
-    """A library that only some reports need."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise ConvAwareError(
-            f"this report needs {package if package != 'torch' else extra}: pip install 'cacompile[{extra}]' ({error})"
-        ) from error
 
 
 def _format(path: str | os.PathLike[str], format: str | None) -> str:

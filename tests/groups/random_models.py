@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cacompile.config import Config
-from cacompile.region import compile_region
+from cacompile.graph.compiled import compile_graph
 
 TIME, VOCABULARY = 4, 40
 
@@ -209,7 +209,7 @@ def interpreted(model: nn.Module, **options: Any) -> Callable[..., Any]:
     config = Config.from_options(options)[0]
 
     def backend(gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
-        region, compiled = compile_region(gm, inputs, config, {}, compile_inner=_interpret)
+        region, compiled = compile_graph(gm, inputs, config, {}, compile_inner=_interpret)
         return region.bind(compiled)
 
     return torch.compile(model, backend=backend)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from random_models import Drawn, Net, Spec, interpreted, nets, tokens
 
 import cacompile
-from cacompile.report.explain import Explanation
+from cacompile.explanation.explain import Explanation
 
 OPTIONS = {"block_rows": 8}
 few = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), max_examples=15)
@@ -42,8 +42,8 @@ def test_groups_part_every_parameter(drawn: Drawn) -> None:
             assert sum(stop - start for _, start, stop in cut) == size
             # a block has rows of one group only
             assert all(start % row.block == 0 and (stop % row.block == 0 or stop == size) for _, start, stop in cut)
-    guarded = [row for row in found.rows if row.operation]
-    assert sum(group.flops for group in found.groups) == sum(row.flops for row in guarded)
+    masked = [row for row in found.rows if row.operation]
+    assert sum(group.flops for group in found.groups) == sum(row.flops for row in masked)
 
 
 @settings(few, max_examples=8)
@@ -53,7 +53,9 @@ def test_order_plays_no_part(drawn: Drawn) -> None:
     width, specs, tied = drawn
     turned = [spec._replace(variant=spec.variant ^ 1) if spec.kind == "branches" else spec for spec in specs]
     one, two = explained(Net(*drawn)), explained(Net(width, turned, tied, backwards=True))
-    slices = [{g.name: (g.kind, g.kin, g.flops, frozenset(g.slices)) for g in found.groups} for found in (one, two)]
+    slices = [
+        {g.name: (g.kind, g.role_hash, g.flops, frozenset(g.slices)) for g in found.groups} for found in (one, two)
+    ]
     assert slices[0] == slices[1]
 
 
@@ -75,11 +77,11 @@ def test_pins_are_masks_of_slices(drawn: Drawn) -> None:
         session.pin({name: False})
         expected = {(s.param, s.dim, i) for s in slices[name] for i in range(s.start, s.stop)}
         off = set()
-        for param, record in session.tracked.items():
+        for param, record in session.params.items():
             if cut := record.partition:
-                rows = record.state.on.repeat(cut.block)[: cut.rows]
+                rows = record.on.repeat(cut.block)[: cut.rows]
                 off |= {(param, cut.dim, i) for i, on in enumerate(rows) if not on}
-        assert off == {entry for entry in expected if session.tracked[entry[0]].partition}
+        assert off == {entry for entry in expected if session.params[entry[0]].partition}
         assert session.mask.tolist() == [other != name for other in session.groups]
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from zoo_small import explained, made
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import zoo_custom
-from zoo_units import check_units
-
 import cacompile
+from benchmarks.zoo import custom
+from benchmarks.zoo.units import check_units
 
 ENDS = {
     "gpt2": {"heads": 4, "neurons": 4},
@@ -39,10 +35,10 @@ def test_zeros_take_out_a_unit(name: str) -> None:
 
 
 CUSTOM: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
-    "einsums": (lambda: zoo_custom.einsum_transformer(32, 2, 64, 1, 50), {"neurons": 4}),
-    "experts in a list": (lambda: zoo_custom.mixture(zoo_custom.ListMoE, 32, 2, 64, 3, 50), {"neurons": 8}),
+    "einsums": (lambda: custom.einsum_transformer(32, 2, 64, 1, 50), {"neurons": 4}),
+    "experts in a list": (lambda: custom.mixture(custom.ListMoE, 32, 2, 64, 3, 50), {"neurons": 8}),
     "experts in one weight": (
-        lambda: zoo_custom.mixture(zoo_custom.EinsumMoE, 32, 2, 64, 3, 50),
+        lambda: custom.mixture(custom.EinsumMoE, 32, 2, 64, 3, 50),
         {"experts": 2, "neurons": 2},
     ),
 }

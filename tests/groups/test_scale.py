@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import zoo_scale
 
-from cacompile import region
+from benchmarks.zoo import scale as zoo_scale
+from cacompile.graph import compiled as region
 
 PER_NODE = 1.0 / 10_000
 """Seconds that a node of the joint graph may take."""

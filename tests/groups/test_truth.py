@@ -107,10 +107,10 @@ def test_experts_in_bf16_are_those_in_fp32() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
 def test_layers_are_of_one_kin(name: str) -> None:
     """Heads of all layers alike, neurons alike, the two apart."""
-    kin: dict[str, set[str]] = {}
+    role_hash: dict[str, set[str]] = {}
     for group in explained(name).groups:
-        kin.setdefault(group.kind, set()).add(group.kin)
-    layered = [kin[kind] for kind in ("heads", "neurons", "experts") if kind in kin]
+        role_hash.setdefault(group.kind, set()).add(group.role_hash)
+    layered = [role_hash[kind] for kind in ("heads", "neurons", "experts") if kind in role_hash]
     assert [len(each) for each in layered] == [1, 1]
     assert layered[0] != layered[1]
 

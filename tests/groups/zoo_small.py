@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import cacompile
-from cacompile.report.explain import Explanation
+from cacompile.explanation.explain import Explanation
 
 transformers = pytest.importorskip("transformers")
 

@@ -69,11 +69,13 @@ def make_flags(device: str) -> Callable[[str, int], Tensor]:
 
 @pytest.fixture
 def check() -> Callable[..., None]:
-    """(actual, exact result in float64, flags, slots, blocks): close where on, exactly zero where off."""
+    """(actual, exact result in float64, flags, first_flags, blocks): close where on, exactly zero where off."""
 
-    def compare(actual: Tensor, exact: Tensor, flags: Tensor, slots: Sequence[int], blocks: Sequence[int]) -> None:
+    def compare(
+        actual: Tensor, exact: Tensor, flags: Tensor, first_flags: Sequence[int], blocks: Sequence[int]
+    ) -> None:
         assert exact.dtype == torch.float64 and actual.shape == exact.shape
-        live = live_entries(exact.shape, flags, slots, blocks)
+        live = live_entries(exact.shape, flags, first_flags, blocks)
         # sums of products of unit normals: errors grow with the size of the result, not element by element
         scale = float(exact.abs().max()) if exact.numel() else 1.0
         rounding = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}

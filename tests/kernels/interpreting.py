@@ -53,12 +53,12 @@ def pretend(arch: str, programs: int = 4, precision: str = "ieee") -> ExitStack:
 def make_flags(sizes: Sequence[int], blocks: Sequence[int], pattern: str) -> tuple[Tensor, list[int]]:
     """Flags and where those of each dimension start, between neighbours that lie."""
     lie = [int(pattern == "off")]
-    flags, slots = lie * 3, []
+    flags, first_flags = lie * 3, []
     for size, block in zip(sizes, blocks):
-        slots.append(len(flags) if block else 0)
+        first_flags.append(len(flags) if block else 0)
         count = -(-size // block) if block else 0
         flags += [PATTERNS[pattern](i, count) for i in range(count)] + lie
-    return torch.tensor(flags, dtype=torch.uint8), slots
+    return torch.tensor(flags, dtype=torch.uint8), first_flags
 
 
 def lay(kind: str, batch: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

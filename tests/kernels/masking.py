@@ -9,7 +9,7 @@ SLOT = 3  # where the flags of a test start, so that reading from 0 shows
 
 
 def along(dims: int | Sequence[int], block: int, rank: int) -> tuple[list[int], list[int]]:
-    """slots and blocks of a product masked along `dims`, with flags from SLOT on; several dims share them."""
+    """first_flags and blocks of a product masked along `dims`, with flags from SLOT on; several dims share them."""
     chosen = [dims] if isinstance(dims, int) else dims
     return [SLOT * (dim in chosen) for dim in range(rank)], [block * (dim in chosen) for dim in range(rank)]
 
@@ -20,12 +20,12 @@ def blocks_of(sizes: Sequence[int], dims: int | Sequence[int], block: int) -> in
     return max(-(-sizes[dim] // block) for dim in chosen)
 
 
-def live_entries(shape: Sequence[int], flags: Tensor, slots: Sequence[int], blocks: Sequence[int]) -> Tensor:
+def live_entries(shape: Sequence[int], flags: Tensor, first_flags: Sequence[int], blocks: Sequence[int]) -> Tensor:
     """bool of this shape: the entries whose block is on along each masked one of the first dimensions."""
     live = torch.ones(tuple(shape), dtype=torch.bool)
     each = flags.tolist()
-    for dim, (slot, block) in enumerate(zip(slots, blocks)):
+    for dim, (first_flag, block) in enumerate(zip(first_flags, blocks)):
         if block:
-            on = torch.tensor([bool(each[slot + i // block]) for i in range(shape[dim])], dtype=torch.bool)
+            on = torch.tensor([bool(each[first_flag + i // block]) for i in range(shape[dim])], dtype=torch.bool)
             live &= on.view(-1, *[1] * (len(shape) - 1 - dim))
     return live.to(flags.device)

@@ -31,7 +31,7 @@ def test_a_dimension_that_is_not_masked_is_one_run():
 
 
 def test_too_few_flags_are_an_error():
-    with pytest.raises(ValueError, match="4 blocks from slot 3 on, but 6 flags"):
+    with pytest.raises(ValueError, match="4 blocks from first_flag 3 on, but 6 flags"):
         live_runs(flags(1, 1), SLOT, 5, 20)
 
 

@@ -45,7 +45,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of the Triton kernels something that tells."""
     launch = mock.Mock(side_effect=Tiles)
     for name, functions in {
-        "triton_matmul": ("masked_matmul", "masked_matmul_stats"),
+        "triton_matmul": ("masked_matmul",),
         "triton_conv": ("write_conv_dw",),
     }.items():
         monkeypatch.setitem(sys.modules, f"cacompile.kernels.{name}", mock.Mock(**dict.fromkeys(functions, launch)))
@@ -148,15 +148,15 @@ def test_convolutions_without_host_flags(rows, what, reference):
 def test_pointwise_convolutions_are_products_where_pixels_are_rows(rows, monkeypatch, batch, last, matrix):
     calls = []
 
-    def masked_matmul(a, b, flags, slots, blocks):
+    def masked_matmul(a, b, flags, first_flags, blocks):
         calls.append("mm")
-        return masked_bmm_reference(a, b, flags, None, slots, blocks)
+        return masked_bmm_reference(a, b, flags, None, first_flags, blocks)
 
-    def write_conv_dw(out, grad_out, x, flags, slot, block, stride, padding, dilation, groups):
+    def write_conv_dw(out, grad_out, x, flags, first_flag, block, stride, padding, dilation, groups):
         calls.append("conv")
         out.copy_(
             masked_conv_dw_reference(
-                grad_out, x, out, flags, None, slot, block, 0, stride, padding, dilation, False, [0, 0], groups
+                grad_out, x, out, flags, None, first_flag, block, 0, stride, padding, dilation, False, [0, 0], groups
             )
         )
 
@@ -195,7 +195,7 @@ def test_a_gpu_that_nobody_measured(rows, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="cacompile.kernels.dispatch"):
         assert choose(gpu, "mm", torch.float32, 8, 8, 8) == DEFAULT
         assert choose(gpu, "mm", torch.float32, 9, 9, 9) == DEFAULT
-    assert len(caplog.records) == 1 and "benchmarks/tune.py" in caplog.text
+    assert len(caplog.records) == 1 and "benchmarks.kernels.tune" in caplog.text
     choose.cache_clear()
     rows.append(Row("A100", "8.0", "mm", 4, (8, 8, 8), Choice(1, 1)))
     assert choose(gpu, "mm", torch.float32, 8, 8, 8) == DEFAULT

@@ -1,20 +1,15 @@
 """docs/kernels.md says what the code does: its arithmetic is the command's, and no entry of CONFIGS is missing."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", exc_type=ImportError)
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from kernel_docs import PAGE, read_section
-from kernel_resources import GPUS
-from rooflines import roofline_table
-
+from benchmarks.kernels.docs import PAGE, read_section
+from benchmarks.kernels.resources import GPUS
+from benchmarks.kernels.rooflines import roofline_table
 from cacompile.kernels import triton_conv, triton_matmul
 
-ANEW = "python benchmarks/kernel_docs.py"
+ANEW = "python -m benchmarks.kernels.docs"
 
 
 def rows_of(table: str) -> list[list[str]]:

@@ -75,9 +75,9 @@ def test_empty_sizes(device, e, m, n, k, dim, pattern, make_flags):
 def test_off_blocks_cost_nothing(dim):
     a, b = operands(8, 8, 8, 4)
     flags = torch.tensor([0] * SLOT + [1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
-    slots, blocks = along(dim, 1, 3)
+    first_flags, blocks = along(dim, 1, 3)
     with torch.profiler.profile(with_flops=True) as profile:
-        masked_bmm(a, b, flags, None, slots, blocks)
+        masked_bmm(a, b, flags, None, first_flags, blocks)
     assert sum(event.flops or 0 for event in profile.events()) == 8 * 8 * 8 * 4 * 2 // 2 ** sum(blocks)
 
 

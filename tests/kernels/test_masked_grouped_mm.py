@@ -131,9 +131,9 @@ def test_empty_sizes(device, m, n, tokens, dim, spare, pattern, make_flags):
 def test_off_blocks_cost_nothing(dim):
     a, b, offs = operands(8, 8, tokens=(4,) * 8)
     flags = torch.tensor([0] * SLOT + [1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
-    slots, blocks = along(dim, 1, 3)
+    first_flags, blocks = along(dim, 1, 3)
     with torch.profiler.profile(with_flops=True) as profile:
-        masked_grouped_mm(a, b, offs, flags, None, slots, blocks)
+        masked_grouped_mm(a, b, offs, flags, None, first_flags, blocks)
     assert sum(event.flops or 0 for event in profile.events()) == 8 * 8 * 8 * 4 * 2 // 2 ** sum(blocks)
 
 

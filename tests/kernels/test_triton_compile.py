@@ -1,8 +1,6 @@
 """The Triton kernels, compiled for GPUs that need not be there: tensor cores, wide loads, registers, shared memory."""
 
 import re
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -10,9 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", exc_type=ImportError)
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from kernel_resources import (
+from benchmarks.kernels.resources import (
     CASES,
     CONV_CASES,
     GPUS,
@@ -25,7 +22,6 @@ from kernel_resources import (
     resources,
     tile_of,
 )
-
 from cacompile.kernels import triton_conv, triton_grouped, triton_matmul
 
 TENSOR_CORES = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma", "amd": r"v_mfma"}
@@ -94,7 +90,6 @@ def test_products(arch, case, dy_t_x):
 VARIANTS = {
     "fp16": (CASES[0]._replace(dtype=torch.float16), {}),
     "nothing masked": (CASES[0]._replace(blocks=(0, 0, 0)), {}),
-    "statistics": (CASES[0], {"stats": True}),
     "small tf32": (Case("small", "rows of 64", (0, 64, 0), torch.float32, "tf32"), {}),
 }
 

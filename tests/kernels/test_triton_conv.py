@@ -30,11 +30,11 @@ def conv_case(
         elif layout == "sliced":  # out of rooms full of NaN
             x, grad_out = (torch.full([n + 3 for n in t.shape], torch.nan, dtype=dtype)[
                 tuple(slice(1, n + 1) for n in t.shape)].copy_(t) for t in (x, grad_out))  # fmt: skip
-        flags, (slot,) = make_flags(weight[:1], (block,), pattern)
+        flags, (first_flag,) = make_flags(weight[:1], (block,), pattern)
         operands = (t.double() for t in (grad_out, x, w))
-        exact = masked_conv_dw_reference(*operands, flags, None, slot, block, 0, *conv)
+        exact = masked_conv_dw_reference(*operands, flags, None, first_flag, block, 0, *conv)
         out = torch.empty_like(w)
-        triton_conv.write_conv_dw(out, grad_out, x, flags, slot, block, stride, padding, dilation, groups)
+        triton_conv.write_conv_dw(out, grad_out, x, flags, first_flag, block, stride, padding, dilation, groups)
         compare(out, exact, exact != 0)
 
 
@@ -78,10 +78,10 @@ def mismatch_case() -> None:
     with pretend(POINTERS):
         with pytest.raises(ValueError, match="masked product"):
             triton_matmul.masked_matmul(torch.empty(1, 4, 5), torch.empty(1, 6, 4), flags, (0, 0, 0), (0, 1, 0))
-        for slot, rows in ((0, 40), (5, 4)):
+        for first_flag, rows in ((0, 40), (5, 4)):
             with pytest.raises(IndexError, match="8 flags for"):
                 a, b = torch.empty(1, rows, 5), torch.empty(1, 5, 4)
-                triton_matmul.masked_matmul(a, b, flags, (0, slot, 0), (0, 1, 0))
+                triton_matmul.masked_matmul(a, b, flags, (0, first_flag, 0), (0, 1, 0))
         out, grad_out, x = torch.empty(4, 3, 1, 1), torch.empty(2, 4, 5, 5), torch.empty(2, 6, 5, 5)
         with pytest.raises(ValueError, match="weight gradient"):
             triton_conv.write_conv_dw(out, grad_out, x, flags, 0, 1, [1, 1], [0, 0], [1, 1])

@@ -27,12 +27,12 @@ def case(
     if "broadcast" not in layouts:
         a[:, used:], b[used:] = torch.nan, torch.nan  # tokens of no expert
     offs = torch.tensor(tokens).cumsum(0).to(offsets)
-    flags, slots = make_flags((len(tokens), m, n), blocks, pattern)
-    out = masked_grouped_matmul(a, b, offs, flags, slots, blocks)
+    flags, first_flags = make_flags((len(tokens), m, n), blocks, pattern)
+    out = masked_grouped_matmul(a, b, offs, flags, first_flags, blocks)
     assert out.dtype == dtype and out.is_contiguous()
-    exact = masked_grouped_mm_reference(a.double(), b.double(), offs, flags, None, slots, blocks)
+    exact = masked_grouped_mm_reference(a.double(), b.double(), offs, flags, None, first_flags, blocks)
     compare(out, exact)
-    assert torch.equal(masked_grouped_matmul(a, b, offs, flags, slots, blocks), out)
+    assert torch.equal(masked_grouped_matmul(a, b, offs, flags, first_flags, blocks), out)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,7 +1,6 @@
 """The Triton kernels of products, in Triton's interpreter."""
 
 import itertools
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -36,12 +35,12 @@ def product_case(
     (e, m, n, k), (a_kind, b_kind) = sizes, layouts
     with pretend(arch, programs, "tf32" if arch == DESCRIPTORS else "ieee"):
         a, b = lay(a_kind, e, m, k, dtype), lay(b_kind, e, k, n, dtype)
-        flags, slots = make_flags((e, m, n), blocks, pattern)
-        exact = masked_bmm_reference(a.double(), b.double(), flags, None, slots, blocks)
+        flags, first_flags = make_flags((e, m, n), blocks, pattern)
+        exact = masked_bmm_reference(a.double(), b.double(), flags, None, first_flags, blocks)
         with mock.patch.object(boxes, "over", autospec=True, side_effect=boxes.over) as over:
-            out = triton_matmul.masked_matmul(a, b, flags, slots, blocks)
+            out = triton_matmul.masked_matmul(a, b, flags, first_flags, blocks)
         compare(out, exact)
-        assert torch.equal(triton_matmul.masked_matmul(a, b, flags, slots, blocks, flags), out)
+        assert torch.equal(triton_matmul.masked_matmul(a, b, flags, first_flags, blocks, flags), out)
     return over.called
 
 
@@ -114,65 +113,10 @@ def far_case() -> None:
 
     with pretend(POINTERS):
         a, b = torch.randn(3, 7, 1).as_strided((3, 7, 1), (7, 1, 2**28)), torch.randn(3, 1, 5)
-        flags, slots = make_flags((3, 7, 5), (0, 2, 0), "mixed")
-        exact = masked_bmm_reference(a.double(), b.double(), flags, None, slots, (0, 2, 0))
-        compare(triton_matmul.masked_matmul(a, b, flags, slots, (0, 2, 0)), exact)
+        flags, first_flags = make_flags((3, 7, 5), (0, 2, 0), "mixed")
+        exact = masked_bmm_reference(a.double(), b.double(), flags, None, first_flags, (0, 2, 0))
+        compare(triton_matmul.masked_matmul(a, b, flags, first_flags, (0, 2, 0)), exact)
 
 
 def test_far_strides(interpreter):
     interpreter(far_case)
-
-
-def stats_case(arch: str, sizes: Any, blocks: Any, dtype: torch.dtype, with_estimate: bool, programs: int) -> None:
-    from cacompile.kernels import masked_bmm_reference, triton_matmul
-
-    e, m, n, k = sizes
-    with pretend(arch, programs):
-        a, b = lay("turned", e, m, k, dtype), lay("plain", e, k, n, dtype)
-        estimate = torch.randn(e, m, n) if with_estimate else None
-        flags, slots = make_flags((e, m, n), blocks, "mixed")
-        exact = masked_bmm_reference(a.double(), b.double(), flags, None, slots, blocks)
-        (out, sums), again = (triton_matmul.masked_matmul_stats(a, b, flags, slots, blocks, estimate) for _ in range(2))
-        compare(out, exact)
-        assert torch.equal(out, triton_matmul.masked_matmul(a, b, flags, slots, blocks))
-        assert torch.equal(out, again[0]) and torch.equal(sums, again[1]), "the order of addition must not change"
-        counts = [-(-size // (block or size)) for size, block in zip((e, m, n), blocks)]
-        assert sums.dtype == torch.float32 and sums.shape == (2, *counts)
-        other = torch.zeros_like(exact) if estimate is None else estimate.double()
-        for factor, found in zip((exact, other), sums.double()):
-            values = exact * factor
-            for dim, (block, size) in enumerate(zip(blocks, (e, m, n))):
-                parts = values.split(block or size, dim)
-                values = torch.cat([part.sum(dim, keepdim=True) for part in parts], dim)
-            assert (found - values).abs().max() <= 3e-5 * exact.norm() * factor.norm()
-            assert not found[values == 0].any()
-
-
-@pytest.mark.parametrize("with_estimate", (True, False))
-@pytest.mark.parametrize(
-    "arch, sizes, blocks, dtype, programs",
-    (
-        (POINTERS, (1, 200, 136, 40), (0, 128, 0), torch.float32, 4),
-        (DESCRIPTORS, (1, 264, 264, 264), (0, 128, 0), torch.float16, 5),
-        (POINTERS, (2, 136, 72, 136), (1, 64, 64), torch.float32, 3),
-        (DESCRIPTORS, (3, 72, 264, 40), (2, 0, 256), torch.float16, 4),
-        (POINTERS, (2, 72, 72, 40), (0, 0, 0), torch.float16, 4),
-    ),
-)
-def test_statistics(interpreter, arch, sizes, blocks, dtype, programs, with_estimate):
-    interpreter(stats_case, arch, sizes, blocks, dtype, with_estimate, programs)
-
-
-def no_stats_case() -> None:
-    from cacompile.kernels import masked_bmm_reference, triton_matmul
-
-    with pretend(POINTERS):
-        a, b = torch.randn(1, 130, 9), torch.randn(1, 9, 70)
-        flags, slots = make_flags((1, 130, 70), (0, 50, 0), "mixed")
-        out, sums = triton_matmul.masked_matmul_stats(a, b, flags, slots, (0, 50, 0), None)
-        assert sums is None
-        compare(out, masked_bmm_reference(a.double(), b.double(), flags, None, slots, (0, 50, 0)))
-
-
-def test_no_statistics_where_blocks_end_inside_tiles(interpreter):
-    interpreter(no_stats_case)

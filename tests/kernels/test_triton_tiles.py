@@ -66,8 +66,8 @@ def list_kernel(
 
 
 def list_case(size: int, tile: int, block: int, pattern: str) -> None:
-    flags, (slot,) = make_flags((size,), (block,), pattern)
-    own, tiles = flags[slot:], -(-size // tile)
+    flags, (first_flag,) = make_flags((size,), (block,), pattern)
+    own, tiles = flags[first_flag:], -(-size // tile)
     entries = [bool(own[i // block]) if block else True for i in range(size)]
     live = [i for i in range(tiles) if any(entries[i * tile : (i + 1) * tile])]
     nth, touched = (torch.full((tiles,), -1, dtype=torch.int32) for _ in range(2))

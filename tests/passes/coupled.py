@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import cacompile
-from cacompile.report.explain import Explanation
+from cacompile.explanation.explain import Explanation
 
 
 class Case(NamedTuple):

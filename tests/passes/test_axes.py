@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cacompile.passes.axes import (
+from cacompile.passes.coupling.axes import (
     MOST_PARTS,
     Dim,
     Uncoupled,
@@ -29,8 +29,8 @@ from cacompile.passes.axes import (
     size_of,
     tie,
 )
-from cacompile.passes.components import Components
-from cacompile.passes.couple import Coupling
+from cacompile.passes.coupling.components import Components
+from cacompile.passes.coupling.walk import Coupling
 
 Meaning = frozenset[tuple[int, int]]
 """(leaf, index along it) pairs: what is known of one entry."""

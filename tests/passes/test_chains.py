@@ -11,8 +11,8 @@ from tiny import Tiny, aten, copied, param
 from torch import fx
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput
 
-from cacompile.passes import guard_weight_grads, locate, mark_products, verify
-from cacompile.plan import Plan, WeightGrad
+from cacompile.passes import locate, mark_products, mask_weight_grads, verify
+from cacompile.passes.plan import Plan, WeightGrad
 
 Made = tuple[fx.GraphModule, Plan]
 
@@ -21,8 +21,10 @@ def planned(tiny: Tiny, *grads: fx.Node, others: tuple[fx.Node, ...] = ()) -> Ma
     """A graph that returns gradients of w0, w1, ... and then other things; its plan, in blocks of 16 rows."""
     gm = tiny.returns(*grads, *others)
     plan = locate(Plan(params=tuple(param(grad, name=f"w{i}", index=i) for i, grad in enumerate(grads))))
-    slots = {g.param.name: 100 * i for i, g in enumerate(plan.grads)}
-    plan = replace(plan, grads=tuple(replace(g, block=16, slot=slots[g.param.name], others=()) for g in plan.grads))
+    first_flags = {g.param.name: 100 * i for i, g in enumerate(plan.grads)}
+    plan = replace(
+        plan, grads=tuple(replace(g, block=16, first_flag=first_flags[g.param.name], others=()) for g in plan.grads)
+    )
     mark_products(plan)
     return gm, plan
 
@@ -50,7 +52,7 @@ def test_gain_follows_its_weight() -> None:
     assert [(p.node.target, p.dim, p.lo, p.hi) for p in weight.products] == [(aten.mm.default, 0, 0, 48)]
     assert (weight.follows, weight.dim, weight.flops) == ("", 0, 2 * 48 * 8 * 32)
     assert (gain.follows, gain.products, gain.dim, gain.flops) == ("w1", (), 0, 0)
-    assert plan.flops == weight.flops and plan.skips == ()
+    assert plan.flops == weight.flops and plan.dense == ()
 
 
 def standardized(tiny: Tiny) -> list[fx.Node]:
@@ -118,8 +120,8 @@ def test_weight_used_twice_has_two_products() -> None:
 def stays(tiny: Tiny, words: str, *grads: fx.Node, others: tuple[fx.Node, ...] = ()) -> Plan:
     gm, plan = planned(tiny, *grads, others=others)
     before = str(gm.graph)
-    assert plan.grads == () and any(words in skip.reason for skip in plan.skips), plan.skips
-    assert guard_weight_grads(gm, plan).guarded == () and str(gm.graph) == before
+    assert plan.grads == () and any(words in skip.reason for skip in plan.dense), plan.dense
+    assert mask_weight_grads(gm, plan).masked == () and str(gm.graph) == before
     return plan
 
 
@@ -177,7 +179,7 @@ def test_other_ends_keep_it_dense_and_its_flops_are_counted_once() -> None:
     grads = scaled(tiny)
     _, plan = planned(tiny, *grads, tiny.call(aten.exp.default, grads[0].args[0]))
     assert plan.grads == () and plan.flops == 2 * 48 * 8 * 32
-    assert [skip.flops for skip in plan.skips] == [plan.flops, 0, 0]
+    assert [skip.flops for skip in plan.dense] == [plan.flops, 0, 0]
 
 
 def described(gm: fx.GraphModule, *params: int) -> None:
@@ -191,9 +193,9 @@ def test_guarded_chain_is_right_in_every_row(descs: bool) -> None:
     if descs:
         described(gm, 0, 1)
     before = copied(gm)
-    plan = guard_weight_grads(gm, plan)
-    assert plan.guarded == ("w0", "w1") and plan.skips == ()
-    verify(before, gm.graph, plan.guarded)
+    plan = mask_weight_grads(gm, plan)
+    assert plan.masked == ("w0", "w1") and plan.dense == ()
+    verify(before, gm.graph, plan.masked)
 
     args = [torch.randn(node.meta["val"].shape) for node in before.find_nodes(op="placeholder")]
     dense = fx.GraphModule({}, before)(*args)
@@ -212,9 +214,9 @@ def test_another_output_in_the_backward_graph_keeps_all_of_it_dense() -> None:
         output.args = ((*output.args[0], *output.args[0][: len(places) - 2]),)
         described(gm, *places)
         before = str(gm.graph)
-        plan = guard_weight_grads(gm, plan)
-        assert plan.guarded == () and str(gm.graph) == before
-        reasons = {skip.param: skip.reason for skip in plan.skips}
+        plan = mask_weight_grads(gm, plan)
+        assert plan.masked == () and str(gm.graph) == before
+        reasons = {skip.param: skip.reason for skip in plan.dense}
         assert "other things" in reasons["w0"] and "product of w0, which stays dense" in reasons["w1"]
 
 
@@ -224,7 +226,7 @@ def test_product_planned_for_one_gradient_may_not_make_several() -> None:
     for grad in plan.grads:
         for product in grad.products:
             product.node.meta["convaware"] = replace(product.node.meta["convaware"], shared=())
-    assert "more than this gradient" in guard_weight_grads(gm, plan).skips[0].reason
+    assert "more than this gradient" in mask_weight_grads(gm, plan).dense[0].reason
 
 
 @pytest.mark.parametrize(("dtype", "dense"), [(torch.float32, False), (torch.float64, True)])
@@ -236,6 +238,6 @@ def test_what_follows_a_weight_without_kernel_stays_dense_too(dtype: torch.dtype
     tiny.returns(*grads)
     params = (replace(param(grad, name=f"w{i}"), placeholder=placeholder) for i, grad in enumerate(grads))
     plan = locate(Plan(params=tuple(params)), graphs=True)
-    reasons = {skip.param: skip.reason for skip in plan.skips}
+    reasons = {skip.param: skip.reason for skip in plan.dense}
     assert len(plan.grads) == (0 if dense else 2)
     assert not dense or ("torch.float64" in reasons["w0"] and "product of w0" in reasons["w1"])

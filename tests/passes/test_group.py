@@ -7,7 +7,7 @@ from tiny import Tiny, aten, located, reason
 from torch import fx
 
 from cacompile.passes import group
-from cacompile.plan import Plan
+from cacompile.passes.plan import Plan
 
 
 def product(tiny: Tiny, rows: int, columns: int = 32) -> fx.Node:
@@ -36,7 +36,7 @@ def test_slots_run_through_all_parameters() -> None:
     one, two = located(product(tiny, 64)), located(product(Tiny(), 32))
     [other] = two.grads
     plan = group(Plan(grads=(*one.grads, replace(other, param=replace(other.param, name="v")))), block_rows=16)
-    assert [g.slot for g in plan.grads] == [0, 4] and len(plan.groups) == plan.blocks == 6
+    assert [g.first_flag for g in plan.grads] == [0, 4] and len(plan.groups) == plan.blocks == 6
 
 
 def test_sum_of_products_counts_both() -> None:
@@ -57,7 +57,7 @@ def test_parts_that_meet_at_odd_rows_stay_dense() -> None:
     tiny = Tiny()
     plan = cut(tiny.call(aten.cat.default, [product(tiny, 37), product(tiny, 43)]), 16)
     assert plan.groups == () and "meet at rows 37" in reason(plan)
-    assert plan.skips[0].flops == 2 * 80 * 8 * 32
+    assert plan.dense[0].flops == 2 * 80 * 8 * 32
 
 
 def test_each_expert_is_a_block() -> None:

@@ -10,7 +10,7 @@ from tiny import Tiny, aten, found, located, param, reason
 from torch import fx
 
 from cacompile.passes import locate
-from cacompile.plan import Param, Plan, Product
+from cacompile.passes.plan import Param, Plan, Product
 
 
 def where(product: Product) -> tuple[int, int, int, int]:
@@ -159,7 +159,7 @@ def test_what_stays_says_why() -> None:
         aten.embedding_dense_backward.default, tiny.input("dy", 6, 32), tiny.input("i", 6), 8, -1, False
     )
     plan = located(scatter)
-    assert "an embedding" in reason(plan) and plan.skips[0].kind == "embedding"
+    assert "an embedding" in reason(plan) and plan.dense[0].kind == "embedding"
 
 
 def test_product_with_another_use_stays_and_keeps_its_share_of_flops() -> None:
@@ -167,14 +167,14 @@ def test_product_with_another_use_stays_and_keeps_its_share_of_flops() -> None:
     product = tiny.mm(tiny.input("a", 48, 8), tiny.input("b", 8, 32))
     tiny.call(aten.exp.default, product)
     plan = located(product)
-    assert "used 2 times" in reason(plan) and plan.flops == 2 * 48 * 8 * 32 and plan.skips[0].kind == "linear"
+    assert "used 2 times" in reason(plan) and plan.flops == 2 * 48 * 8 * 32 and plan.dense[0].kind == "linear"
 
 
 @pytest.mark.parametrize(
     ("second", "why"), [("xpu", "no masked operation"), ("cuda:1", "flags of this graph on cuda:0")]
 )
 def test_weight_on_another_device_stays_dense(second: str, why: str) -> None:
-    """One tensor of flags serves a graph, so its guarded weights live together."""
+    """One tensor of flags serves a graph, so its masked weights live together."""
     tiny, params = Tiny(), []
     for index, device in enumerate(["cuda:0", second]):
         dw = tiny.mm(tiny.input(f"a{index}", 48, 8), tiny.input(f"b{index}", 8, 32))
@@ -184,7 +184,7 @@ def test_weight_on_another_device_stays_dense(second: str, why: str) -> None:
     tiny.returns(*(param.grad for param in params))
     plan = locate(Plan(params=tuple(params)))
     assert [grad.param.name for grad in plan.grads] == ["w0"]
-    assert [skip.param for skip in plan.skips] == ["w1"] and why in plan.skips[0].reason
+    assert [skip.param for skip in plan.dense] == ["w1"] and why in plan.dense[0].reason
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_what_has_no_kernel_stays_dense_under_cuda_graphs(dtype: torch.dtype, gr
     tiny.returns(dw)
     plan = locate(Plan(params=(Param("w", 0, (48, 32), placeholder, dw),)), graphs=graphs)
     assert bool(plan.grads) != dense
-    assert not dense or "no kernel under CUDA graphs for torch.float64" in plan.skips[0].reason
+    assert not dense or "no kernel under CUDA graphs for torch.float64" in plan.dense[0].reason
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1]])
@@ -219,7 +219,7 @@ def test_grouped_product_of_tokens_makes_no_weight_gradient() -> None:
     product = tiny.graph.call_function(aten._grouped_mm.default, (dy, w, tiny.input("offs", 4, dtype=torch.int32)))
     product.meta["val"] = torch.empty(64, 32, device="meta")
     plan = located(product)
-    assert "_grouped_mm" in reason(plan) and plan.skips[0].kind == "other"
+    assert "_grouped_mm" in reason(plan) and plan.dense[0].kind == "other"
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -240,11 +240,11 @@ def test_weights_gathered_for_each_token_are_named_and_counted() -> None:
     ids = [tiny.input("experts", 10, dtype=torch.int64)]
     plan = located(tiny.call(aten.index_put.default, zeros, ids, outer, True))
     assert "gathered for each token" in reason(plan)
-    assert (plan.skips[0].kind, plan.flops) == ("gathered", 2 * 10 * 48 * 32)
+    assert (plan.dense[0].kind, plan.flops) == ("gathered", 2 * 10 * 48 * 32)
 
 
 def test_flops_are_not_sought_behind_what_is_not_understood() -> None:
     tiny = Tiny()
     dx = tiny.mm(tiny.input("a", 48, 8), tiny.input("b", 8, 32))
     plan = located(tiny.call(aten.exp.default, dx))
-    assert (plan.skips[0].kind, plan.flops) == ("other", 0)
+    assert (plan.dense[0].kind, plan.flops) == ("other", 0)

@@ -1,4 +1,4 @@
-"""locate, group and guard together, on random ways from a product to a gradient: the off rows go, and only they."""
+"""locate, group and mask together, on random ways from a product to a gradient: the off rows go, and only they."""
 
 import math
 import random
@@ -9,8 +9,8 @@ import torch
 from tiny import Tiny, aten, param
 from torch import fx
 
-from cacompile.passes import group, guard_weight_grads, locate, mark_products
-from cacompile.plan import Plan
+from cacompile.passes import group, locate, mark_products, mask_weight_grads
+from cacompile.passes.plan import Plan
 
 
 def factored(size: int, parts: int, rng: random.Random) -> list[int]:
@@ -62,7 +62,7 @@ def one_case(seed: int) -> str:
     if not plan.grads:
         return "dense"
     mark_products(plan)
-    assert guard_weight_grads(gm, plan).guarded == ("w",)
+    assert mask_weight_grads(gm, plan).masked == ("w",)
     flags = torch.randint(0, 2, (len(plan.groups),), dtype=torch.uint8)
     [grad] = plan.grads
     on = flags.bool().repeat_interleave(grad.block)[: dense.shape[grad.dim]]

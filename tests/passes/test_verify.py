@@ -4,22 +4,24 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from experts import experts_backward
 from tiny import Tiny, aten, copied, marked_conv, marked_mm, param
 from torch import fx
 
 from cacompile.kernels import masked_conv_dw, masked_grouped_mm, masked_mm
-from cacompile.passes import Broken, guard_weight_grads, locate, mark_products, verify
-from cacompile.passes.guard import FLAGS, HOST_FLAGS, MARK, experts_forward
-from cacompile.plan import Plan
+from cacompile.passes import Broken, locate, mark_products, mask_weight_grads, verify
+from cacompile.passes.marks import MARK
+from cacompile.passes.mask import FLAGS, HOST_FLAGS
+from cacompile.passes.plan import Plan
 
 Graphs = tuple[fx.Graph, fx.GraphModule]
 
 
-def guarded(make: Callable[[], tuple], host: bool = False) -> Graphs:
+def masked(make: Callable[[], tuple], host: bool = False) -> Graphs:
     gm, plan = make()
     before = copied(gm)
-    assert guard_weight_grads(gm, plan, host).guarded == ("w",)
+    assert mask_weight_grads(gm, plan, host).masked == ("w",)
     return before, gm
 
 
@@ -39,7 +41,7 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("host", (False, True))
 def test_kept_promise(name: str, host: bool) -> None:
-    before, gm = guarded(KEPT[name], host)
+    before, gm = masked(KEPT[name], host)
     verify(before, gm.graph, ("w",))
 
 
@@ -60,7 +62,7 @@ def host_alone(gm: fx.GraphModule) -> None:
 
 @pytest.mark.parametrize("break_it", [drop_host, swap_flags, host_alone])
 def test_broken_promise_with_flags_on_the_host(break_it: Callable[[fx.GraphModule], None]) -> None:
-    before, gm = guarded(marked_mm, host=True)
+    before, gm = masked(marked_mm, host=True)
     break_it(gm)
     with pytest.raises(Broken):
         verify(before, gm.graph, ("w",))
@@ -131,7 +133,7 @@ BROKEN = {
     "other operand of the masked product": swap_masked_operand,
     "outputs swapped": swap_outputs,
     "inputs reordered": reorder_inputs,
-    "wrong slot": wrong(4, [1, 0]),
+    "wrong first_flag": wrong(4, [1, 0]),
     "wrong block": wrong(5, [32, 0]),
     "wrong dimension": wrong(5, [0, 16]),
     "both dimensions": wrong(5, [16, 16]),
@@ -143,14 +145,14 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_promise(name: str) -> None:
-    before, gm = guarded(marked_mm)
+    before, gm = masked(marked_mm)
     BROKEN[name](gm)
     with pytest.raises(Broken):
         verify(before, gm.graph, ("w",))
 
 
 def test_unplanned_product_masked() -> None:
-    before, gm = guarded(marked_mm)
+    before, gm = masked(marked_mm)
     dx = node_of(gm, aten.mm.default)
     dx.target, dx.args = masked_mm, (*dx.args, flags_of(gm), None, [0, 0], [16, 0])
     with pytest.raises(Broken, match="became"):
@@ -167,7 +169,7 @@ def test_planned_product_not_masked() -> None:
 
 
 def test_product_masked_for_another_parameter() -> None:
-    before, gm = guarded(marked_mm)
+    before, gm = masked(marked_mm)
     for node in before.nodes:
         node.meta.pop(MARK, None)
     with pytest.raises(Broken, match="became"):
@@ -189,7 +191,7 @@ def bias_over_channels(gm: fx.GraphModule) -> None:
 
 @pytest.mark.parametrize("break_it", [conv_keeps_dw, conv_other_stride, bias_over_channels])
 def test_broken_convolution(break_it: Callable[[fx.GraphModule], None]) -> None:
-    before, gm = guarded(marked_conv)
+    before, gm = masked(marked_conv)
     break_it(gm)
     with pytest.raises(Broken):
         verify(before, gm.graph, ("w",))
@@ -206,12 +208,12 @@ def experts() -> tuple[fx.GraphModule, Plan]:
 
 
 def weight_not_turned(gm: fx.GraphModule) -> None:
-    turned = node_of(gm, experts_forward())
+    turned = node_of(gm, torch.ops.transformers.grouped_mm_fallback.default)
     turned.update_arg(1, gm.graph.find_nodes(op="placeholder")[2])
 
 
 def tokens_of_others(gm: fx.GraphModule) -> None:
-    forward = node_of(gm, experts_forward())
+    forward = node_of(gm, torch.ops.transformers.grouped_mm_fallback.default)
     forward.update_arg(0, gm.graph.find_nodes(op="placeholder")[0])
 
 
@@ -234,7 +236,7 @@ BROKEN_EXPERTS = [weight_not_turned, tokens_of_others, result_not_turned_back, c
 
 @pytest.mark.parametrize("break_it", BROKEN_EXPERTS)
 def test_broken_experts(break_it: Callable[[fx.GraphModule], None]) -> None:
-    before, gm = guarded(experts)
+    before, gm = masked(experts)
     verify(before, gm.graph, ("w",))
     break_it(gm)
     with pytest.raises(Broken):

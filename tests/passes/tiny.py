@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from cacompile.passes import group, locate, mark_products
-from cacompile.plan import Param, Plan, WeightGrad
+from cacompile.passes.plan import Param, Plan, WeightGrad
 
 aten = torch.ops.aten
 
@@ -57,14 +57,14 @@ def located(grad: fx.Node, *shape: int) -> Plan:
 
 
 def found(plan: Plan) -> WeightGrad:
-    assert plan.skips == (), plan.skips
+    assert plan.dense == (), plan.dense
     [grad] = plan.grads
     return grad
 
 
 def reason(plan: Plan) -> str:
     assert plan.grads == ()
-    [skip] = plan.skips
+    [skip] = plan.dense
     return skip.reason
 
 

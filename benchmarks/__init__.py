@@ -1,0 +1,1 @@
+"""What this project is measured with: see README.md in this folder."""

@@ -1,0 +1,1 @@
+"""How kernels are tuned, and what they take of a GPU."""

@@ -1,0 +1,1 @@
+"""What skipping does to quality, against shorter dense runs."""

@@ -1,0 +1,145 @@
+"""Is skipping worth it, against the same money spent on a shorter dense run? Four models, three data sets, five tasks.
+
+    python -m benchmarks.quality                                  # everything that is missing, then the report
+    python -m benchmarks.quality --tasks gpt --arms dense,convaware --seeds 0
+    python -m benchmarks.quality report                           # tables and plots from the rows that are there
+    python -m benchmarks.quality tau                              # where GradES' threshold comes from
+    python -m benchmarks.quality --smoke                          # seconds, to a temporary folder
+
+Each run has one thread and one row in quality.csv: task, arm, seed, the split that quality was measured on, steps,
+cost in training FLOPs (counted) and in seconds without compiling (measured), quality (minus the cross-entropy in nats),
+accuracy, share of the dW FLOPs that were skipped. A run that has its row is not made again. `dense` and `convaware` of
+one seed take turns every five steps, so that their seconds can be compared (column `beside`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks.lib.rows import RESULTS
+from benchmarks.quality.arms import ARMS, installed
+from benchmarks.quality.peers import weight_changes
+from benchmarks.quality.plan import Settings, plan
+from benchmarks.quality.report import report
+from benchmarks.quality.rows import append, keys, read
+from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.worker import spread
+
+DEV_SEED = 100
+"""For choosing what has to be chosen; never reported."""
+
+
+def measure(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int], settings: Settings,
+            jobs: int, again: bool, console: Console) -> int:  # fmt: skip
+    """Make the runs that are missing; gives how many failed."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    done = keys(read(settings.rows))
+    if without := [name for name in arms if not installed(ARMS[name])]:
+        console.print(f"left out, as what they need is not installed: {', '.join(without)}", highlight=False)
+    parts = plan(tasks, [arm for arm in arms if arm not in without], seeds, settings, set() if again else done)
+    runs = sum(len(turn.arms) for part in parts for turn in part.turns)
+    console.print(f"{runs} runs to make, {len(done)} in {settings.rows}", highlight=False)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("ETA"), TimeRemainingColumn(), console=console, speed_estimate_period=60,
+                   disable=not console.is_terminal)  # fmt: skip
+    lines = {task: bar.add_task(task, total=sum(part.steps for part in parts if part.task == task))
+             for task in dict.fromkeys(part.task for part in parts)}  # fmt: skip
+    failed = 0
+    with bar:
+        for kind, what in spread(parts, jobs, settings):
+            if kind == "step":
+                bar.update(lines[what], advance=1)
+            elif kind == "row":
+                append(settings.rows, what)
+                console.print(_sentence(what), highlight=False, soft_wrap=True)
+            else:
+                task, turn, text = what
+                failed += len(turn.arms)
+                console.print(f"[bold]failed[/bold]: {task}, {' and '.join(turn.arms)}, seed {turn.seed}")
+                console.print(text, markup=False, highlight=False)
+    return failed
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    parts = [f"{row['steps_taken']} steps", f"quality {row['quality']:.4f}", f"accuracy {row['accuracy']:.2%}",
+             f"{row['cost_flops']:.4g} FLOPs", f"{row['cost_seconds']:.1f} s"]  # fmt: skip
+    if row["skipped_share"]:
+        parts.append(f"{row['skipped_share']:.1%} of dW skipped")
+    return f"{row['task']} {row['arm']} seed {row['seed']}: {', '.join(parts)}"
+
+
+def thresholds(settings: Settings, console: Console) -> None:
+    """How much matrices move in a dense run of another seed, and what GradES would have skipped of it."""
+    task = settings.task("gpt")
+    changes = weight_changes(task, DEV_SEED, task.steps)
+    weights = np.array([count for count, _ in changes.values()], float)
+    moved = np.array([changed for _, changed in changes.values()])
+    earliest = int(0.3 * task.steps)  # GradES' default alpha
+    grid = Table("at", "median L1 change of a matrix in a step", "dW that GradES would skip with it",
+                 title=f"{task.title}, dense, seed {DEV_SEED}, {task.steps} steps")  # fmt: skip
+    for percent in range(40, 100, 5):
+        tau = float(np.median(moved[:, percent * task.steps // 100]))
+        below = moved < tau
+        below[:, :earliest] = False
+        skipped = weights @ np.logical_or.accumulate(below, axis=1) / weights.sum()
+        grid.add_row(f"{percent} %", f"{tau:.4g}", f"{skipped.mean():.1%}")
+    console.print(grid)
+
+
+def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = list(known) if text == "all" else text.split(",")
+        if wrong := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(wrong)}; known: all, {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", nargs="?", choices=("run", "report", "tau"), default="run")
+    add("--tasks", type=_some_of(list(TASKS)), default="all", help="comma-separated: %(default)s, " + ", ".join(TASKS))
+    add("--arms", type=_some_of(list(ARMS)), default="all", help="comma-separated: %(default)s, " + ", ".join(ARMS))
+    add("--seeds", type=_seeds, default="0,1,2", help="comma-separated (default: %(default)s)")
+    add("--steps-scale", type=float, default=1.0, metavar="X", help="times the steps of every task")
+    add("--split", choices=("test", "valid"), default="test", help="options are chosen on valid, reported is test")
+    add("--jobs", type=int, default=2, help="processes, of one thread each (default: %(default)s)")
+    add("--out", type=Path, help="folder of rows, profiles, tables and plots (default: benchmarks/results)")
+    add("--again", action="store_true", help="make runs again that have a row")
+    add("--smoke", action="store_true", help="tiny models, few steps; shows that it runs, no more")
+    args = parser.parse_args(argv)
+    console = Console()
+    if not console.is_terminal:  # a log need not be as narrow as an unknown terminal
+        console = Console(width=200)
+    with tempfile.TemporaryDirectory() if args.smoke and not args.out else nullcontext(RESULTS) as folder:
+        settings = Settings(out=args.out or Path(folder), split=args.split, scale=args.steps_scale, smoke=args.smoke)
+        if args.command == "tau":
+            thresholds(settings, console)
+            return 0
+        failed = 0
+        if args.command == "run":
+            failed = measure(args.tasks, args.arms, args.seeds, settings, args.jobs, args.again, console)
+        for line in report(settings, args.tasks, args.seeds):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

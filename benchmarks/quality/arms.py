@@ -1,0 +1,111 @@
+"""The arms: dense runs of several lengths, convaware, controls that skip as much as it did, peers."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import numpy as np
+
+from benchmarks.quality.peers import CAC_OPTIONS, GRADES_OPTIONS, Grades, GradSkip, gradskip_sgd
+from benchmarks.quality.run import Arm, Control, Run
+from benchmarks.quality.tasks import Task
+
+LADDER = (95, 90, 85, 80, 75)
+"""Lengths of the shorter dense runs, in % of the steps."""
+
+RUNGS = ("dense", *(f"dense-{percent}" for percent in LADDER))
+"""The dense arms, longest first."""
+
+
+def random_groups(flops: np.ndarray, wanted: float, rng: np.random.Generator, tries: int = 1) -> np.ndarray:
+    """bool [groups]: the first groups of a random order, as many as come nearest to `wanted` FLOPs.
+
+    Of several orders tried, the nearest.
+    """
+    chosen, nearest = np.zeros(len(flops), bool), np.inf
+    for _ in range(tries):
+        order = rng.permutation(len(flops))
+        off = np.abs(np.cumsum([0.0, *flops[order]]) - wanted)
+        count = int(off.argmin())
+        if off[count] < nearest:
+            nearest = off[count]
+            chosen = np.isin(np.arange(len(flops)), order[:count])
+    return chosen
+
+
+class _Drawn(Control):
+    """Skips groups that are drawn without looking at them."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        if len(run.profile) != run.steps:
+            raise ValueError(f"profile must have a share for each of {run.steps} steps, got {len(run.profile)}")
+        self.rng = np.random.default_rng(run.seed)
+
+    def skip(self, share: float, tries: int = 1) -> None:
+        """Skips random groups with about this share of a step's dW FLOPs until told otherwise."""
+        session = self.run.session
+        index = session.index
+        flops = index.sum(np.concatenate([state.flops for state in index.params]))
+        step = session.flops[0] / self.run.step_number
+        session.pin(mask=~random_groups(flops, share * step, self.rng, tries))
+
+
+class RandomMask(_Drawn):
+    """In each step another random set of groups, with the FLOPs that convaware skipped in it.
+
+    What a step cannot give exactly, groups being whole, is made up for in the next.
+    """
+
+    def before_step(self) -> None:
+        step, profile = self.run.step_number, self.run.profile
+        if step:  # groups are known after the first
+            owed = sum(profile[: step + 1]) - sum(self.run.skipped)
+            self.skip(owed if profile[step] else 0.0)
+
+
+class Static(_Drawn):
+    """One random set of groups, off from the first step in which convaware skipped; as many FLOPs in all."""
+
+    def before_step(self) -> None:
+        profile = np.asarray(self.run.profile)
+        start = max(1, int((profile > 0).argmax()))
+        if self.run.step_number == start and profile.any():
+            self.skip(min(1.0, profile.sum() / (self.run.steps - start)), tries=100)
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(name="dense", title="dense Inductor"),
+        *(Arm(name=f"dense-{p}", title=f"dense Inductor, {p} % of the steps", fraction=p / 100) for p in LADDER),
+        Arm(name="convaware", title="convaware, default options", backend="convaware"),
+        Arm(
+            name="random", title="random groups, convaware's share in each step", backend="convaware",
+            control=RandomMask, needs_profile=True,
+        ),
+        Arm(
+            # the seed only draws masks that the pin replaces; one for all, so that all share what is compiled
+            name="static", title="random groups frozen once, convaware's share in all", backend="convaware",
+            options={"estimate": "zeros", "seed": 0}, control=Static, needs_profile=True,
+        ),
+        Arm(
+            name="grades", title="GradES 1.0.6", backend=None,  # every freeze would compile anew
+            options=GRADES_OPTIONS, control=Grades, tasks=("gpt",), package="grades",
+        ),
+        Arm(
+            name="gradskip", title="CAC Gradient-StaysDense 1.0.0", backend=None,
+            options=CAC_OPTIONS, control=GradSkip, optimizer=gradskip_sgd, tasks=("resnet",), package="cac",
+        ),
+    )
+}  # fmt: skip
+
+
+def applies(arm: Arm, task: Task) -> bool:
+    """Whether the arm is meant for the task."""
+    return not arm.tasks or task.name in arm.tasks
+
+
+def installed(arm: Arm) -> bool:
+    """Whether what the arm needs is there."""
+    return not arm.package or find_spec(arm.package) is not None

@@ -1,0 +1,194 @@
+"""Tables of `benchmarks.quality` in Markdown, with what they mean in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from tabulate import tabulate
+
+from benchmarks.lib.timing import Spread
+from benchmarks.quality.arms import ARMS, RUNGS
+from benchmarks.quality.curve import Arms, Worth, mean_worth, resampled, seed_worths, standard_error
+from benchmarks.quality.plan import TIMED, Settings
+from benchmarks.quality.plots import draw_curves, draw_profiles
+from benchmarks.quality.rows import Key, read, read_profile
+
+GOALS = {"gpt": 1.10, "resnet": 1.20, "vit": 1.20, "minilm": 1.25}
+"""For convaware: cost of the dense run that reaches its quality, over its cost."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An arm of a task over its seeds."""
+
+    arm: str
+    seeds: list[int]
+    quality: np.ndarray
+    accuracy: np.ndarray
+    cost: np.ndarray
+    """Over that of the full dense run of the same seed."""
+    skipped: float
+    worth: Worth | None = None
+    """None for dense runs, and where these are not complete."""
+    interval: tuple[float, float] = (float("nan"), float("nan"))
+    by_seed: tuple[Worth, ...] = ()
+
+
+def rows_of(rows: pd.DataFrame, settings: Settings, task: str, seeds: Sequence[int]) -> pd.DataFrame:
+    """Rows of one task in the lengths that are asked for, sorted by seed."""
+    wanted = [settings.key(task, arm, seed) for arm in ARMS for seed in seeds]
+    index = pd.MultiIndex.from_frame(rows[list(Key._fields)])
+    return rows[index.isin(wanted)].sort_values("seed")
+
+
+def summarize(rows: pd.DataFrame) -> list[Found]:
+    """All arms of one task that have rows; each over the seeds of which there is a full dense run too."""
+    by_arm = {str(arm): each.set_index("seed") for arm, each in rows.groupby("arm")}
+    if "dense" not in by_arm:
+        return []
+    rungs = [by_arm[arm] for arm in reversed(RUNGS) if arm in by_arm]
+    with_all = [seed for seed in by_arm["dense"].index if all(seed in rung.index for rung in rungs)]
+    found = []
+    for arm in (name for name in ARMS if name in by_arm):
+        seeds = [seed for seed in by_arm[arm].index if seed in by_arm["dense"].index]
+        if not seeds:
+            continue
+        each = by_arm[arm].loc[seeds]
+        cost = each["cost_flops"].to_numpy() / by_arm["dense"]["cost_flops"].loc[seeds].to_numpy()
+        columns = (each["quality"].to_numpy(), each["accuracy"].to_numpy(), cost, float(each["skipped_share"].mean()))
+        compared = [seed for seed in seeds if seed in with_all]
+        if arm in RUNGS or len(rungs) < 2 or not compared:
+            found.append(Found(arm, seeds, *columns))
+            continue
+        stacked = (np.stack([rung[name].loc[compared] for rung in rungs], 1) for name in ("cost_flops", "quality"))
+        arms = Arms(*stacked, *(each[name].loc[compared].to_numpy() for name in ("cost_flops", "quality")))
+        found.append(Found(arm, seeds, *columns, mean_worth(arms), resampled(arms), tuple(seed_worths(arms))))
+    return found
+
+
+def table(found: Sequence[Found]) -> str:
+    """A line for each arm."""
+    lines = [
+        (
+            ARMS[f.arm].title, len(f.seeds), _mean(f.quality, "{:.4f}"), _mean(100 * f.accuracy, "{:.2f}"),
+            f"{f.cost.mean():.3f}", "" if f.arm in RUNGS or np.isnan(f.skipped) else f"{f.skipped:.1%}",
+            str(f.worth or ""), "" if f.worth is None or len(f.by_seed) < 2 else "{:.3f} to {:.3f}".format(*f.interval),
+            ", ".join(map(str, f.by_seed)),
+        )
+        for f in found
+    ]  # fmt: skip
+    headers = ("arm", "seeds", "quality", "accuracy, %", "FLOPs / dense", "dW skipped",
+               "FLOPs of the dense run as good / own", "95 %", "seed by seed")  # fmt: skip
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _mean(values: np.ndarray, form: str) -> str:
+    error = standard_error(values)
+    return form.format(values.mean()) + ("" if np.isnan(error) else f" ± {form.format(error)}")
+
+
+def verdicts(task: str, found: Sequence[Found]) -> Iterator[str]:
+    """What the table says of convaware, in words."""
+    by_arm = {f.arm: f for f in found}
+    ours, dense = by_arm.get("convaware"), by_arm.get("dense")
+    if ours is None or dense is None:
+        return
+    if ours.worth is not None:
+        if task in GOALS:
+            yield f"Goal {GOALS[task]:.2f}: {against_goal(ours.worth, GOALS[task])}."
+        if ours.worth.ratio < 1 or ours.worth.bound == "below":
+            yield f"Loses against a shorter dense run ({ours.worth})."
+        others = [f for f in found if f.worth is not None and f is not ours]
+        ahead = [f.arm for f in others if f.worth < ours.worth]
+        behind = [f.arm for f in others if f.arm not in ahead]
+        if ahead:
+            yield f"Ahead of {', '.join(ahead)}."
+        if behind:
+            yield f"Not ahead of {', '.join(behind)}."
+    yield f"Final quality: {within_error(ours.quality, dense.quality)}."
+
+
+def against_goal(worth: Worth, goal: float) -> str:
+    if worth.ratio >= goal and worth.bound != "below":
+        return f"reached ({worth})"
+    if worth.bound == "at least":
+        return f"not shown ({worth}: as good as the full dense run, which is all that it is compared with)"
+    return f"falls short by {1 - worth.ratio / goal:.1%} ({worth})"
+
+
+def within_error(ours: np.ndarray, dense: np.ndarray) -> str:
+    """Of the mean of the full dense runs; better is within."""
+    short, error = dense.mean() - ours.mean(), standard_error(dense)
+    if short <= 0:
+        return f"{abs(short):.4f} above full dense's"
+    if np.isnan(error):
+        return f"{short:.4f} below full dense's; one seed has no standard error"
+    within = "within" if short <= error else "not within"
+    return f"{short:.4f} below full dense's, {within} its standard error, {error:.4f}"
+
+
+def times(rows: pd.DataFrame) -> str | None:
+    """Seconds of convaware over dense's, of runs that took turns, and what FLOPs promise."""
+    ours, dense = (
+        rows[(rows["arm"] == arm) & (rows["beside"] == other)].set_index("seed")
+        for arm, other in (reversed(TIMED), TIMED)
+    )
+    seeds = ours.index.intersection(dense.index)
+    if seeds.empty:
+        return None
+    seconds, flops = (ours.loc[seeds, name] / dense.loc[seeds, name] for name in ("cost_seconds", "cost_flops"))
+    return (f"Time of convaware over dense Inductor's (measured, interleaved): {Spread.of(seconds)}; "
+            f"FLOPs promise {Spread.of(flops)} (counted).")  # fmt: skip
+
+
+def report(settings: Settings, tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
+    """Write quality.md and the plots from the rows there are; gives what to tell."""
+    rows = read(settings.rows)
+    source = f"Written by `python -m benchmarks.quality`; measured on {settings.split} data."
+    lines = ["# Quality against cost", "", source, "", PREAMBLE]
+    panels: dict[str, list[Found]] = {}
+    for name in tasks:
+        chosen = rows_of(rows, settings, name, seeds)
+        found = summarize(chosen)
+        if not found:
+            continue
+        panels[name] = found
+        task = settings.task(name)
+        said = [*verdicts(name, found), *filter(None, [times(chosen)])]
+        lines += [f"## {task.title}, {task.steps} steps", "", table(found), "", *(f"- {line}" for line in said), ""]
+        lines += [_provenance(chosen), ""]
+        yield from (f"{name}: {line}" for line in said)
+    if not panels:
+        yield f"no rows in {settings.rows} to report"
+        return
+    titles = {name: settings.task(name).title for name in panels}
+    draw_curves(settings.out / "quality.svg", panels, titles)
+    lines += ["![Quality against cost](quality.svg)", ""]
+    profiles = {name: [settings.profile(name, seed) for seed in seeds] for name in panels}
+    shares = {name: [read_profile(file) for file in files if file.exists()]
+              for name, files in profiles.items()}  # fmt: skip
+    if any(shares.values()):
+        draw_profiles(settings.out / "quality_skipped.svg", shares, titles)
+        lines += ["![Share of dW skipped](quality_skipped.svg)", ""]
+    (settings.out / "quality.md").write_text("\n".join(lines))
+    yield f"quality.md, quality.svg and quality_skipped.svg are in {settings.out}/"
+
+
+PREAMBLE = """\
+Quality is minus the cross-entropy in nats; ± is one standard error over seeds. FLOPs are those of forward and backward
+passes, counted. An arm's figure is the cost of the cheapest dense run that is as good, over its own: above 1 it beats a
+shorter dense run. The dense runs' mean qualities are joined by straight lines, after those that fall with more steps
+were levelled. ≥: better than the full dense run, <: worse than the shortest; neither is extrapolated. 95 %: bootstrap
+over seeds, 2,000 draws; with few seeds that is hardly more than their range. Seed by seed: each against its own dense
+runs. In the plot bars are one standard error, and the line joins the dense runs. Random and static skip what convaware
+skipped, in each step and in all. GradES and CAC Gradient-StaysDense run in eager mode and are charged for what is still
+trainable.
+"""
+
+
+def _provenance(rows: pd.DataFrame) -> str:
+    parts = [f"{name} {', '.join(sorted(set(rows[name].astype(str))))}" for name in ("torch", "cacompile", "device")]
+    return f"Rows of {rows['date'].min()} to {rows['date'].max()}; {'; '.join(parts)}; one thread a run."

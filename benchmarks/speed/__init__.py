@@ -1,0 +1,1 @@
+"""How long steps and starts take, against plain Inductor."""

@@ -1,0 +1,1 @@
+"""Models that others wrote: what is masked, and whether it is right."""

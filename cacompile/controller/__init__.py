@@ -1,0 +1,1 @@
+"""After each step: monitor (how converged is a group) -> policy (how often is it computed) -> turns (whose turn)."""

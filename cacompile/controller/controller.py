@@ -1,0 +1,233 @@
+"""The controller: monitor -> policy -> turns, for the parameters that one optimizer steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from cacompile.kernels.segments import Tables
+from cacompile.state.draws import generator
+from cacompile.state.groups import GroupIndex
+from cacompile.state.history import note
+from cacompile.state.params import ParamState
+from cacompile.state.table import BlockTable
+from cacompile.torch_internals import warning_once
+
+from .estimate import fill, fill_together
+from .monitor import learn, measure, measure_together, settings_by_param
+from .movement import moved, sample
+from .optimizers import adapter_of, statistic_of
+from .policy import keep_probabilities, mean_descent
+from .turns import first_turns, take_turns
+
+log = logging.getLogger(__name__)
+
+
+class Controller:
+    """Draws the masks of one set of parameters with one Config, all of whose blocks are rows of one table."""
+
+    def __init__(self, params: Sequence[ParamState]) -> None:
+        self.params = sorted(params, key=lambda param: param.key or 0)
+        self.config = self.params[0].config
+        self.table = BlockTable.of(self.params)
+        self.rows = _rows(self.params)
+        """Its rows in the table, in the order of `params`."""
+        self._blocks = [param.blocks for param in self.params]
+        self._segments = Tables()
+        self._index = GroupIndex(self.params)
+        self._before: dict[int, torch.Tensor] = {}
+        """A parameter's id -> what its weights were before this step, if the step is to be measured."""
+
+    def column(self, name: str) -> np.ndarray:
+        """One of the table's columns for its blocks, [blocks]; not to be written."""
+        return getattr(self.table, name)[self.rows]
+
+    def look(self) -> None:
+        """An optimizer step begins: see where the weights are, if it is to be measured."""
+        if not _captured():
+            self._look_before(self._step + 1)
+
+    def fill(self, optimizer: Optimizer) -> None:
+        """Give every slice that was skipped its estimate, and rescale those that are computed again.
+
+        Called right before the optimizer reads the gradients.
+        """
+        skipped, captured = self.column("skipped"), _captured()
+        # what is captured runs again and again with the same groups: none of them has been away
+        rescale = not captured and bool(self.column("age").any())
+        if not (rescale or skipped.any()):
+            return
+        settings = settings_by_param(optimizer)
+        # what is captured must not hold a copy from the host, whose memory is used for other things by then
+        near, far = ([], self.params) if captured else self._by_device()
+        for param in far + fill_together(near, optimizer, settings, self._segments):
+            fill(optimizer, settings.get(id(param.param), {}), param, weight_up=rescale)
+        if rescale and adapter_of(optimizer).keeps_mean:
+            # an optimizer within another one calls again, with the same gradients
+            self.table.age[self.rows] = np.where(skipped, self.column("age"), 0)
+
+    def advance(self, optimizer: Optimizer | None) -> None:
+        """One optimizer step is done: measure when it is time, and draw the next step's mask."""
+        if _captured():
+            # Nothing of this step has run yet, and when its graph is replayed nobody calls us. What it fills is what
+            # was skipped by now, so the mask must stay: it is drawn again after the next step that is not captured.
+            warning_once(log, "an optimizer step is captured in a CUDA graph: the mask stays as it was at the capture")
+            return
+        for param in self.params:
+            param.step += 1
+        step = self._step
+        if step % self.config.monitor_every == 0:
+            self._monitor(optimizer)
+        if optimizer is None:  # then nobody tells when the next step begins
+            self._look_before(step + 1)
+        # a pin may hold a group off for longer; what it missed then counts no more
+        missed = np.minimum(self.column("age") + 1, self.config.max_age)
+        self.table.age[self.rows] = np.where(self.column("skipped"), missed, 0)
+        self.table.skipped[self.rows] = False
+        self.table.set_on(self.rows, self._next_mask(optimizer, step))
+        if step % self.config.monitor_every == 0 and log.isEnabledFor(logging.INFO):
+            off = ~self._index.every(self.column("on"))
+            flops = self.column("flops")
+            share = flops[~self.column("on")].sum() / max(1.0, flops.sum())
+            log.info(
+                "step %d: %d of %d groups are skipped next, %.1f%% of dW FLOPs", step, off.sum(), off.size, 100 * share
+            )
+
+    @property
+    def _step(self) -> int:
+        """Optimizer steps done."""
+        return max(param.step for param in self.params)
+
+    def _by_device(self) -> tuple[list[ParamState], list[ParamState]]:
+        """CUDA parameters, and the others."""
+        near: list[ParamState] = []
+        far: list[ParamState] = []
+        for param in self.params:
+            (near if param.param is not None and param.param.is_cuda else far).append(param)
+        return near, far
+
+    def _look_before(self, step: int) -> None:
+        self._before = {}
+        if step % self.config.monitor_every == 0:
+            samples = ((param, sample(param)) for param in self.params)
+            self._before = {id(param): found for param, found in samples if found is not None}
+
+    def _update_ratios(self, optimizer: Optimizer | None) -> dict[int, torch.Tensor]:
+        """A state's id -> how far its blocks have moved in this step, float32 [blocks]; those that could be seen.
+
+        NaN where a GradScaler has held a fused step back, which only the device knows.
+        """
+        before, self._before = self._before, {}
+        held_back = getattr(optimizer, "found_inf", None)
+        ratios = {}
+        for state in self.params:
+            param = state.param
+            if id(state) not in before or (optimizer is not None and (param is None or param.grad is None)):
+                continue
+            if (now := sample(state)) is None or now.device != before[id(state)].device:
+                continue
+            ratio = moved(before[id(state)], now)
+            if isinstance(held_back, torch.Tensor):
+                ratio = torch.where(held_back.to(ratio.device) > 0.0, torch.nan, ratio)
+            ratios[id(state)] = ratio
+        return ratios
+
+    def _next_mask(self, optimizer: Optimizer | None, step: int) -> np.ndarray:
+        """The mask of the next step, bool [blocks]."""
+        index = self._index
+        if step < self.config.warmup_steps:
+            on = np.ones(len(index.of_block), bool)
+        else:
+            steps = np.array([param.step for param in self.params])
+            young = np.repeat(steps < self.config.warmup_steps, self._blocks)
+            chosen = self._take_turns(step) | ~index.every((self.column("age") < self.config.max_age) & ~young)
+            if (step + 1) % self.config.monitor_every == 0:
+                # what has no score has had no gradient, and is not skipped for its own sake
+                chosen |= ~index.every(self._averaged(optimizer) | np.isnan(self.column("score")))
+            on = chosen[index.of_block]
+        for param, part in zip(self.params, np.split(on, np.cumsum(self._blocks)[:-1])):
+            if param.pin is not None:
+                part[:] = param.pinned_mask()
+                param.column("keep")[:] = param.pin.keep_of(param)
+        return on
+
+    def _averaged(self, optimizer: Optimizer | None) -> np.ndarray:
+        """bool [blocks]: those that can be judged though they are skipped, as the optimizer keeps a mean for them."""
+        settings, found = settings_by_param(optimizer), []
+        for state in self.params:
+            param = state.param
+            try:
+                kept = (
+                    None if param is None else statistic_of(optimizer, settings.get(id(param), {}), param, state.step)
+                )
+            except Exception:
+                kept = None  # the measurement says so
+            found.append(np.full(state.blocks, kept is not None and kept.averaged))
+        return np.concatenate(found)
+
+    def _take_turns(self, step: int) -> np.ndarray:
+        """bool [groups]: those whose turn it is."""
+        index = self._index
+        phase = index.least(self.column("phase"))
+        if (new := phase < 0.0).any():
+            # with a parameter's key, so that the controllers of one model do not draw alike
+            random = generator(self.config.seed, step, self.params[0].key or 0)
+            phase = np.where(new, first_turns(index.family, random), phase)
+        on, phase = take_turns(index.least(self.column("keep")), phase)
+        self.table.phase[self.rows] = phase[index.of_block]
+        return on
+
+    def _monitor(self, optimizer: Optimizer | None) -> None:
+        """Use each last measurement, or this one if it needs no waiting: always the same one, so that ranks agree."""
+        near, far = self._by_device()
+        ratios = self._update_ratios(optimizer)
+        found, left = measure_together(near, optimizer, self._segments, ratios)
+        for param, taken in found + measure(far + left, optimizer, ratios):
+            known, param.in_flight = (taken, None) if taken.event is None else (param.in_flight, taken)
+            if known is not None:
+                learn(param, known)
+        self._decide(optimizer)
+
+    def _decide(self, optimizer: Optimizer | None) -> None:
+        """How often each group is computed from here on, by what has been measured."""
+        index, flops, settings = self._index, self.column("flops"), settings_by_param(optimizer)
+        rate = [_rate(settings.get(id(param.param), {}).get("lr", 1.0)) for param in self.params]
+        descent = self.column("score") * np.repeat(rate, self._blocks)
+        measurements = np.array([param.step for param in self.params]) / self.config.monitor_every
+        usual = mean_descent(self.column("mean_descent"), descent, np.repeat(measurements, self._blocks))
+        self.table.mean_descent[self.rows] = usual
+        # what costs nothing need not be known, nor what has had no gradient yet while the rest of its group has
+        known = np.isfinite(descent)
+        some = index.sum(known & (flops > 0.0))[index.of_block] > 0.0
+        descent = np.where(~known & ((flops == 0.0) | some), 0.0, descent)
+        counted = np.where(known, flops, 0.0)
+        with np.errstate(invalid="ignore"):
+            moving = np.where(counted > 0.0, self.column("update_ratio") * counted, 0.0)
+            ratio = index.sum(moving) / index.sum(counted)
+        descent = index.sum(descent)
+        keep = keep_probabilities(descent, ratio, index.sum(flops), index.sum(np.nan_to_num(usual)), self.config)
+        self.table.keep[self.rows] = keep[index.of_block]
+        note(self.params, index, self._step, descent, ratio)
+
+
+def _rows(params: Sequence[ParamState]) -> slice | np.ndarray:
+    """The rows of some parameters of one table, in their order: a slice where they lie together."""
+    rows = np.concatenate([np.arange(param.rows.start, param.rows.stop) for param in params])
+    return slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
+
+
+def _captured() -> bool:
+    """Whether the user is recording this step into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _rate(lr: Any) -> float:
+    """Learning rate as a number; one that lives on a device is not waited for, and some optimizers have none."""
+    if isinstance(lr, torch.Tensor):
+        return float(lr) if lr.device.type == "cpu" else 1.0
+    return float(lr) if isinstance(lr, (int, float)) else 1.0

@@ -1,0 +1,52 @@
+"""Update ratio: movement of a block in a step over its size, from a few of its weights before and after the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cacompile.layout import Partition
+from cacompile.state.params import ParamState
+
+SAMPLES = 64
+"""Weights of a block that are looked at: a group's movement is known to about an eighth then."""
+
+
+def coordinates(partition: Partition, shape: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """Where the samples of each block are, int64 [blocks * SAMPLES] a dimension; smaller blocks repeat some."""
+    dim = partition.dim
+    starts = np.arange(partition.blocks) * partition.block
+    rows = np.minimum(partition.block, partition.rows - starts)
+    others = [size for d, size in enumerate(shape) if d != dim]
+    row = starts[:, None] + (np.arange(SAMPLES) * rows[:, None]) // SAMPLES
+    # multiples of the golden ratio: evenly spread, and no column goes with a row
+    column = (np.arange(SAMPLES) * 0.6180339887498949 % 1.0 * int(np.prod(others, dtype=np.int64))).astype(np.int64)
+    places = list(np.unravel_index(np.tile(column, partition.blocks), others)) if others else []
+    places.insert(dim, row.reshape(-1))
+    return tuple(np.asarray(each, np.int64) for each in places)
+
+
+@torch.no_grad()
+def sample(state: ParamState) -> torch.Tensor | None:
+    """Some weights of each block, float32 [blocks, SAMPLES] on the parameter's device; None where none can be read."""
+    param = state.param
+    if param is None or state.partition is None or type(param) is not torch.nn.Parameter or param.is_complex():
+        return None
+    if param.numel() == 0 or tuple(param.shape) != state.shape:
+        return None
+    if state.sampled is None or state.sampled[0].device != param.device:
+        made = coordinates(state.partition, state.shape)
+        state.sampled = tuple(torch.from_numpy(each).to(param.device) for each in made)
+    return param.detach()[state.sampled].float().view(-1, SAMPLES)
+
+
+@torch.no_grad()
+def moved(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Share of its own size that each block has moved: float32 [blocks], from samples [blocks, SAMPLES].
+
+    A block of zeros that starts to move is infinitely fast; of one with a NaN nothing is known.
+    """
+    way = (now - before).norm(dim=1)
+    return torch.where(way == 0.0, 0.0, way / before.norm(dim=1))

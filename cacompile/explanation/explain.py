@@ -1,0 +1,222 @@
+"""What would be skipped in a model, by which operation, and why the rest stays dense."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from cacompile.config import Config
+from cacompile.errors import ConvAwareError, renamed, unknown
+from cacompile.pages.html import render
+from cacompile.passes.kinds import kind_called
+from cacompile.passes.plan import Plan, SharedAxis, WeightGrad
+from cacompile.sessions.session import named_parameters, session
+
+from . import code as annotated
+from .document import text as document
+from .drawing import Svg, dot, svg
+from .facts import ExplainedParam, Facts
+from .families import families_of, slice_text
+from .graphs import Graphs, along
+from .groups import list_groups
+from .look import RanGraph, running, trace
+from .neighbourhood import neighbourhood
+from .picture import picture
+
+Text = TypeVar("Text", bound=str)
+
+_GUARDED = "guarded"
+"""What version `masked` was called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation(Facts):
+    """What `explain` found; prints as a table."""
+
+    def code(self, version: str, graph: int = 0, path: str | os.PathLike[str] | None = None) -> str:
+        """A graph as Python code, with what is known of each weight gradient beside the line that computes it.
+
+        version: `joint`, `forward`, `backward` (the dense one) or `masked`, as Inductor gets them.
+        graph: which one, as in `rows`. Written to `path` as well. Raises ConvAwareError for what there is not.
+        """
+        if version == _GUARDED:
+            renamed("version 'guarded'", "'masked'")
+            version = "masked"
+        return _written(annotated.code(self.context(graph), version), path)
+
+    def diff(self, graph: int = 0, path: str | os.PathLike[str] | None = None) -> str:
+        """Unified diff of a graph's dense backward to its masked one, with comments; written to `path` as well."""
+        return _written(annotated.diff(self.context(graph)), path)
+
+    def show(
+        self,
+        param: str,
+        format: str = "svg",
+        *,
+        version: str | None = None,
+        graph: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> str:
+        """A picture of what surrounds a parameter's dW: operands, products, groups, and where it goes.
+
+        format: `svg`, for notebooks and browsers, or `dot`. version: as of `code`, by default the masked backward,
+        or the joint graph where there is none. graph: by default the first in which it can be skipped. Written to
+        `path` as well. Raises ConvAwareError for a parameter, version or format that there is not.
+        """
+        if format not in ("svg", "dot"):
+            raise unknown("format", format, ("svg", "dot"))
+        if version == _GUARDED:
+            renamed("version 'guarded'", "'masked'")
+            version = "masked"
+        drawing = neighbourhood(self, param, version, graph)
+        return _written(dot(drawing) if format == "dot" else svg(drawing), path)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """All of it, and every product that can be skipped, as `explain.schema.json` in this package says."""
+        return _written(document(self), path)
+
+    def to_svg(self, path: str | os.PathLike[str] | None = None) -> Svg:
+        """A picture of the coupling graph, repeated layers drawn once; written to `path` as well."""
+        return _written(svg(picture(self)), path)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """A page of its own: the picture, all families and all parameters; written to `path` as well."""
+        values = {"found": self, "svg": svg(picture(self)), "families": families_of(self), "slice_text": slice_text}
+        return _written(render("explanation.html.jinja", **values), path)
+
+    def __str__(self) -> str:
+        from tabulate import tabulate  # here, so that training needs torch and numpy alone
+
+        heads = ["parameter", "shape", "gradient from", "dW FLOPs", "blocks", "groups", "when skipping, or why not"]
+        table = [
+            (
+                row.param,
+                "x".join(map(str, row.shape)),
+                ", ".join(row.nodes) or row.kind,
+                f"{row.share:.1%}",
+                f"{row.blocks} x {row.block} {row.along}" if row.blocks else "",
+                ", ".join(row.families),
+                row.fate,
+            )
+            for row in self.rows
+        ]
+        masked = sum(bool(row.operation) for row in self.rows)
+        foot = (
+            f"{masked} of {len(self.rows)} parameters masked, {self.coverage:.1%} of dW FLOPs (counted), "
+            f"{self.semantic:.1%} of those in groups with a meaning, "
+            f"{self.graphs} graph{'s' if self.graphs != 1 else ''}"
+        )
+        if self.untraced:
+            foot += "\ngroups end at: " + ", ".join(f"{reason} ({count}x)" for reason, count in self.untraced.items())
+        return f"{tabulate(table, headers=heads, disable_numparse=True)}\n{foot}"
+
+
+def _written(text: Text, path: str | os.PathLike[str] | None) -> Text:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def explain(
+    model: torch.nn.Module, *example_inputs: Any, options: Mapping[str, Any] | None = None, **example_kwargs: Any
+) -> Explanation:
+    """What can be skipped in `model`, and why the rest cannot.
+
+    With example inputs the model runs forward once, without Inductor; its buffers and the random state are put back.
+    Without, the graphs are explained that the model was already compiled to and has run with.
+    `options` as for `torch.compile`; of a model that has run, its own are taken by default.
+    """
+    view = session(model)
+    model = getattr(model, "_orig_mod", model)
+    if example_inputs or example_kwargs:
+        config = Config.from_options(options)[0] if options is not None else view.config or Config()
+        return _explanation(trace(model, config, example_inputs, example_kwargs), model)
+    runs = running(view.bindings)
+    if not runs:
+        raise ConvAwareError(
+            "explain(model) needs a model that has run forward with backend='convaware'; "
+            "for any other give example inputs: explain(model, *inputs)"
+        )
+    return _explanation(runs, model)
+
+
+def _explanation(runs: Sequence[RanGraph], model: torch.nn.Module) -> Explanation:
+    names = {id(param): name for name, param in named_parameters(model)}
+    called = [{own: names.get(id(param), own) for own, param in run.params.items()} for run in runs]
+    plans = [run.plan for run in runs]
+    families_of_plans, groups = list_groups(list(zip(plans, called)))
+    total = sum(plan.flops for plan in plans) or 1
+    families: dict[str, list[str]] = {}
+    for group in groups:
+        for piece in group.slices:
+            families.setdefault(piece.param, []).append(group.family)
+    rows = []
+    for number, (plan, name_of) in enumerate(zip(plans, called)):
+        dense = {skip.param: skip for skip in plan.dense}
+        grads = {grad.param.name: grad for grad in plan.grads if grad.param.name not in dense}
+        for param in plan.params:
+            name = name_of.get(param.name, param.name)
+            grad, skip = grads.get(param.name), dense.get(param.name)
+            source: Any = grad or skip
+            rows.append(
+                ExplainedParam(
+                    graph=number,
+                    param=name,
+                    shape=param.shape,
+                    kind=source.kind,
+                    nodes=tuple(product.node.name for product in grad.products) if grad else (),
+                    flops=source.flops,
+                    share=source.flops / total,
+                    blocks=grad.blocks if grad else 0,
+                    block=min(grad.block, param.shape[grad.dim]) if grad else 0,
+                    along=along(grad) if grad else "",
+                    families=tuple(dict.fromkeys(families.get(name, ()))),
+                    operation=_operations(grad, grads) if grad else "",
+                    reason=skip.reason if skip else "",
+                )
+            )
+    seen = {row.param for row in rows}
+    rows += [
+        ExplainedParam(
+            -1, name, tuple(param.shape), "other", (), 0, 0.0, 0, 0, "", (), "", "in no compiled graph that has run"
+        )
+        for name, param in named_parameters(model)
+        if param.requires_grad and name not in seen
+    ]
+    untraced: Counter[str] = Counter()
+    for plan in plans:
+        untraced.update(dict(plan.untraced))
+    return Explanation(
+        rows=tuple(rows),
+        graphs=len(runs),
+        groups=groups,
+        axes=_axes(plans, called),
+        families=families_of_plans,
+        untraced=untraced,
+        nodes=sum(plan.nodes for plan in plans),
+        analysis_s=sum(plan.analysis_s for plan in plans),
+        traced=tuple(Graphs.of(i, run.plan, own, run.graph) for i, (run, own) in enumerate(zip(runs, called))),
+    )
+
+
+def _axes(plans: Sequence[Plan], called: Sequence[Mapping[str, str]]) -> tuple[SharedAxis, ...]:
+    axes = []
+    first = 0
+    for plan, name_of in zip(plans, called):
+        for axis in plan.axes:
+            members = tuple((name_of.get(name, name), dim) for name, dim in axis.members)
+            axes.append(replace(axis, members=members, family=axis.family + first if axis.family >= 0 else -1))
+        first += len(plan.families)
+    return tuple(axes)
+
+
+def _operations(grad: WeightGrad, grads: Mapping[str, WeightGrad]) -> str:
+    if grad.follows:
+        return f"with {grad.follows}" if grad.follows in grads else ""
+    return ", ".join(dict.fromkeys(kind_called(product.kind).operation_name for product in grad.products))

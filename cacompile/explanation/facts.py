@@ -1,0 +1,152 @@
+"""What is known of a model: parameters, groups, axes, and the graphs that all this was read from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from cacompile.errors import ConvAwareError, renamed
+from cacompile.passes.plan import SharedAxis, Slice
+
+from .graphs import Graphs
+
+Kind = Literal["neurons", "heads", "filters", "experts", "tokens", "outputs", "rows"]
+"""Of groups; rows where the graph does not say what they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedParam:
+    """What is known of one parameter in one compiled graph."""
+
+    graph: int
+    """Which compiled graph; -1 for none."""
+    param: str
+    shape: tuple[int, ...]
+    kind: str
+    """linear, batched, grouped, convolution, embedding, gathered, vector or other."""
+    nodes: tuple[str, ...]
+    """Nodes of the joint graph that compute its gradient."""
+    flops: int
+    """dW FLOPs of one backward; counted."""
+    share: float
+    """Of all dW FLOPs, 0 to 1."""
+    blocks: int
+    block: int
+    """Rows a block."""
+    along: str
+    """Which way it is partitioned: the dimension that its blocks lie along, such as `rows`, or empty."""
+    families: tuple[str, ...]
+    """Families of groups that its blocks belong to."""
+    operation: str
+    """What replaces the product when something is skipped; empty if it stays dense."""
+    reason: str
+    """Why it stays dense; empty if it does not."""
+
+    @property
+    def fate(self) -> str:
+        """What becomes of its gradient: the masked operation, or why it stays dense."""
+        return self.operation or f"dense: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedGroup:
+    """Slices of parameters that are kept or skipped together."""
+
+    name: str
+    """`layers.3.mlp.neurons[0:128]`."""
+    family: str
+    """`layers.3.mlp.neurons`: groups of one kind in one layer."""
+    kind: Kind
+    """What its units are; rows where the graph does not say what they are."""
+    role_hash: str
+    """Equal for the same kind in other layers."""
+    slices: tuple[Slice, ...]
+    """Weights first, then what goes with them and is always computed: biases, norms, embeddings, what stays dense."""
+    flops: int
+    """dW FLOPs of one backward; counted. 0: nothing of it is ever skipped."""
+    share: float
+    """Of all dW FLOPs, 0 to 1."""
+
+    @property
+    def kin(self) -> str:
+        renamed("Group.kin", "ExplainedGroup.role_hash")
+        return self.role_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What one graph's notes need to know of the whole model."""
+
+    graphs: Graphs
+    count: int
+    """Graphs of the model."""
+    total: int
+    """dW FLOPs of the model."""
+    families: Mapping[str, tuple[str, ...]]
+    """Parameter -> the families that it has groups in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that is known of a model."""
+
+    rows: tuple[ExplainedParam, ...]
+    graphs: int
+    """Compiled graphs."""
+    groups: tuple[ExplainedGroup, ...]
+    """What is kept or skipped together; skipped are those with FLOPs."""
+    axes: tuple[SharedAxis, ...]
+    """Axes that dimensions of parameters have in common: the coupling graph. `family` counts among `families`."""
+    families: tuple[str, ...]
+    """Names of the families, graph by graph."""
+    untraced: Mapping[str, int]
+    """Operations through which the meaning of dimensions could not be followed, and how often."""
+    nodes: int
+    """Nodes of the joint graphs."""
+    analysis_s: float
+    """Seconds that it took to analyse them."""
+    traced: tuple[Graphs | None, ...] = field(default=(), repr=False, compare=False)
+    """The graphs themselves; None in an explanation that was pickled."""
+
+    @property
+    def cuts(self) -> Mapping[str, int]:
+        renamed("Explanation.cuts", "Explanation.untraced")
+        return self.untraced
+
+    @property
+    def coverage(self) -> float:
+        """Share of dW FLOPs that masked operations compute, 0 to 1."""
+        return min(1.0, math.fsum(row.share for row in self.rows if row.operation))
+
+    @property
+    def semantic(self) -> float:
+        """Share of masked dW FLOPs in groups that mean something (not plain rows), 0 to 1."""
+        masked = {row.param for row in self.rows if row.operation}
+        groups = [g for g in self.groups if any(piece.param in masked for piece in g.slices)]
+        total = sum(group.flops for group in groups)
+        return sum(group.flops for group in groups if group.kind != "rows") / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "graphs": self.graphs,
+            "nodes": self.nodes,
+            "coverage": self.coverage,
+            "semantic": self.semantic,
+            "untraced": dict(self.untraced),
+            "rows": [asdict(row) for row in self.rows],
+            "groups": [asdict(group) for group in self.groups],
+            "axes": [asdict(axis) for axis in self.axes],
+            "families": list(self.families),
+        }
+
+    def context(self, graph: int) -> Context:
+        """What notes on one of the graphs need to know of the model."""
+        if isinstance(graph, bool) or not isinstance(graph, int) or not 0 <= graph < len(self.traced):
+            raise ConvAwareError(f"graph must be an int from 0 to {len(self.traced) - 1}, got {graph!r}")
+        graphs = self.traced[graph]
+        if graphs is None:
+            raise ConvAwareError("this explanation has no graphs any more, as after pickling; explain the model again")
+        total = sum(each.plan.flops for each in self.traced if each is not None) or 1
+        return Context(graphs, len(self.traced), total, {row.param: row.families for row in self.rows})

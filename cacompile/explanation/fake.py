@@ -1,0 +1,83 @@
+"""Models without values: on meta, or made under a FakeTensorMode. They are looked at as they are, in no memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cacompile.torch_internals import FakeTensor, FakeTensorMode, detect_fake_mode, disable_current_modes, tree_map_only
+
+HOME = torch.device("cpu")
+"""Where what is on meta is taken to be: of operations on meta Inductor leaves nothing."""
+
+Call = tuple[dict[int, torch.Tensor], Sequence[Any], Mapping[str, Any]]
+"""The model's own tensor for the id of each stand-in, and the arguments to call it with."""
+
+
+@contextlib.contextmanager
+def faked(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Call]:
+    """Have a model without values run on fake tensors; any other stays as it is.
+
+    What is on meta stands on the CPU meanwhile: the model's parameters, buffers and attributes are put back.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    mode = detect_fake_mode([tensor for tensor in tensors if isinstance(tensor, FakeTensor)])
+    if mode is None and not any(tensor.is_meta for tensor in tensors):
+        yield {}, args, kwargs
+        return
+    mode = mode or FakeTensorMode()
+    stand_ins = _StandIns(mode)
+    # Dynamo has a mode of its own, and what runs between its graphs may make tensors that are not fake
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        with disable_current_modes(), stand_ins.inside(model):
+            args, kwargs = tree_map_only(torch.Tensor, stand_ins.of, (tuple(args), dict(kwargs)))
+            yield stand_ins.originals, args, kwargs
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+class _StandIns:
+    """Fake tensors that stand for others, one for each."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self.made: dict[int, torch.Tensor] = {}
+        self.originals: dict[int, torch.Tensor] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self.made:
+            new = self._fake(tensor)
+            self.made[id(tensor)], self.originals[id(new)] = new, tensor
+        return self.made[id(tensor)]
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        device = HOME if tensor.is_meta else tensor.device
+        with self.mode, torch.no_grad():
+            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        if isinstance(tensor, torch.nn.Parameter):
+            return torch.nn.Parameter(new, tensor.requires_grad)
+        return new.requires_grad_(tensor.requires_grad)
+
+    @contextlib.contextmanager
+    def inside(self, model: torch.nn.Module) -> Iterator[None]:
+        """In the place of all tensors of the model, also of those that are no buffers."""
+        places = [
+            (store, name, value)
+            for module in model.modules()
+            for store in (module._parameters, module._buffers, vars(module))
+            for name, value in store.items()
+            if isinstance(value, torch.Tensor)
+        ]
+        try:
+            for store, name, value in places:
+                store[name] = self.of(value)
+            yield
+        finally:
+            for store, name, value in places:
+                store[name] = value

@@ -1,0 +1,134 @@
+"""Looks at a model: the graphs that it would be compiled to, without compiling them and without leaving a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from cacompile.config import Config
+from cacompile.graph.compiled import CompiledGraph, compile_graph, compiled_graphs
+from cacompile.passes.joint import has_trainable
+from cacompile.passes.plan import Plan
+from cacompile.state.binding import GraphBinding
+from cacompile.torch_internals import (
+    detect_fake_mode,
+    dynamo_config,
+    eval_frame,
+    functorch_config,
+    register_bytecode_hook,
+)
+
+from .fake import faked
+
+CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""In newer torch only."""
+
+
+class RanGraph(NamedTuple):
+    """A graph, the parameters that it ran with under its own names for them, and what it was compiled by."""
+
+    plan: Plan
+    params: Mapping[str, torch.Tensor]
+    graph: CompiledGraph | None
+
+
+def trace(model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RanGraph]:
+    """All graphs that `model` would be compiled to, each checked by building its masked backward."""
+    runs: dict[tuple[int, ...], tuple[CompiledGraph, dict[str, torch.Tensor]]] = {}
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        if not has_trainable(inputs):
+            return gm.forward
+        # the backward at once, not when it first runs: nothing runs backward here
+        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            graph, compiled = compile_graph(gm, inputs, config, {}, compile_inner=_interpreted)
+
+        def run(*args: Any) -> Any:
+            params = {param.name: args[param.index] for param in graph.plan.params}
+            runs[id(graph), *map(id, params.values())] = graph, params
+            # a handle that leads nowhere: looking must not leave an binding behind
+            return compiled(*args, torch.tensor(0, device="cpu"))
+
+        return run
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return model.forward(*args, **kwargs)
+
+    # what Dynamo compiles it keeps with the code object, so a new one each time
+    fresh = types.FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
+    with faked(model, args, kwargs) as (originals, args, kwargs):
+        with _untouched(model), _untouched_dynamo() as options, torch.enable_grad():
+            torch.compile(fresh, backend=backend, **options)(*args, **kwargs)
+        for graph, _ in runs.values():
+            if graph.backward is not None:
+                graph.backward.masked_version()
+    found = [
+        RanGraph(graph.plan, {name: originals.get(id(param), param) for name, param in params.items()}, graph)
+        for graph, params in runs.values()
+    ]
+    runs.clear()  # Dynamo may go on holding what it compiled, the backend with it, but no parameters
+    return found
+
+
+def running(bindings: Iterable[GraphBinding]) -> list[RanGraph]:
+    """The compiled graphs of a model as they are; of several over the same parameters, as after a recompilation for
+    other sizes, the newest."""
+    graph_of = {id(binding): graph for graph in compiled_graphs() for binding in list(graph.bindings.values())}
+    runs = [RanGraph(graph.plan, binding.inputs, graph) for binding in bindings if (graph := graph_of.get(id(binding)))]
+    return list({frozenset(map(id, run.params.values())): run for run in runs}.values())
+
+
+def _interpreted(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+    def run(args: list[Any]) -> Any:
+        # what the graph makes itself has to be fake where its inputs are
+        with detect_fake_mode(args) or contextlib.nullcontext():
+            return torch.fx.Interpreter(gm).boxed_run(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+@contextlib.contextmanager
+def _untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Put buffers and random state back after a forward pass."""
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+@contextlib.contextmanager
+def _untouched_dynamo() -> Iterator[dict[str, Any]]:
+    """Have Dynamo forget what it compiles here, as after a graph break it does with the model's own code objects.
+
+    Else looking would use up the recompilations that the model may have, and look different the next time.
+    Gives options for `torch.compile` that keep apart what it holds already; forgetting that would recompile the model.
+    """
+    seen: dict[int, tuple[types.CodeType, bool]] = {}
+
+    def note(code: types.CodeType, _: types.CodeType) -> None:
+        seen.setdefault(id(code), (code, not eval_frame._debug_get_cache_entry_list(code)))
+
+    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    apart = {"isolate_recompiles": True} if CAN_ISOLATE else {}
+    hook = register_bytecode_hook(note)
+    try:
+        with dynamo_config.patch(**limits, automatic_dynamic_shapes=False):
+            yield apart
+    finally:
+        hook.remove()
+        for code, was_new in seen.values():
+            if was_new:
+                eval_frame.reset_code(code)

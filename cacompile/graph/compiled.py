@@ -1,0 +1,197 @@
+"""One compiled graph: its plan, the hooks it gives the inner compiler, and the bindings that run through it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cacompile.config import Config
+from cacompile.hooks.steps import follow_optimizers
+from cacompile.layout import MaskLayout
+from cacompile.passes import make_plan, mark_products
+from cacompile.passes.joint import GraphInputs, find_frozen, find_params
+from cacompile.passes.lower import lower
+from cacompile.passes.plan import Plan
+from cacompile.state.binding import GraphBinding
+from cacompile.torch_internals import FakeTensor, captured_backwards, functorch_config, warning_once
+
+from .backward import BackwardVersions
+from .fallback import warn_of_fault
+from .handle import compile_without_handle, find_handle, save_handle, with_handle
+from .inner import Compile, Inner, inner_of
+from .log import CompileLog
+
+log = logging.getLogger(__name__)
+
+DENSE = "all weight gradients of this graph are computed"
+
+_alive: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+
+
+def compiled_graphs() -> Iterator[CompiledGraph]:
+    """All graphs that are compiled, whichever model they are of."""
+    yield from list(_alive)
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    patches: dict[str, Any],
+    *,
+    compile_inner: Compile | None = None,
+) -> tuple[CompiledGraph, Callable[..., Any]]:
+    """Compile one of Dynamo's graphs through the whole pipeline of the inner compiler, with our two hooks in it.
+
+    patches: of Inductor's configuration; compile_inner: for those who only look, what turns a finished graph into a
+    callable in place of the inner compiler's own last step.
+    Returns the graph, and the compiled callable, which takes one more input than the graph: the handle.
+    """
+    inner = inner_of(config, patches, compile_inner)
+    inputs = GraphInputs.of(gm, example_inputs)
+    ours = CompiledGraph(inputs, config, inner, CompileLog(quiet=compile_inner is not None))
+    graph, handle = with_handle(gm, example_inputs)
+    theirs = functorch_config.joint_custom_pass
+
+    def joint_pass(joint: fx.GraphModule, joint_inputs: Any) -> fx.GraphModule:
+        return ours.joint_pass(theirs(joint, joint_inputs) if callable(theirs) else joint, joint_inputs)
+
+    # on a hit in AOTAutograd's cache none of our hooks would run, and what they return cannot be pickled;
+    # Inductor's own cache still serves each version
+    with functorch_config.patch(joint_custom_pass=joint_pass, enable_autograd_cache=False):
+        compiled = inner.pipeline(graph, [*example_inputs, handle], ours.inner_compile)
+    return ours, compiled
+
+
+def _look_for_compiled_autograd() -> None:
+    """For a binding that has run forward before, but never backward through us: say why, if that is why."""
+    if captured_backwards():
+        warning_once(
+            log,
+            "compiled autograd traces the backward into a graph of its own, where nothing can be skipped: "
+            "all weight gradients stay dense. Train without compiled autograd to skip those that have converged",
+        )
+
+
+class CompiledGraph:
+    """Watches one graph being compiled (`joint_pass`, `inner_compile`), then runs it (`bind`)."""
+
+    def __init__(self, inputs: GraphInputs, config: Config, inner: Inner, compile_log: CompileLog) -> None:
+        self.inputs = inputs
+        self.config = config
+        self.plan = Plan()
+        """Speaks of nodes of the joint graph, which it keeps for those who look."""
+        self.layout = MaskLayout()
+        self.forward: fx.Graph | None = None
+        """As the inner compiler got it, which edits what it gets."""
+        self.backward: BackwardVersions | None = None
+        self.bindings: dict[tuple[int, ...], GraphBinding] = {}
+        self._inner = inner
+        self._log = compile_log
+        _alive.add(self)
+
+    def joint_pass(self, gm: fx.GraphModule, joint_inputs: Any) -> fx.GraphModule:
+        """Hook 1, on the joint graph before the partitioner: find the weight gradients, have the handle saved."""
+        try:
+            plan = make_plan(
+                find_params(gm.graph, self.inputs),
+                block_rows=self.config.block_rows,
+                graphs=self._inner.captured(),
+                frozen=find_frozen(gm.graph, self.inputs),
+            )
+            layout = lower(plan)
+            if plan.grads:
+                mark_products(plan)
+                save_handle(gm, self.inputs)
+        except Exception:
+            warn_of_fault(log, "analysing a joint graph", DENSE)
+            return gm
+        self._log.planned(plan)
+        self.plan, self.layout = plan, layout
+        return gm
+
+    def inner_compile(self, gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        """Hook 2, instead of the inner compiler's last step, for the forward, the backward or an inference graph."""
+        handle = find_handle(gm.graph, self.inputs)
+        is_backward = settings.get("is_backward", False)
+        if handle is None:
+            if is_backward and self.plan.grads:
+                warn_of_fault(log, "finding the handle in a backward graph", DENSE, trace=False)
+            return self._inner.compile(gm, inputs, **settings)
+        without = functools.partial(compile_without_handle, handle=handle, compile_inner=self._inner.compile)
+        if not is_backward:
+            self.forward = copy.deepcopy(gm.graph)
+            return without(gm, inputs, settings)
+        for param in self.plan.params[:1]:
+            param.placeholder.graph.owning_module = None  # partitioned by now: its constants are not needed any more
+        untouched = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        try:
+            self.backward = BackwardVersions(
+                gm,
+                inputs,
+                settings,
+                handle=handle,
+                plan=self.plan,
+                layout=self.layout,
+                compile_inner=self._inner.compile,
+                on_masked=self._take_over,
+                compile_log=self._log,
+            )
+            return self.backward
+        except Exception:
+            compiled = without(untouched, inputs, settings)  # raises where the inner compiler itself does
+            warn_of_fault(log, "compiling a backward in versions", DENSE)
+            return compiled
+
+    def _take_over(self, plan: Plan) -> MaskLayout:
+        """The masked version was made: the plan now says what it really masks."""
+        self.plan, self.layout = plan, lower(plan)
+        for binding in self.bindings.values():
+            binding.layout = self.layout
+        return self.layout
+
+    def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """The callable for Dynamo: adds the handle of the binding whose parameters it is called with."""
+        positions = [grad.index for grad in self.layout.grads]
+        bindings = self.bindings
+
+        def run(*args: Any) -> Any:
+            binding = bindings.get(tuple([id(args[i]) for i in positions]))
+            if binding is not None:
+                if not binding.spent.total:
+                    _look_for_compiled_autograd()
+                return compiled(*args, binding.handle)
+            return compiled(*args, self._new_handle(args, positions))
+
+        return run
+
+    def _new_handle(self, args: Sequence[Any], positions: list[int]) -> torch.Tensor:
+        """The handle of a new binding for these inputs; one that leads nowhere for traced inputs, or if it fails."""
+        fake = next((arg for arg in args if isinstance(arg, FakeTensor)), None)
+        if fake is not None:
+            with fake.fake_mode:
+                return torch.tensor(0, device="cpu")
+        try:
+            follow_optimizers()
+            key = tuple(id(args[i]) for i in positions)
+            binding = self.bindings[key] = GraphBinding(self.layout, args, self.config)
+            forget = functools.partial(_forget, weakref.ref(self), key)
+            for i in positions:
+                weakref.finalize(args[i], forget).atexit = False
+            return binding.handle
+        except Exception:
+            warn_of_fault(log, "binding a graph to its parameters", DENSE)
+            return torch.tensor(0, device="cpu")
+
+
+def _forget(graph: weakref.ref[CompiledGraph], key: tuple[int, ...]) -> None:
+    """A parameter has died, and its id may be given to another."""
+    if (alive := graph()) is not None:
+        alive.bindings.pop(key, None)

@@ -1,0 +1,144 @@
+"""What training, saving and reporting need of one compiled graph: frozen, picklable, without a node of any graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """How a parameter is parted: blocks of `block` rows along dimension `dim`, `rows` in all; the last may be small."""
+
+    dim: int
+    block: int
+    rows: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.rows // self.block)
+
+    def spans(self, chosen: np.ndarray) -> Iterator[tuple[int, int]]:
+        """(start, length) in rows of each run of chosen blocks. chosen: bool [blocks]."""
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], chosen, [False])).astype(np.int8)))
+        for first, last in edges.reshape(-1, 2):
+            start = int(first) * self.block
+            yield start, min(int(last) * self.block, self.rows) - start
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Rows `start:stop` of a parameter along dimension `dim`."""
+
+    param: str
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParamGroup:
+    """Slices that are kept or skipped together: units `start:stop` of one family."""
+
+    name: str
+    """`layers.3.mlp.neurons[0:128]`."""
+    start: int
+    stop: int
+    slices: tuple[Slice, ...]
+    """Of weights, whose gradients are skipped, then of what belongs to them and is always computed: biases, norms."""
+    family: int
+    """Index among the graph's families."""
+    flops: int = 0
+    """dW FLOPs of one backward; symbolic sizes count with the size seen when compiling."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParamFamily:
+    """Groups of one kind in one layer."""
+
+    name: str
+    """`layers.3.mlp.neurons`."""
+    kind: str
+    """neurons, heads, filters, experts, tokens or outputs; rows where the graph does not say what they are."""
+    makers: tuple[str, ...]
+    """Weights that make its units."""
+    weights: tuple[str, ...]
+    """All weights that its groups are slices of."""
+    role_hash: str
+    """Equal for families that look alike and lie alike in the graph: the same kind in other layers."""
+
+    @property
+    def semantic(self) -> bool:
+        return self.kind != "rows"
+
+
+@dataclass(frozen=True, slots=True)
+class StaysDense:
+    """A parameter whose gradient is always computed, and why."""
+
+    param: str
+    kind: str
+    reason: str
+    flops: int = 0
+    """dW FLOPs of one backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradLayout:
+    """A gradient that can be masked: how its blocks lie among the graph's flags, and what they cost."""
+
+    param: str
+    index: int
+    """Position among the inputs of Dynamo's graph."""
+    partition: Partition
+    first_flag: int
+    """Index of its first block among all flags of the graph."""
+    groups: tuple[int, ...]
+    """For each block, which of the graph's groups it belongs to."""
+    block_flops: tuple[int, ...]
+    """dW FLOPs of each block in one backward."""
+    follows: str = ""
+    """The weight whose product makes this gradient as well: both are masked or neither."""
+
+    @property
+    def blocks(self) -> int:
+        return self.partition.blocks
+
+    @property
+    def flags(self) -> slice:
+        """Its blocks among all flags of the graph."""
+        return slice(self.first_flag, self.first_flag + self.blocks)
+
+    @property
+    def flops(self) -> int:
+        """dW FLOPs of one backward."""
+        return sum(self.block_flops)
+
+
+@dataclass(frozen=True)
+class MaskLayout:
+    """Parameters, blocks, flags, groups and families of one compiled graph, and what of it stays dense."""
+
+    params: tuple[tuple[str, int], ...] = ()
+    """(name, position among the inputs of Dynamo's graph) of each trainable parameter."""
+    grads: tuple[GradLayout, ...] = ()
+    groups: tuple[ParamGroup, ...] = ()
+    families: tuple[ParamFamily, ...] = ()
+    dense: tuple[StaysDense, ...] = ()
+    flops_by_param: tuple[tuple[str, int], ...] = ()
+    """dW FLOPs of one backward, masked or not."""
+    masked: frozenset[str] | None = None
+    """Parameters whose products the masked version masks; None until that version was made."""
+
+    @cached_property
+    def blocks(self) -> int:
+        """Flags of the masked version: blocks of all gradients."""
+        return sum(grad.blocks for grad in self.grads)
+
+    @cached_property
+    def flops(self) -> int:
+        """dW FLOPs of one backward of the whole graph."""
+        return sum(flops for _, flops in self.flops_by_param)

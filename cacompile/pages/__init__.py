@@ -1,0 +1,1 @@
+"""What pages have in common: templates, and how numbers are written."""

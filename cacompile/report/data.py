@@ -1,0 +1,244 @@
+"""A run as its reports show it: what follows from the measurements of a saved state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from cacompile.controller.policy import STEP
+from cacompile.errors import ConvAwareError
+from cacompile.pages.numbers import count, percent
+from cacompile.sessions.checkpoint import check_history
+from cacompile.sessions.formats import FORMAT, upgraded
+from cacompile.state.history import History
+
+
+@dataclass(frozen=True, slots=True)
+class RunFamily:
+    """Groups of one kind in one layer, measurement by measurement."""
+
+    name: str
+    kind: str
+    flops: float
+    """dW FLOPs of one backward."""
+    skipped: np.ndarray
+    """float [P, groups]: share of the steps in which each group is skipped from a measurement to the next, 0 to 1."""
+    share: np.ndarray
+    """float [P]: `skipped`, of all its dW FLOPs; NaN where unknown."""
+    descent: np.ndarray
+    """float [P]: expected loss decrease of one step; NaN where unknown."""
+    update_ratio: np.ndarray
+    """float [P]: movement in one step over size, mean over its dW FLOPs; NaN where unknown."""
+
+    @property
+    def mean(self) -> float:
+        """`share` over the run, NaN if it never was known."""
+        known = np.isfinite(self.share)
+        return float(self.share[known].mean()) if known.any() else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Steps in which the same versions of the backward ran."""
+
+    start: int
+    stop: int
+    version: str
+    """`dense`: Inductor's own; `masked`; or `both`: masked only in steps or graphs where something was off."""
+    masked: float
+    """Share of the backward passes, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Parameters that stay dense for one reason."""
+
+    text: str
+    params: tuple[str, ...]
+    share: float
+    """Of all dW FLOPs, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a saved state knows of its run."""
+
+    history: History
+    step: int
+    """Optimizer steps done, at the last measurement or after it."""
+    total: float
+    """dW FLOPs that a dense run would have spent."""
+    saved: float
+    backwards: int
+    masked: int
+    pinned: bool
+    """Whether some mask is held by `Session.pin`."""
+    about: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, state: Any) -> RunData:
+        """Raises ConvAwareError for anything but a state of `Session.state_dict()`."""
+        state = upgraded(state)
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+            got = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+            raise ConvAwareError(f"state must be one of Session.state_dict() with format {FORMAT}, got {got!r}")
+        if lost := {"history", "flops", "backwards", "parameters", "about"} - state.keys():
+            raise ConvAwareError(f"state lacks {', '.join(sorted(lost))}")
+        check_history(state["history"])
+        params = state["parameters"].values()
+        return cls(
+            history=History.of(state["history"]),
+            step=max((entry["step"] for entry in params), default=0),
+            total=state["flops"][0],
+            saved=state["flops"][1],
+            backwards=state["backwards"][0],
+            masked=state["backwards"][1],
+            pinned=any(entry["pin"] is not None for entry in params),
+            about=state["about"],
+        )
+
+    @property
+    def measurements(self) -> int:
+        return len(self.history.step)
+
+    @property
+    def share(self) -> float:
+        """Of all dW FLOPs so far, those skipped, 0 to 1."""
+        return self.saved / self.total if self.total else 0.0
+
+    @property
+    def whole_share(self) -> float:
+        """About what that is of all FLOPs: forward pass, input gradient and weight gradient cost the same."""
+        return self.share / STEP
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock up to the last measurement."""
+        return float(self.history.seconds[-1:].sum())
+
+    @property
+    def headline(self) -> str:
+        if not self.step:
+            return "No step has been done yet"
+        what = f"{percent(self.share)} of dW FLOPs were" if self.saved else "Nothing was"
+        return f"{what} skipped in {count(self.step, 'step')}"
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """int64 [P + 1]: the measurements' steps, and the last step, up to which the last one's probabilities hold."""
+        return np.append(self.history.step, max(self.step, *self.history.step[-1:], 1))
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """float [P]: share of dW FLOPs that was skipped between the measurement before and each."""
+        return _ratio(_steps(self.history.saved), _steps(self.history.total))
+
+    @cached_property
+    def cumulative(self) -> np.ndarray:
+        """float [P]: share of dW FLOPs that was skipped up to each measurement."""
+        return _ratio(self.history.saved, self.history.total)
+
+    @cached_property
+    def masked_shares(self) -> np.ndarray:
+        """float [P]: share of backward passes that ran the masked version between the measurement before and each."""
+        return _ratio(_steps(self.history.masked), _steps(self.history.backwards))
+
+    @cached_property
+    def step_seconds(self) -> np.ndarray:
+        """float [P]: wall clock of a step since the measurement before; NaN for the first, which compiles."""
+        each = np.diff(self.history.seconds, prepend=np.nan) / np.diff(self.history.step, prepend=0)
+        return np.where(each > 0.0, each, np.nan)
+
+    @cached_property
+    def families(self) -> list[RunFamily]:
+        """In the model's order."""
+        kept = self.history
+        found = []
+        for number, (name, kind) in enumerate(zip(kept.families, kept.kinds)):
+            own = kept.family == number
+            flops = kept.flops[own]
+            skipped, descent, ratio = 1.0 - kept.keep[:, own], kept.descent[:, own], kept.update_ratio[:, own]
+            found.append(
+                RunFamily(
+                    name=name,
+                    kind=kind,
+                    flops=float(flops.sum()),
+                    skipped=skipped,
+                    share=_mean(skipped, flops),
+                    descent=np.where(np.isnan(descent).all(1), np.nan, np.nansum(descent.astype(float), 1)),
+                    update_ratio=_mean(ratio, flops),
+                )
+            )
+        return found
+
+    @property
+    def kinds(self) -> list[str]:
+        """Those that families have, in the order of their first."""
+        return list(dict.fromkeys(family.kind for family in self.families))
+
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        """From one change of the backward's version to the next; known to the measurement, not to the step."""
+        found: list[tuple[int, int, str, list[float]]] = []
+        steps = [0, *self.history.step.tolist()]
+        for start, stop, share in zip(steps, steps[1:], self.masked_shares.tolist()):
+            version = "dense" if not share > 0.0 else "masked" if share >= 1.0 else "both"
+            if found and found[-1][2] == version:
+                start, *_, shares = found.pop()
+            else:
+                shares = []
+            found.append((start, stop, version, [*shares, share]))
+        return [Stretch(start, stop, version, float(np.nanmean(shares))) for start, stop, version, shares in found]
+
+    @cached_property
+    def reasons(self) -> list[Reason]:
+        """Why parameters stay dense, the dearest reason first."""
+        params = self.about.get("parameters", {})
+        total = sum(entry["flops"] for entry in params.values()) or 1
+        found: dict[str, list[str]] = {}
+        for name, entry in params.items():
+            if entry["reason"]:
+                found.setdefault(entry["reason"], []).append(name)
+        reasons = [
+            Reason(text, tuple(names), sum(params[name]["flops"] for name in names) / total)
+            for text, names in found.items()
+        ]
+        return sorted(reasons, key=lambda reason: -reason.share)
+
+    @property
+    def why_nothing(self) -> str:
+        """Why nothing has been skipped, in a sentence; empty if something has."""
+        options = self.about.get("options", {})
+        if self.saved:
+            return ""
+        if not self.history.groups:
+            return "No parameter has groups: the model has not been trained with backend='convaware' yet."
+        if self.pinned:
+            return "A mask is pinned that keeps everything."
+        for name in ("tolerance", "max_skip"):
+            if options.get(name) == 0.0:
+                return f"The option {name} is 0: nothing may be skipped."
+        if self.step <= options.get("warmup_steps", 0):
+            return f"Nothing is skipped in the first {options['warmup_steps']} steps (option warmup_steps)."
+        if not self.measurements:
+            return f"Scores are read every {options.get('monitor_every', 0)} steps; {self.step} have been done."
+        return "No group was cheap enough to give up: all move fast, or still win much for their FLOPs."
+
+
+def _steps(values: np.ndarray) -> np.ndarray:
+    return np.diff(values, prepend=0.0)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0.0)
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """float [P] of [P, G], over the known ones; NaN where none is."""
+    known = np.where(np.isfinite(values), weights if weights.any() else 1.0, 0.0)
+    return np.divide((np.nan_to_num(values) * known).sum(1), known.sum(1), out=np.full(len(values), np.nan),
+                     where=known.sum(1) > 0.0)  # fmt: skip

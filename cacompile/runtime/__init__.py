@@ -1,1 +1,0 @@
-"""While training runs: monitor (how converged is a group) -> policy (how often is it computed) -> mask (whose turn)."""

@@ -1,0 +1,285 @@
+"""What a user holds of one compiled model: its groups, this step's mask, saving and loading."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cacompile.config import Config
+from cacompile.errors import ConvAwareError, renamed, unknown
+from cacompile.hooks.steps import Controllers, follow_optimizers
+from cacompile.state.binding import GraphBinding, bindings_of
+from cacompile.state.groups import GroupIndex
+from cacompile.state.history import History, collect, forget, most_points
+from cacompile.state.params import ParamState, registry
+from cacompile.state.pins import Pin
+from cacompile.state.spent import Totals, add
+
+from .about import describe
+from .checkpoint import FORMAT, checked
+
+_TOO_EARLY = " (groups are known after the first forward pass)"
+_RENAMED = {"instances": "bindings", "tracked": "params", "units": "index"}
+_sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def session(model: torch.nn.Module) -> Session:
+    """The session of a compiled model, or of any part of one; the same object every time.
+
+    May be called before the first forward pass: pins and loaded states wait until the groups are known.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ConvAwareError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)
+    if model not in _sessions:
+        _sessions[model] = Session(model)
+    return _sessions[model]
+
+
+def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """As the module has them, without what torch.compile adds to the names."""
+    for name, param in model.named_parameters():
+        yield name.replace("_orig_mod.", ""), param
+
+
+class Session:
+    """A view of the states of one model's parameters, under the names that they have in that model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._claim()
+        self._controllers = Controllers()
+        self._carried = Totals()
+        self._began: float | None = None
+        self._past = History.empty()
+        self._loaded_groups: list[str] = []
+        self._about: dict[str, Any] = {}
+
+    @property
+    def params(self) -> dict[str, ParamState]:
+        """Parameter name -> its state, for the parameters of the model that are under our care, in its order."""
+        found = ((name, registry.find(param)) for name, param in self._trained())
+        return {name: state for name, state in found if state is not None}
+
+    @property
+    def bindings(self) -> list[GraphBinding]:
+        """The compiled graphs, with these parameters, that have run so far."""
+        return bindings_of(self.params.values())
+
+    @property
+    def config(self) -> Config | None:
+        """The options that the model was compiled with; None before its first forward pass."""
+        return next((param.config for param in self.params.values() if param.blocks), None)
+
+    @property
+    def index(self) -> GroupIndex:
+        """The groups, and which blocks of which parameters they are."""
+        return GroupIndex([param for param in self.params.values() if param.blocks])
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of all groups, in the order of `mask`: `layers.3.mlp.neurons[0:128]`."""
+        return self.names()[1]
+
+    @property
+    def families(self) -> list[str]:
+        """Names of all families of groups: `layers.3.mlp.neurons`."""
+        return self.names()[0]
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """(families', groups') names."""
+        return self.index.names({id(param): name for name, param in self.params.items()})
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """This step's mask, bool [groups] on the host; True: the gradient is computed."""
+        index = self.index
+        return torch.from_numpy(index.every(index.column("on")))
+
+    @property
+    def keep(self) -> torch.Tensor:
+        """Probabilities of this step's draw, float64 [groups]."""
+        index = self.index
+        return torch.from_numpy(index.least(index.column("keep")))
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """Expected descent of each group at the last reading, float64 [groups]; NaN before the first."""
+        index = self.index
+        return torch.from_numpy(index.sum(index.column("score")))
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps seen."""
+        return max((param.step for param in self.params.values()), default=0)
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """(all, saved): dW FLOPs that a dense run would have spent so far, and those left out."""
+        return self._totals[:2]
+
+    @property
+    def backwards(self) -> tuple[int, int]:
+        """(all, masked): backward passes of compiled graphs so far; those not masked ran Inductor's own version."""
+        return self._totals[2:]
+
+    @property
+    def _totals(self) -> Totals:
+        return add(self._carried, Totals.of(self.params.values()))
+
+    @property
+    def history(self) -> History:
+        """What the run did, reading by reading; what came before a loaded state is part of it."""
+        index = self.index
+        if not index.params:
+            return self._past
+        live = collect(index, self.names(), self._carried, self._began)
+        every, limit = index.params[0].config.monitor_every, most_points(len(index.of_block))
+        return self._past.then(live, every=every, limit=limit)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Of the compiled model: options, versions, and why which parameters stay dense; empty before it has run.
+
+        As it was when last asked for, once the compiled graphs are gone.
+        """
+        return describe(self) if self.bindings or (self.config is not None and not self._about) else dict(self._about)
+
+    def pin(
+        self,
+        mask: torch.Tensor | Sequence[bool] | Mapping[str, bool] | None = None,
+        *,
+        keep: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Hold the mask fixed until `unpin`, for experiments, benchmarks and debugging.
+
+        Change pins between steps: what a pin skipped gets its estimate in the next step unless gradients are None.
+
+        mask: bool for each of `groups`; or {name of a group, family or parameter: bool} with all others on, where the
+        narrower name decides and a parameter's leaves the rest of its groups on; or
+        keep, seed: draw it once, every group kept with probability `keep`.
+        """
+        params = self._claim()
+        if (mask is None) == (keep is None):
+            raise ConvAwareError("pin takes either mask or keep, got " + ("neither" if mask is None else "both"))
+        if mask is None:
+            pins: dict[str, Pin | None] = dict.fromkeys(params, _drawn(keep, seed))
+        elif isinstance(mask, Mapping):
+            pins = self._named(mask)
+        else:
+            pins = self._listed(mask)
+        for name, param in params.items():
+            param.set_pin(pins[name])
+
+    def _listed(self, mask: torch.Tensor | Sequence[bool]) -> dict[str, Pin | None]:
+        if not isinstance(mask, (torch.Tensor, np.ndarray, Sequence)) or isinstance(mask, str):
+            raise ConvAwareError(f"mask must be a sequence or a tensor of bool, or a dict, got {mask!r}")
+        values = mask.reshape(-1).tolist() if isinstance(mask, (torch.Tensor, np.ndarray)) else list(mask)
+        index = self.index
+        if len(values) != len(index.all):
+            hint = "" if index.all else _TOO_EARLY
+            wanted = f"one entry for each of the {len(index.all)} groups{hint}"
+            raise ConvAwareError(f"mask must have {wanted}, got {len(values)}")
+        split = index.split(np.array(values, bool))
+        pins = {id(param): Pin(mask=tuple(map(bool, each))) for param, each in zip(index.params, split)}
+        return {name: pins.get(id(param)) for name, param in self.params.items()}
+
+    def _named(self, mask: Mapping[str, bool]) -> dict[str, Pin | None]:
+        index, params = self.index, self.params
+        families, groups = self.names()
+        known = {*params, *families, *groups}
+        for name in mask:
+            if name not in known:
+                hint = "" if groups else _TOO_EARLY
+                raise unknown(f"group, family or parameter in mask{hint}:", name, known)
+        chosen = [mask.get(name, mask.get(families[f])) for name, f in zip(groups, index.family)]
+        pins: dict[int, Pin] = {}
+        for name, param in params.items():
+            # a parameter whose groups are not known yet can only be pinned as a whole
+            pins[id(param)] = Pin(keep=float(bool(mask.get(name, True))))
+        for param, each in zip(index.params, index.split(np.arange(len(groups)))):
+            otherwise = bool(pins[id(param)].keep)
+            pins[id(param)] = Pin(mask=tuple(otherwise if chosen[i] is None else bool(chosen[i]) for i in each))
+        return {name: pins[id(param)] for name, param in params.items()}
+
+    def unpin(self) -> None:
+        """End `pin`: all groups are on until scores are read and a mask is drawn again."""
+        for param in self.params.values():
+            param.set_pin(None)
+
+    def step(self) -> None:
+        """Draw the next mask; only for optimizers that are not `torch.optim.Optimizer`s: those do it themselves."""
+        for controller in self._controllers.of([param.param for param in self.params.values()]):
+            controller.advance(None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later masks depend on, for `torch.save`; names are those of the model's parameters."""
+        params, self._about = self._claim(), self.about
+        return {
+            "format": FORMAT,
+            "flops": self.flops,
+            "backwards": self.backwards,
+            "groups": self.groups or self._loaded_groups,
+            "history": self.history.to_dict(),
+            "about": self.about,
+            "parameters": {name: param.to_dict() for name, param in params.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state exactly; checked whole before anything is changed.
+
+        May be called before the first forward pass.
+        """
+        params = self._claim()
+        state = checked(state, params)
+        follow_optimizers()  # the first step may begin before the first forward pass
+        for name, entry in state["parameters"].items():
+            params[name].load(entry)
+        forget(list(params.values()))
+        self._past = History.of(state["history"])
+        self._began = time.perf_counter() - self._past.seconds[-1:].sum()
+        self._loaded_groups, self._about = list(state["groups"]), dict(state["about"])
+        self._carried = Totals()
+        self._carried = add(Totals(*state["flops"], *state["backwards"]), self._totals, -1)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _RENAMED:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        renamed(f"Session.{name}", f"Session.{_RENAMED[name]}")
+        return getattr(self, _RENAMED[name])
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        model = self._model()
+        return named_parameters(model) if model is not None else iter(())
+
+    def _claim(self) -> dict[str, ParamState]:
+        """`params`, after all that the model trains now have come under our care."""
+        for name, param in self._trained():
+            if param.requires_grad:
+                registry.track(param, name)
+        return self.params
+
+    def report(self, path: str | os.PathLike[str] = "-", format: str | None = None) -> None:
+        """Write what the run did, as `cacompile.report_state` does of a saved state; "-" prints it.
+
+        path: `run.html`, `run.csv`, `run.txt`, a folder for TensorBoard, or "-". Raises ConvAwareError for any other
+        that `format` (html, csv, terminal, tensorboard) does not explain.
+        """
+        # found when it is asked for: reports are above
+        importlib.import_module("cacompile").report_state(self.state_dict(), path, format)
+
+
+def _drawn(keep: Any, seed: Any) -> Pin:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0.0 <= keep <= 1.0:
+        raise ConvAwareError(f"keep must be between 0 and 1, got {keep!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConvAwareError(f"seed must be an int >= 0, got {seed!r}")
+    return Pin(keep=float(keep), seed=seed)

@@ -1,0 +1,109 @@
+"""Where training stands: what is skipped in this step, and what has been saved so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cacompile.state.binding import GraphBinding
+
+from .session import session
+
+
+@dataclass(frozen=True, slots=True)
+class StatusFamily:
+    """Groups of one kind in one layer, in this step."""
+
+    name: str
+    groups: int
+    skipped: int
+    keep: float
+    """Mean probability of being kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What `status` found; prints as a table."""
+
+    step: int
+    """Optimizer steps seen."""
+    groups: int
+    skipped: int
+    """Groups whose gradient is not computed in this step."""
+    keep: float
+    """Mean probability of being kept, over all groups."""
+    skipped_flops: float
+    """Share of all dW FLOPs that this step skips, 0 to 1; counted."""
+    saved_flops: float
+    """dW FLOPs left out so far; counted."""
+    total_flops: float
+    """dW FLOPs that a dense run would have spent so far; counted."""
+    families: tuple[StatusFamily, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        from tabulate import tabulate  # here, so that training needs torch and numpy alone
+
+        share = self.saved_flops / self.total_flops if self.total_flops else 0.0
+        head = (
+            f"step {self.step}: {self.skipped} of {self.groups} groups skipped ({self.skipped_flops:.1%} of dW FLOPs), "
+            f"mean keep probability {self.keep:.3f}; {self.saved_flops:.3g} of {self.total_flops:.3g} dW FLOPs "
+            f"saved so far ({share:.1%})"
+        )
+        rows = [(f.name, f.groups, f.skipped, f"{f.keep:.3f}") for f in self.families]
+        return f"{head}\n{tabulate(rows, headers=['family', 'groups', 'skipped', 'keep'])}"
+
+
+def status(model: torch.nn.Module) -> Status:
+    """Where training of a convaware model stands; reads host state only, waits for nothing."""
+    view = session(model)
+    index, bindings = view.index, view.bindings
+    names, _ = view.names()
+    # a graph whose masked version could not be made computes everything, whatever the mask says
+    skippable = {id(param) for binding in bindings for param in binding.skippable}
+    off = [~param.on & (id(param) in skippable) for param in index.params]
+    skipped = ~index.every(~np.concatenate([np.zeros(0, bool), *off]))
+    keep = view.keep.numpy()
+    families = tuple(
+        StatusFamily(name, int(own.sum()), int(skipped[own].sum()), float(keep[own].mean()))
+        for i, name in enumerate(names)
+        for own in [index.family == i]
+    )
+    total, saved = view.flops
+    once = _flops_of_one_backward(bindings)
+    left_out = sum(float(param.flops[blocks].sum()) for param, blocks in zip(index.params, off))
+    return Status(
+        step=view.step_count,
+        groups=len(keep),
+        skipped=int(skipped.sum()),
+        keep=float(keep.mean()) if len(keep) else 1.0,
+        skipped_flops=left_out / once if once else 0.0,
+        saved_flops=saved,
+        total_flops=total,
+        families=families,
+    )
+
+
+def _flops_of_one_backward(bindings: Sequence[GraphBinding]) -> int:
+    """dW FLOPs; a parameter that several graphs use, as after a recompilation for other sizes, counts once.
+
+    By identity, because identical blocks share a layout and so its names.
+    """
+    most: dict[tuple[int, str], int] = {}
+    for binding in bindings:
+        inputs = binding.inputs
+        for name, flops in binding.layout.flops_by_param:
+            key = (id(inputs[name]), "") if name in inputs else (id(binding), name)
+            most[key] = max(most.get(key, 0), flops)
+    return sum(most.values())
+
+
+def step(model: torch.nn.Module) -> None:
+    """Tell that the optimizer has stepped; only for optimizers that are not `torch.optim.Optimizer`s."""
+    session(model).step()

@@ -1,0 +1,233 @@
+"""One compiled graph running with one set of parameters: identical blocks share a graph, never a mask."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cacompile.config import Config
+from cacompile.layout import GradLayout, MaskLayout
+from cacompile.torch_internals import warning_once
+
+from .groups import GroupMembers, Member, tie
+from .params import ParamState, registry
+from .spent import Spent
+from .table import BlockTable
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 500
+"""Backward passes in which an optimizer must have stepped; gradients are rarely accumulated for longer."""
+
+_numbers = itertools.count(1)
+_alive: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
+
+
+def find_binding(handle: torch.Tensor) -> GraphBinding | None:
+    """The binding that a handle names; None once its parameters are gone, or for a handle that is only traced."""
+    return _alive.get(int(handle)) if type(handle) is torch.Tensor else None
+
+
+class GraphBinding:
+    """This step's flags for one graph, gathered from its parameters' blocks, and the count of what was saved."""
+
+    def __init__(self, layout: MaskLayout, inputs: Sequence[Any], config: Config) -> None:
+        self._layout = layout
+        self.handle = torch.tensor(next(_numbers), device="cpu")
+        self.spent = Spent()
+        self.ran_masked = False
+        """Whether the last backward ran the masked version."""
+        self._steps = 0
+        self._inputs = {name: weakref.ref(inputs[index]) for name, index in layout.params}
+        self._params = _together(layout, [_part(grad, inputs[grad.index], config) for grad in layout.grads])
+        _tie(layout, self._params)
+        for param in self.params:
+            param.spent.append(self.spent)
+        self._any_off = False
+        self._mask_version = 0
+        self._structure = 0
+        self._rows = np.zeros(0, np.int64)
+        """The table's row of each flag, of those that have one."""
+        self._has_row = np.zeros(layout.blocks, bool)
+        self._flops = np.concatenate([np.zeros(0), *(np.array(grad.block_flops, float) for grad in layout.grads)])
+        self._left_out: tuple[np.ndarray, float] | None = None
+        """Rows that the masked version leaves out with the present flags, and their dW FLOPs; None until it runs."""
+        self._host = torch.ones(layout.blocks, dtype=torch.uint8, device="cpu")
+        device = inputs[layout.grads[0].index].device if layout.grads else torch.device("cpu")
+        self._device = None if device.type == "cpu" else torch.ones_like(self._host, device=device)
+        self._captured: list[torch.Tensor] = []
+        """Host flags that a CUDA graph of the user's copies to the device in every replay."""
+        _alive[int(self.handle)] = self
+
+    @property
+    def layout(self) -> MaskLayout:
+        """What the graph masks; another one once its masked version was made."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: MaskLayout) -> None:
+        self._layout, self._left_out = layout, None
+
+    @property
+    def params(self) -> list[ParamState]:
+        """The states of its parameters that have blocks in this graph."""
+        return [param for param in self._params if param is not None]
+
+    @property
+    def skippable(self) -> list[ParamState]:
+        """Those of which this graph leaves out what is off; before its masked version is made, as planned."""
+        return [param for grad, param in self._pairs() if param is not None and self._masks(grad)]
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The graph's name of a parameter -> the one that this binding runs with, if it is alive."""
+        return {name: param for name, ref in self._inputs.items() if (param := ref()) is not None}
+
+    @property
+    def masked_backwards(self) -> int:
+        return self.spent.masked
+
+    def wants_masked(self) -> bool:
+        """Whether some group of this graph is off in the current step."""
+        table = self._table
+        if table is not None and self._mask_version != table.mask_version:
+            self._gather(table)
+        return self._any_off
+
+    def count_backward(self) -> None:
+        self.spent.total += self._layout.flops
+        self.spent.backwards += 1
+        if self.spent.backwards % PATIENCE == 0:
+            self._look_for_steps()
+
+    def leave_out(self) -> torch.Tensor:
+        """Note what the masked version will leave out now; this step's flags, uint8 [blocks] on the graph's device."""
+        if self._left_out is None:
+            self._left_out = self._find_left_out()
+        rows, flops = self._left_out
+        table = self._table
+        assert table is not None
+        table.skipped[rows] = True
+        self.spent.saved += flops
+        self.spent.masked += 1
+        return self._host if self._device is None else self._device
+
+    @property
+    def host_flags(self) -> torch.Tensor:
+        """The same flags in CPU memory: never written again, so a backward may go on reading those it was given."""
+        return self._host
+
+    @property
+    def _table(self) -> BlockTable | None:
+        """The table that all its parameters with blocks are in."""
+        return next((param.table for param in self._params if param is not None), None)
+
+    def _pairs(self) -> Iterable[tuple[GradLayout, ParamState | None]]:
+        return zip(self._layout.grads, self._params, strict=True)
+
+    def _masks(self, grad: GradLayout) -> bool:
+        return self._layout.masked is None or grad.param in self._layout.masked
+
+    def _find_left_out(self) -> tuple[np.ndarray, float]:
+        off = self._host.numpy() == 0
+        for grad, param in self._pairs():
+            if param is None or not self._masks(grad):
+                off[grad.flags] = False
+        return self._rows[off[self._has_row]], float(self._flops[off].sum())
+
+    def _gather(self, table: BlockTable) -> None:
+        """Read the mask of all its blocks out of the table."""
+        if self._structure != table.structure:
+            self._find_rows(table)
+        self._mask_version, self._left_out = table.mask_version, None
+        flags = np.ones(len(self._has_row), np.uint8)
+        flags[self._has_row] = table.on[self._rows]
+        if np.array_equal(flags, self._host.numpy()):
+            return
+        self._any_off = not flags.all()
+        # a new buffer each time: a running backward may still read the old one, and so may a transfer
+        host = torch.from_numpy(flags)
+        if self._device is not None:
+            host = host.pin_memory()
+            if torch.cuda.is_current_stream_capturing():
+                self._captured.append(host)
+            self._device.copy_(host, non_blocking=True)  # one address for ever, as CUDA graphs need
+        self._host = host
+
+    def _find_rows(self, table: BlockTable) -> None:
+        rows = np.zeros(len(self._has_row), np.int64)
+        for grad, param in self._pairs():
+            if param is not None:
+                self._has_row[grad.flags] = True
+                rows[grad.flags] = np.arange(len(table))[param.rows]
+        self._rows, self._structure = rows[self._has_row], table.structure
+
+    def _look_for_steps(self) -> None:
+        """Say once if nothing steps these parameters: masks are drawn after the steps of their optimizer."""
+        before, self._steps = self._steps, max((param.step for param in self.params), default=0)
+        if self._steps == before and any(param.pin is None for param in self.params):
+            warning_once(
+                log,
+                "%d backward passes of a compiled graph, and no torch.optim.Optimizer has stepped its parameters: what "
+                "is skipped is decided after the optimizer's steps, so it stays as it is. If the optimizer is of "
+                "another kind, or its step is called past torch's hooks, call cacompile.step(model) after each step",
+                PATIENCE,
+            )
+
+
+def _part(grad: GradLayout, param: Any, config: Config) -> ParamState | None:
+    """The parameter's state, parted as this graph parts it; None if another graph parted it otherwise."""
+    if not isinstance(param, torch.nn.Parameter):
+        return None
+    state = registry.track(param, grad.param)
+    if not state.part(grad.partition, config, grad.param):
+        log.warning("%s is parted into other groups by another graph; in this one it stays dense", state.name)
+        return None
+    state.table.costs(state.rows, np.array(grad.block_flops, float))
+    return state
+
+
+def _together(layout: MaskLayout, params: list[ParamState | None]) -> list[ParamState | None]:
+    """Gradients that one product makes are masked together or not at all."""
+    made: dict[str, list[int]] = {}
+    for i, grad in enumerate(layout.grads):
+        made.setdefault(grad.follows or grad.param, []).append(i)
+    dense = {i for each in made.values() if any(params[i] is None for i in each) for i in each}
+    return [None if i in dense else param for i, param in enumerate(params)]
+
+
+def _tie(layout: MaskLayout, params: Sequence[ParamState | None]) -> None:
+    """Blocks that this graph has in one group are one group from now on."""
+    called = {grad.param: param for grad, param in zip(layout.grads, params) if param is not None}
+    if not called:
+        return
+    table = BlockTable.of(list(called.values()))
+    members: dict[int, list[Member]] = {}
+    for grad, param in zip(layout.grads, params):
+        if param is not None:
+            for block, number in enumerate(grad.groups):
+                members.setdefault(number, []).append((param, block))
+    by_family: dict[int, list[GroupMembers]] = {}
+    for number, group in enumerate(layout.groups):
+        if number in members:
+            by_family.setdefault(group.family, []).append(GroupMembers(group.start, group.stop, members[number]))
+    for number, groups in by_family.items():
+        family = layout.families[number]
+        makers, weights = ([called[n] for n in names if n in called] for names in (family.makers, family.weights))
+        tie(table, family.kind, family.role_hash, makers, weights, groups)
+    numbers = np.concatenate([param.column("group_of_block") for param in called.values()])
+    for mate in table.params_of(np.flatnonzero(np.isin(table.group_of_block, numbers))):
+        if mate.pin is not None:
+            mate.apply_pin()
+
+
+def bindings_of(params: Iterable[ParamState]) -> list[GraphBinding]:
+    """Live bindings that use any of these parameters, in the order they were made."""
+    wanted = {id(param) for param in params}
+    return [binding for _, binding in sorted(_alive.items()) if any(id(param) in wanted for param in binding.params)]

@@ -1,0 +1,218 @@
+"""The state of one parameter under our care. It belongs to the parameter, not to a graph or a module."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import astuple
+from typing import Any
+
+import numpy as np
+import torch
+
+from cacompile.config import Config
+from cacompile.layout import Partition
+from cacompile.torch_internals import WeakTensorKeyDictionary
+
+from .groups import BlockGroup
+from .measurements import Measurement, NormShares
+from .pins import Pin
+from .series import Series
+from .spent import Spent
+from .table import BlockTable
+
+log = logging.getLogger(__name__)
+
+NO_BLOCKS = BlockTable()
+"""What a parameter has before it is parted into blocks."""
+
+
+class ParamState:
+    """What is known of one parameter. Made when a session claims it or a compiled graph first runs with it."""
+
+    def __init__(self, param: torch.nn.Parameter, name: str) -> None:
+        self._param = weakref.ref(param)
+        self.shape = tuple(param.shape)
+        self.name = name
+        self.key: int | None = None
+        """Names it in random draws and fixes the order: given when it is parted, so the same on every rank."""
+        self.config = Config()
+        self.partition: Partition | None = None
+        self.table = NO_BLOCKS
+        self.start = 0
+        """Its first row in the table; moves when tables are joined."""
+        self.spent: list[Spent] = []
+        self.history: Series | None = None
+        """float32 [4, blocks] at each measurement: keep probability, expected descent, update ratio, skipped."""
+        self.step = 0
+        """Optimizer steps seen."""
+        self.stepped = 0
+        """When the last of them was, in the order of this process's steps."""
+        self.pin: Pin | None = None
+        self._pinned: tuple[Pin, int, np.ndarray] | None = None
+        self.in_flight: Measurement | None = None
+        """Taken over at the next measurement, when its copy from the device is surely complete."""
+        self.norm_shares: NormShares | None = None
+        """What gradient clipping knows of the blocks."""
+        self.sampled: tuple[torch.Tensor, ...] | None = None
+        """Which weights `movement.sample` reads: where they are in each dimension, int64 [samples]."""
+        self._deferred: Mapping[str, Any] | None = None
+        """Saved state that waits for the partition to be known."""
+
+    @property
+    def param(self) -> torch.nn.Parameter | None:
+        """The parameter, while it lives."""
+        return self._param()
+
+    @property
+    def blocks(self) -> int:
+        """Blocks, each of which belongs to a group; 0 before the partition is known."""
+        return 0 if self.partition is None else self.partition.blocks
+
+    @property
+    def rows(self) -> slice:
+        """Its rows in the table."""
+        return slice(self.start, self.start + self.blocks)
+
+    def column(self, name: str) -> np.ndarray:
+        """Its part of one of the table's columns, [blocks]; a view."""
+        return getattr(self.table, name)[self.start : self.start + self.blocks]
+
+    @property
+    def on(self) -> np.ndarray:
+        """bool [blocks]: computed in this step. Read only."""
+        return self.column("on")
+
+    @property
+    def age(self) -> np.ndarray:
+        """int64 [blocks]: steps in a row without its gradient, up to the last one."""
+        return self.column("age")
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """bool [blocks]: left out by some backward since the last optimizer step."""
+        return self.column("skipped")
+
+    @property
+    def flops(self) -> np.ndarray:
+        """float [blocks]: dW FLOPs of one backward."""
+        return self.column("flops")
+
+    @property
+    def groups(self) -> list[BlockGroup]:
+        """For each block, the group that it belongs to."""
+        return [self.table.groups[number] for number in self.column("group_of_block")]
+
+    def part(self, partition: Partition, config: Config, name: str) -> bool:
+        """Fix the partition, once. False: another graph has parted this parameter otherwise, so the two cannot agree.
+
+        name: the parameter's in the graph, which does not depend on who has asked for its session before.
+        """
+        if self.partition is not None:
+            return self.partition == partition
+        self.partition, self.config = partition, config
+        if self.key is None:
+            self.key = registry.new_key(name)
+        BlockTable().add(self)
+        self._take_deferred()
+        if self.pin is not None:
+            self.apply_pin()
+        return True
+
+    def set_pin(self, pin: Pin | None) -> None:
+        """Hold the mask as the pin says, from now on; None: draw it again, from all on."""
+        self.pin = pin
+        self.apply_pin()
+
+    def apply_pin(self) -> None:
+        """Let the pin, or that there is none, take effect at once."""
+        if not self.blocks:
+            return
+        if self.param is None or self.param.grad is None:  # what was skipped under the pin before is gone
+            self.skipped[:] = False
+        self.table.set_on(self.rows, True if self.pin is None else self.pinned_mask())
+        self.column("keep")[:] = 1.0 if self.pin is None else self.pin.keep_of(self)
+
+    def pinned_mask(self) -> np.ndarray:
+        """The pin's mask, bool [blocks], drawn once as long as pin and groups stay."""
+        assert self.pin is not None
+        if self._pinned is None or self._pinned[:2] != (self.pin, self.table.structure):
+            self._pinned = self.pin, self.table.structure, self.pin.mask_of(self)
+        return self._pinned[2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that the next draws depend on; before the partition is known, what was loaded."""
+        if self.partition is None and self._deferred is not None:
+            blocks = {name: self._deferred[name] for name in ("partition", "skipped", "blocks", "norm_shares")}
+        else:
+            blocks = {
+                "partition": None if self.partition is None else astuple(self.partition),
+                "skipped": torch.from_numpy(self.skipped.copy()),
+                "blocks": self.table.save(self.rows),
+                "norm_shares": None if self.norm_shares is None else self.norm_shares.to_dict(),
+            }
+        pin = None if self.pin is None else astuple(self.pin)
+        in_flight = None if self.in_flight is None else self.in_flight.to_dict()
+        return {"shape": self.shape, "key": self.key, "step": self.step, "pin": pin, "in_flight": in_flight, **blocks}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take over a saved state; what it says of blocks waits until the partition is known."""
+        self.key, self.step = saved["key"], saved["step"]
+        self.pin = None if saved["pin"] is None else Pin(*saved["pin"])
+        self.in_flight = None if saved["in_flight"] is None else Measurement.of(saved["in_flight"])
+        self._deferred = saved
+        self.table.reorder()
+        self._take_deferred()
+
+    def _take_deferred(self) -> None:
+        if self.partition is None or self._deferred is None:
+            return
+        saved, self._deferred = self._deferred, None
+        if saved["partition"] is not None and tuple(saved["partition"]) == astuple(self.partition):
+            self.table.load(self.rows, saved["blocks"])
+            self.skipped[:] = saved["skipped"].numpy()
+            self.norm_shares = None if saved["norm_shares"] is None else NormShares.of(saved["norm_shares"])
+        else:
+            self.table.reset(self.rows)
+            self.in_flight = self.norm_shares = None
+            if saved["partition"] is not None:
+                log.warning(
+                    "%s: saved for blocks of %d rows, now parted into blocks of %d; its groups start anew",
+                    self.name, saved["partition"][1], self.partition.block)  # fmt: skip
+            if self.pin is not None and self.pin.mask is not None:
+                self.pin = None
+
+
+class _Registry:
+    """The states of all parameters of the process that are under our care, by identity, weakly."""
+
+    def __init__(self) -> None:
+        self._states = WeakTensorKeyDictionary()
+        self._names: Counter[str] = Counter()
+
+    def all(self) -> list[ParamState]:
+        return list(self._states.values())
+
+    def find(self, param: Any) -> ParamState | None:
+        return self._states.get(param) if isinstance(param, torch.Tensor) else None
+
+    def track(self, param: torch.nn.Parameter, name: str) -> ParamState:
+        state = self._states.get(param)
+        if state is None:
+            state = self._states[param] = ParamState(param, name)
+        return state
+
+    def new_key(self, name: str) -> int:
+        """A number for a parameter that a graph calls `name`; identical blocks call theirs alike: they are counted."""
+        self._names[name] += 1
+        return zlib.crc32(name.encode()) + (self._names[name] - 1 << 32)
+
+    def forget(self) -> None:
+        """Names count from zero again, as after `torch._dynamo.reset()`; live parameters keep their state."""
+        self._names.clear()
+
+
+registry = _Registry()

@@ -1,0 +1,42 @@
+"""Masks that stay until they are ended: given outright, or drawn once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .draws import draw, generator
+
+if TYPE_CHECKING:
+    from .groups import BlockFamily
+    from .params import ParamState
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """One parameter's mask that stays: `mask` itself, or drawn from `keep` and `seed`."""
+
+    mask: tuple[bool, ...] | None = None
+    keep: float = 1.0
+    seed: int = 0
+
+    def mask_of(self, param: ParamState) -> np.ndarray:
+        """The mask of one parameter's blocks, bool [blocks]; the same for all of a group, whatever else is pinned."""
+        if self.mask is not None:
+            return np.array(self.mask, bool)
+        drawn: dict[int, dict[int, bool]] = {}
+        for group in param.groups:
+            if id(group.family) not in drawn:
+                drawn[id(group.family)] = self._draw(group.family)
+        return np.array([drawn[id(group.family)][id(group)] for group in param.groups], bool)
+
+    def keep_of(self, param: ParamState) -> np.ndarray:
+        """The probabilities that the mask was drawn with, float [blocks]; of a given mask, the mask itself."""
+        return np.full(param.blocks, self.keep) if self.mask is None else np.array(self.mask, float)
+
+    def _draw(self, family: BlockFamily) -> dict[int, bool]:
+        keep = np.full(len(family.groups), self.keep)
+        chosen = draw(keep, np.zeros(len(keep), int), generator(self.seed, *family.key))
+        return dict(zip(map(id, family.groups), map(bool, chosen)))

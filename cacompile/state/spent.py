@@ -1,0 +1,69 @@
+"""What one compiled graph has spent on weight gradients, with one set of parameters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from .series import Series
+
+if TYPE_CHECKING:
+    from .params import ParamState
+
+
+@dataclass(slots=True)
+class Spent:
+    """Counts of one graph with one set of parameters so far; outlives the graph in the parameters' states."""
+
+    total: float = 0.0
+    """dW FLOPs that dense backwards would have taken."""
+    saved: float = 0.0
+    """dW FLOPs left out."""
+    backwards: int = 0
+    masked: int = 0
+    """Backwards that ran the masked version."""
+    started: float = field(default_factory=time.perf_counter)
+    history: Series = field(default_factory=lambda: Series((5,), float))
+    """At each measurement: the clock in seconds, then `counts`."""
+
+    @property
+    def counts(self) -> tuple[float, float, int, int]:
+        return self.total, self.saved, self.backwards, self.masked
+
+
+class Totals(NamedTuple):
+    """What has been spent before a moment."""
+
+    total: float = 0.0
+    """dW FLOPs that a dense run would have spent."""
+    saved: float = 0.0
+    backwards: int = 0
+    """Backward passes of compiled graphs."""
+    masked: int = 0
+    """Those that ran the masked version; the others ran Inductor's own."""
+
+    @classmethod
+    def of(cls, params: Iterable[ParamState]) -> Totals:
+        counts = [spent.counts for spent in spent_by(params)]
+        return cls(
+            total=sum(total for total, *_ in counts),
+            saved=sum(saved for _, saved, *_ in counts),
+            backwards=sum(backwards for _, _, backwards, _ in counts),
+            masked=sum(masked for *_, masked in counts),
+        )
+
+
+def spent_by(params: Iterable[ParamState]) -> list[Spent]:
+    """What graphs with any of these parameters have spent, each graph once."""
+    return list({id(spent): spent for param in params for spent in param.spent}.values())
+
+
+def add(a: Totals, b: Totals, sign: int = 1) -> Totals:
+    return Totals(
+        a.total + sign * b.total,
+        a.saved + sign * b.saved,
+        a.backwards + sign * b.backwards,
+        a.masked + sign * b.masked,
+    )

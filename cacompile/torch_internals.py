@@ -1,0 +1,339 @@
+"""Every private or moving part of torch that we touch, each with what we need of it and where it was seen to hold.
+
+Other files take these names from here. They are looked up when they are first asked for, so that a name which has moved
+is a contract that does not hold, not an import that fails: `broken_contracts` lists those before a graph is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from torch._C import _DisableAutocast as DisableAutocast
+    from torch._C._dynamo import eval_frame as eval_frame
+    from torch._C._profiler import _RecordFunctionFast as Range
+    from torch._dynamo import config as dynamo_config
+    from torch._dynamo import exc as dynamo_exc
+    from torch._dynamo.backends.common import AotAutograd as AotAutograd
+    from torch._dynamo.backends.common import aot_autograd as aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop as boxed_nop
+    from torch._dynamo.backends.registry import lookup_backend as lookup_backend
+    from torch._dynamo.convert_frame import compile_lock as compile_lock
+    from torch._dynamo.convert_frame import register_bytecode_hook as register_bytecode_hook
+    from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
+    from torch._dynamo.utils import counters as counters
+    from torch._functorch import config as functorch_config
+    from torch._functorch._aot_autograd.descriptors import GradAOTOutput as GradAOTOutput
+    from torch._functorch._aot_autograd.descriptors import ParamAOTInput as ParamAOTInput
+    from torch._functorch._aot_autograd.descriptors import PlainAOTInput as PlainAOTInput
+    from torch._functorch._aot_autograd.descriptors import TangentAOTInput as TangentAOTInput
+    from torch._guards import CompileContext as CompileContext
+    from torch._guards import TracingContext as TracingContext
+    from torch._guards import compile_context as compile_context
+    from torch._guards import detect_fake_mode as detect_fake_mode
+    from torch._guards import tracing as tracing
+    from torch._inductor import config as inductor_config
+    from torch._inductor import cudagraph_trees as cudagraph_trees
+    from torch._inductor import graph as inductor_graph
+    from torch._inductor import inductor_prims as inductor_prims
+    from torch._inductor import list_mode_options as list_mode_options
+    from torch._inductor.compile_fx import compile_fx as compile_fx
+    from torch._inductor.compile_fx import compile_fx_inner as compile_fx_inner
+    from torch._inductor.cpp_builder import get_cpp_compiler as get_cpp_compiler
+    from torch._logging import trace_structured as trace_structured
+    from torch._logging import warning_once as warning_once
+    from torch._subclasses import FakeTensor as FakeTensor
+    from torch._subclasses import FakeTensorMode as FakeTensorMode
+    from torch.autograd import profiler as autograd_profiler
+    from torch.nn.utils import clip_grad as clip_grad
+    from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+    from torch.utils._pytree import tree_leaves as tree_leaves
+    from torch.utils._pytree import tree_map_only as tree_map_only
+    from torch.utils._triton import has_triton as has_triton
+    from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
+
+TESTED = ("2.11", "2.13", "2.14", "2.15")
+"""Releases of torch on which the suite, or its quick part, was run."""
+
+COMPILE = "compiling"
+"""Without it no graph can be masked: all are left to the inner compiler."""
+LOOK = "explaining"
+"""Without it `explain` cannot look at a model that is not compiled."""
+SEE = "doctor"
+"""Without it a check of `cacompile doctor` is left out."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One name of torch's, and what we need of it."""
+
+    name: str
+    """As it is called here."""
+    place: str
+    """Where torch has it: `module:attribute`, or a module."""
+    attributes: tuple[str, ...] = ()
+    """What it must have."""
+    parameters: tuple[str, ...] = ()
+    """What it must take."""
+    purpose: str = COMPILE
+    seen: tuple[str, ...] = TESTED
+    """Releases on which it was seen to hold."""
+
+    def resolve(self) -> Any:
+        """The object. Raises ImportError or AttributeError where torch has none of that name."""
+        module, _, attribute = self.place.partition(":")
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
+
+    def fault(self) -> str | None:
+        """What does not hold, in words; None while all does."""
+        if self.name in _forced:
+            return "was taken away for a test"
+        try:
+            found = self.resolve()
+        except (ImportError, AttributeError) as error:
+            return str(error)
+        for path in self.attributes:
+            held = found
+            for step in path.split("."):
+                if not hasattr(held, step):
+                    return f"{self.place} has no {path!r}"
+                held = getattr(held, step)
+        if self.parameters:
+            taken = inspect.signature(found).parameters
+            if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+                for wanted in self.parameters:
+                    if wanted not in taken:
+                        return f"{self.place} takes no {wanted!r}"
+        return None
+
+
+_DESCRIPTORS = "torch._functorch._aot_autograd.descriptors"
+
+CONTRACTS = (
+    Contract("compile_fx", "torch._inductor.compile_fx:compile_fx", parameters=("inner_compile", "config_patches")),
+    Contract("compile_fx_inner", "torch._inductor.compile_fx:compile_fx_inner"),
+    Contract("inductor_config", "torch._inductor.config", ("patch", "get_config_copy", "triton.cudagraphs")),
+    Contract("inductor_graph", "torch._inductor.graph"),
+    Contract("inductor_prims", "torch._inductor.inductor_prims"),  # registers operations
+    Contract("list_mode_options", "torch._inductor:list_mode_options"),
+    Contract("cudagraph_trees", "torch._inductor.cudagraph_trees", ("reset_cudagraph_trees",)),
+    Contract("get_cpp_compiler", "torch._inductor.cpp_builder:get_cpp_compiler", purpose=SEE),
+    Contract("functorch_config", "torch._functorch.config", ("patch", "joint_custom_pass", "enable_autograd_cache")),
+    Contract("GradAOTOutput", f"{_DESCRIPTORS}:GradAOTOutput", parameters=("grad_of",)),
+    Contract("PlainAOTInput", f"{_DESCRIPTORS}:PlainAOTInput", parameters=("idx",)),
+    Contract("ParamAOTInput", f"{_DESCRIPTORS}:ParamAOTInput", parameters=("target",)),
+    Contract("TangentAOTInput", f"{_DESCRIPTORS}:TangentAOTInput", parameters=("output",), purpose=LOOK),
+    Contract("CompileContext", "torch._guards:CompileContext", ("try_get", "current_compile_id")),
+    Contract("TracingContext", "torch._guards:TracingContext", ("try_get",)),
+    Contract("compile_context", "torch._guards:compile_context"),
+    Contract("tracing", "torch._guards:tracing"),
+    Contract("detect_fake_mode", "torch._guards:detect_fake_mode"),
+    Contract("AotAutograd", "torch._dynamo.backends.common:AotAutograd"),
+    Contract("aot_autograd", "torch._dynamo.backends.common:aot_autograd"),
+    Contract("boxed_nop", "torch._dynamo.backends.debugging:boxed_nop"),
+    Contract("lookup_backend", "torch._dynamo.backends.registry:lookup_backend"),
+    Contract("compile_lock", "torch._dynamo.convert_frame:compile_lock", ("__enter__", "__exit__")),
+    Contract("register_bytecode_hook", "torch._dynamo.convert_frame:register_bytecode_hook", purpose=LOOK),
+    Contract("dynamo_config", "torch._dynamo.config", ("patch", "compiled_autograd")),
+    Contract("dynamo_exc", "torch._dynamo.exc", ("RestartAnalysis", "SkipFrame", "Unsupported")),
+    Contract("ShortenTraceback", "torch._dynamo.exc:ShortenTraceback", parameters=("first_useful_frame",)),
+    Contract("counters", "torch._dynamo.utils:counters", ("__getitem__",)),
+    Contract("eval_frame", "torch._C._dynamo.eval_frame", purpose=LOOK),
+    Contract("DisableAutocast", "torch._C:_DisableAutocast"),
+    Contract("Range", "torch._C._profiler:_RecordFunctionFast", ("__enter__", "__exit__")),
+    Contract("FakeTensor", "torch._subclasses:FakeTensor"),
+    Contract("FakeTensorMode", "torch._subclasses:FakeTensorMode", ("from_tensor",)),
+    Contract("trace_structured", "torch._logging:trace_structured", parameters=("metadata_fn", "payload_fn")),
+    Contract("warning_once", "torch._logging:warning_once"),
+    Contract("autograd_profiler", "torch.autograd.profiler", ("_is_profiler_enabled",)),
+    Contract("clip_grad", "torch.nn.utils.clip_grad", ("clip_grad_norm_",)),
+    Contract("disable_current_modes", "torch.utils._python_dispatch:_disable_current_modes", purpose=LOOK),
+    Contract("tree_leaves", "torch.utils._pytree:tree_leaves"),
+    Contract("tree_map_only", "torch.utils._pytree:tree_map_only", purpose=LOOK),
+    Contract("has_triton", "torch.utils._triton:has_triton", purpose=SEE),
+    Contract("WeakTensorKeyDictionary", "torch.utils.weak:WeakTensorKeyDictionary", ("get", "values")),
+)
+
+_by_name = {contract.name: contract for contract in CONTRACTS}
+_forced: set[str] = set()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _by_name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _by_name[name].resolve()
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A contract that does not hold on the torch that is there."""
+
+    contract: Contract
+    fault: str
+
+    def __str__(self) -> str:
+        return f"{self.contract.name} ({self.contract.place}): {self.fault}"
+
+
+def broken_contracts(purpose: str | None = None) -> list[Broken]:
+    """The contracts that do not hold here, of one purpose or of all."""
+    return list(_broken(purpose, frozenset(_forced)))
+
+
+@functools.cache  # asked for every graph; torch does not change while a process runs
+def _broken(purpose: str | None, forced: frozenset[str]) -> tuple[Broken, ...]:
+    wanted = [contract for contract in CONTRACTS if purpose in (None, contract.purpose)]
+    return tuple(Broken(contract, fault) for contract in wanted if (fault := contract.fault()) is not None)
+
+
+@contextlib.contextmanager
+def taken_away(name: str) -> Iterator[None]:
+    """Let one contract not hold, for a test of what happens then."""
+    _forced.add(_by_name[name].name)
+    try:
+        yield
+    finally:
+        _forced.discard(name)
+
+
+def release() -> str:
+    """The release of torch that is there, such as "2.13"."""
+    return ".".join(torch.__version__.split("+")[0].split(".")[:2])
+
+
+def is_control_flow(error: BaseException) -> bool:
+    """Whether Dynamo raises it to go on in another way, rather than to tell of a fault."""
+    exc = __getattr__("dynamo_exc")
+    return isinstance(error, (exc.RestartAnalysis, exc.SkipFrame, exc.Unsupported))
+
+
+def dynamo_source(node: fx.Node) -> Any:
+    """Dynamo's source of a placeholder of its graph, or None."""
+    return getattr(node, "_dynamo_source", None)
+
+
+def source_text(source: Any) -> str | None:
+    """What one of Dynamo's sources is called: `L['self']._modules['up']._parameters['weight']`."""
+    name = getattr(source, "name", None)
+    return name() if callable(name) else name  # a method before torch 2.12, a property since
+
+
+def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of Dynamo's graph with all that the compilers behind it read of it.
+
+    A copy, because Dynamo reads its own graph's placeholders again after the backend returns.
+    """
+    made = copy.copy(gm)
+    made.graph = copy.deepcopy(gm.graph)
+    for extra in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, extra):
+            setattr(made, extra, getattr(gm, extra))
+    for ours, theirs in zip(made.graph.nodes, gm.graph.nodes, strict=True):
+        if hasattr(theirs, "_dynamo_source"):
+            ours._dynamo_source = theirs._dynamo_source
+    return made
+
+
+def name_input(node: fx.Node, example: Any) -> None:
+    """Make a new placeholder of Dynamo's graph one that has no source."""
+    node.meta["example_value"] = example
+    node._dynamo_source = None
+
+
+def inductor_alone(gm: fx.GraphModule, example_inputs: Any, patches: dict[str, Any]) -> Callable[..., Any]:
+    """The graph as `torch.compile` has it compiled, with nothing of ours. patches: of Inductor's configuration."""
+    from torch._inductor.compile_fx import compile_fx  # whatever the table says: without it there is no Inductor
+
+    return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def check_inductor_option(name: str, value: Any) -> None:
+    """Raise RuntimeError, as torch.compile does, for a value that an option of Inductor's cannot have."""
+    torch._TorchCompileInductorWrapper(None, {name: value}, None)
+
+
+def replace_total_norm(norm: Callable[..., Any]) -> bool:
+    """Let `clip_grad_norm_` take its norm from `norm`; False in a torch where it does not look it up by that name."""
+    module = __getattr__("clip_grad")
+    if "_get_total_norm" not in inspect.unwrap(module.clip_grad_norm_).__code__.co_names:
+        return False
+    module._get_total_norm = norm
+    return True
+
+
+def captured_backwards() -> int:
+    """Backward passes that compiled autograd has traced."""
+    return __getattr__("counters")["compiled_autograd"]["captures"]
+
+
+@contextlib.contextmanager
+def donating(context: Any, donated: list[int] | None) -> Iterator[None]:
+    """Tell Inductor which inputs of a backward it may overwrite. context: the forward's TracingContext."""
+    if context is None or donated is None:
+        yield
+        return
+    metadata = context.fw_metadata
+    before, metadata.bw_donated_idxs = metadata.bw_donated_idxs, donated
+    try:
+        yield
+    finally:
+        metadata.bw_donated_idxs = before
+
+
+def donated_inputs(context: Any) -> list[int] | None:
+    """Which inputs of the backward Inductor may overwrite, as AOTAutograd has found; None where it has not."""
+    metadata = context.fw_metadata if context is not None else None
+    return None if metadata is None else metadata.bw_donated_idxs
+
+
+@contextlib.contextmanager
+def aligned_host_inputs(wanted: bool) -> Iterator[None]:
+    """Inductor takes inputs in CPU memory for unaligned, and what is computed with them too: slow reads of every dW.
+
+    Our flags touch no alignment: results of masked operations are memory of their own.
+    """
+    module = __getattr__("inductor_graph")
+    before = getattr(module, "should_assume_input_aligned", None)
+    if not wanted or before is None:
+        yield
+        return
+    module.should_assume_input_aligned = lambda tensor: tensor.device.type == "cpu" or before(tensor)
+    try:
+        yield
+    finally:
+        module.should_assume_input_aligned = before
+
+
+@contextlib.contextmanager
+def compiling_backward(context: Any, compile_id: Any) -> Iterator[None]:
+    """The surroundings, beside the lock, in which AOTAutograd compiles a backward lazily."""
+    with (
+        __getattr__("tracing")(context),
+        __getattr__("compile_context")(compile_id),
+        __getattr__("DisableAutocast")(),
+    ):
+        yield
+
+
+def insert_output_stride(context: Any, position: int, outputs: int) -> None:
+    """Say that a forward has one more output, of no known stride. outputs: how many it had before.
+
+    Raises RuntimeError where torch's list of strides is not of these outputs.
+    """
+    strides = context.output_strides if context is not None else None
+    if not strides:
+        return
+    if len(strides) != outputs:
+        raise RuntimeError(f"{len(strides)} strides were reported for {outputs} outputs of a forward graph")
+    strides.insert(position, None)

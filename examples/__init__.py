@@ -1,0 +1,1 @@
+"""Commands to try, and what they and the benchmarks share: data, models, measures."""

@@ -1,0 +1,100 @@
+"""Names things in the joint forward-backward graph: parameter <-> placeholder <-> gradient output."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from cacompile.torch_internals import GradAOTOutput, PlainAOTInput, dynamo_source, source_text
+
+from .plan import Param
+
+_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
+_PLUMBING = {"_modules", "_parameters", "_buffers", "_orig_mod", "__self__", "__dict__", "__func__"}
+
+
+def source_name(source: Any, fallback: str) -> str:
+    """Parameter name out of one of Dynamo's sources, such as `L['self']._modules['up']._parameters['weight']`."""
+    text = source_text(source)
+    if not text:
+        return fallback
+    steps = [a or b or c for a, b, c in _STEP.findall(text)]
+    return ".".join(step for step in steps[1:] if step not in _PLUMBING) or fallback
+
+
+def has_trainable(example_inputs: Sequence[Any]) -> bool:
+    """Whether any input is a parameter that wants a gradient."""
+    return any(isinstance(value, torch.nn.Parameter) and value.requires_grad for value in example_inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInputs:
+    """What Dynamo's graph says of its inputs: position -> parameter name, and where our handle was appended."""
+
+    params: Mapping[int, str]
+    """Trainable parameters."""
+    frozen: Mapping[int, str]
+    """Parameters that want no gradient."""
+    handle: int
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
+        """Inputs that are parameters, named through their sources; the handle comes after the last input."""
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        names = {
+            i: source_name(dynamo_source(node), node.name)
+            for i, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
+            if isinstance(value, torch.nn.Parameter)
+        }
+        twice = {name for name, count in Counter(names.values()).items() if count > 1}
+        names = {i: f"{n}#{i}" if n in twice else n for i, n in names.items()}
+        trained = {i: name for i, name in names.items() if example_inputs[i].requires_grad}
+        return cls(trained, {i: n for i, n in names.items() if i not in trained}, len(placeholders))
+
+
+def find_params(graph: fx.Graph, inputs: GraphInputs) -> tuple[Param, ...]:
+    """Every parameter of a joint graph with its placeholder and the node that is returned as its gradient."""
+    output = graph.output_node()
+    grads = {
+        desc.grad_of.idx: node
+        for node, desc in zip(output.args[0], output.meta["desc"], strict=True)
+        if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput)
+    }
+    params = []
+    for node in graph.find_nodes(op="placeholder"):
+        desc = node.meta.get("desc")
+        if isinstance(desc, PlainAOTInput) and desc.idx in inputs.params:
+            grad = grads.get(desc.idx)
+            shape = tuple(int(size) for size in node.meta["val"].shape)
+            params.append(
+                Param(inputs.params[desc.idx], desc.idx, shape, node, grad if isinstance(grad, fx.Node) else None)
+            )
+    return tuple(params)
+
+
+def find_frozen(graph: fx.Graph, inputs: GraphInputs) -> dict[fx.Node, str]:
+    """The placeholders of parameters that want no gradient, and their names."""
+    placeholders = graph.find_nodes(op="placeholder")
+    at = {n: n.meta["desc"].idx for n in placeholders if isinstance(n.meta.get("desc"), PlainAOTInput)}
+    return {node: inputs.frozen[index] for node, index in at.items() if index in inputs.frozen}
+
+
+def forward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a joint graph that its forward outputs are computed from."""
+    output = graph.output_node()
+    descs = output.meta.get("desc", ())
+    wanted = {
+        node
+        for node, desc in zip(output.args[0], descs)
+        if isinstance(node, fx.Node) and not isinstance(desc, GradAOTOutput)
+    }
+    for node in reversed(graph.nodes):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    return wanted
