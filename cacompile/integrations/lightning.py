@@ -18,7 +18,7 @@ from typing import Any
 
 from cacompile.sessions.session import session
 
-from .shared import missing, readings
+from .shared import missing, numbers
 
 
 def _bases() -> tuple[type, ...]:
@@ -38,7 +38,7 @@ _Callback: Any = type("_Callback", _bases(), {})
 
 
 class ConvAwareCallback(_Callback):
-    """Logs `convaware/...` (`shared.readings`) every `log_every_n_steps`; its state is the session's.
+    """Logs `convaware/...` (`shared.numbers`) every `log_every_n_steps`; its state is the session's.
 
     A run that continues from a checkpoint of Lightning (`trainer.fit(..., ckpt_path=...)`) continues bit for bit where
     Lightning itself does: within an epoch, a loader without a state of its own begins its data anew.
@@ -63,7 +63,7 @@ class ConvAwareCallback(_Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer._logger_connector.should_update_logs:  # as Lightning's own callbacks ask
-            pl_module.log_dict(readings(pl_module))
+            pl_module.log_dict(numbers(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """The session's state; empty before `setup`."""

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 BACKEND = "convaware"
 
 
-def readings(model: torch.nn.Module) -> dict[str, float]:
+def numbers(model: torch.nn.Module) -> dict[str, float]:
     """Where training stands, as numbers to log; empty, and said once, if no graph of the model is convaware's.
 
     `convaware/skipped_dw`: share of all dW FLOPs that the next step skips, 0 to 1. `convaware/keep`: mean probability

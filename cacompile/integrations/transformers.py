@@ -21,7 +21,7 @@ from cacompile.config import Config
 from cacompile.errors import ConvAwareError
 from cacompile.sessions.session import session
 
-from .shared import BACKEND, is_compiled, missing, readings
+from .shared import BACKEND, is_compiled, missing, numbers
 
 try:
     from transformers import TrainerCallback
@@ -47,7 +47,7 @@ class ConvAwareCallback(TrainerCallback):
     compiled in place when training begins, unless it is compiled already; where they ask for this backend, Accelerate
     compiles it with these options. Raises ConvAwareError where they ask for another one.
 
-    Every log of the training loss gets `convaware/...` (`shared.readings`), every checkpoint a `cacompile.pt`. Resumed
+    Every log of the training loss gets `convaware/...` (`shared.numbers`), every checkpoint a `cacompile.pt`. Resumed
     training continues from it bit for bit. The Trainer does not tell its callbacks where it resumes from, so it is
     looked for in `args.resume_from_checkpoint` and `args.output_dir`: if you resume from a folder elsewhere, set the
     former too, besides giving it to `trainer.train`.
@@ -86,7 +86,7 @@ class ConvAwareCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
             return
-        found = readings(model)
+        found = numbers(model)
         logs.update(found)
         # the Trainer has put a copy of `logs` in here already
         if state.log_history and state.log_history[-1].get("step") == state.global_step:

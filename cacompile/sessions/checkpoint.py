@@ -61,7 +61,7 @@ def check_history(history: Any) -> None:
         must(_is_row(names) and all(isinstance(name, str) for name in names), field, names, "a list of names")
     families, step = len(history["families"]), history["step"]
     must(len(history["kinds"]) == families, "kinds", history["kinds"], f"{families} names")
-    must(isinstance(step, torch.Tensor) and step.dim() == 1, "step", step, "int64 [readings] on the host")
+    must(isinstance(step, torch.Tensor) and step.dim() == 1, "step", step, "int64 [measurements] on the host")
     sizes = dict.fromkeys(BY_STEP, step.shape) | dict.fromkeys(BY_GROUP, (*step.shape, len(history["groups"])))
     for field, tensor in like.items():
         if isinstance(tensor, torch.Tensor):

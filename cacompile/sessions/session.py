@@ -111,7 +111,7 @@ class Session:
 
     @property
     def scores(self) -> torch.Tensor:
-        """Expected descent of each group at the last reading, float64 [groups]; NaN before the first."""
+        """Expected descent of each group at the last measurement, float64 [groups]; NaN before the first."""
         index = self.index
         return torch.from_numpy(index.sum(index.column("score")))
 
@@ -136,7 +136,7 @@ class Session:
 
     @property
     def history(self) -> History:
-        """What the run did, reading by reading; what came before a loaded state is part of it."""
+        """What the run did, measurement by measurement; what came before a loaded state is part of it."""
         index = self.index
         if not index.params:
             return self._past

@@ -8,7 +8,7 @@ import numpy as np
 class Series:
     """One row of numbers at each step that is noted, thinned evenly as it grows.
 
-    Only steps whose number of the reading, `step // every`, is a multiple of `stride` are kept, and the stride doubles
+    Only steps whose number of the measurement, `step // every`, is a multiple of `stride` are kept; the stride doubles
     whenever more than `limit` are: what is kept depends on the last step alone, not on where a run was interrupted.
     """
 

@@ -192,7 +192,7 @@ def test_scores_under_way_are_waited_for_one_reading_later(make: Any, slow_devic
         controller.advance(None)
         seen.append(float(state.column("score")[0]))
     assert np.isnan(seen[:3]).all() and slow_device.waited == 2
-    # two rows of two: the reading of step 2 arrives at step 4, that of step 4, averaged with it, at step 6
+    # two rows of two: the measurement of step 2 arrives at step 4, that of step 4, averaged with it, at step 6
     assert seen[3] == 4 * 2.0**2 and seen[5] == (4 * 2.0**2 + 4 * 4.0**2) / 2
 
 
@@ -207,7 +207,7 @@ def test_scores_under_way_survive_new_scopes_and_saving(make: Any, slow_device: 
     param.grad = None
     for _ in range(2):
         Controller([state]).advance(None)
-    assert np.isnan(state.column("score")).all(), "without a new reading the old one keeps waiting"
+    assert np.isnan(state.column("score")).all(), "without a new measurement the old one keeps waiting"
     param.grad = torch.ones_like(param)
     for _ in range(2):
         Controller([state]).advance(None)

@@ -75,9 +75,9 @@ def test_late_in_a_schedule_more_is_skipped_and_nothing_when_the_loss_jumps():
 
 def test_usual_descent_by_hand():
     usual = np.full(3, np.nan)
-    for reading, descent in enumerate(([8.0, np.nan, 1.0], [2.0, 5.0, np.nan], [5.0, 5.0, 4.0], [5.0, 3.0, np.nan]), 1):
-        usual = mean_descent(usual, np.array(descent), np.full(3, reading))
-    # weights of readings 1 to 4: 0, 1, 2, 3; what comes later starts with its first
+    for number, descent in enumerate(([8.0, np.nan, 1.0], [2.0, 5.0, np.nan], [5.0, 5.0, 4.0], [5.0, 3.0, np.nan]), 1):
+        usual = mean_descent(usual, np.array(descent), np.full(3, number))
+    # weights of measurements 1 to 4: 0, 1, 2, 3; what comes later starts with its first
     assert usual == pytest.approx([(1 * 2 + 2 * 5 + 3 * 5) / 6, 0.5 * 5 + 0.5 * 3, 1 + 2 / 3 * 3])
 
 

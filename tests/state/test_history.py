@@ -1,4 +1,4 @@
-"""What is kept of a run: the truth about each reading, evenly spread, bounded, one history however often resumed."""
+"""What is kept of a run: the truth of each measurement, evenly spread, bounded, one history however often resumed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ OPTIONS = {"block_rows": 16, "warmup_steps": 5, "monitor_every": EVERY, "toleran
 
 
 @pytest.mark.parametrize(
-    ("every", "readings", "limit"), [(1, 3, 4), (20, 4, 4), (20, 5, 4), (7, 100, 16), (3, 1000, 5)]
+    ("every", "measurements", "limit"), [(1, 3, 4), (20, 4, 4), (20, 5, 4), (7, 100, 16), (3, 1000, 5)]
 )
-def test_a_series_keeps_evenly_spread_steps(every: int, readings: int, limit: int):
+def test_a_series_keeps_evenly_spread_steps(every: int, measurements: int, limit: int):
     series = Series((2,), float)
-    for step in range(every, every * readings + 1, every):
+    for step in range(every, every * measurements + 1, every):
         series.add(step, np.array([step, -step]), every=every, limit=limit)
-    stride = next(2**i for i in range(20) if readings // 2**i <= limit)
-    assert series.stride == stride and len(series.steps) == readings // stride
-    assert series.steps.tolist() == list(range(every * stride, every * readings + 1, every * stride))
+    stride = next(2**i for i in range(20) if measurements // 2**i <= limit)
+    assert series.stride == stride and len(series.steps) == measurements // stride
+    assert series.steps.tolist() == list(range(every * stride, every * measurements + 1, every * stride))
     assert (series.rows == series.steps[:, None] * [1, -1]).all()
     between = series.at(series.steps + every * stride - 1)
     assert (between == series.rows).all() and np.isnan(series.at(np.array([0]))).all()
@@ -109,7 +109,7 @@ def test_a_pinned_group_is_kept_as_pinned():
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.usefixtures("however_fast")
 def test_a_resumed_run_has_one_history(late: bool, monkeypatch: pytest.MonkeyPatch):
-    """And a bounded one: of 20 readings no more than 8 are kept, the same as without the interruption."""
+    """And a bounded one: of 20 measurements no more than 8 are kept, the same as without the interruption."""
     monkeypatch.setattr(history, "POINTS", 8)
     first = Run().train(0, 22)
     state = first.session.state_dict()
@@ -142,7 +142,7 @@ def test_before_the_first_reading_there_is_nothing():
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a name": ({"groups": "all"}, ["groups", "list of names", "'all'"]),
     "too few kinds": ({"kinds": []}, ["kinds", "2 names"]),
-    "steps": ({"step": [1, 2]}, ["step", "int64 [readings]", "[1, 2]"]),
+    "steps": ({"step": [1, 2]}, ["step", "int64 [measurements]", "[1, 2]"]),
     "steps that fall": ({"step": torch.tensor([4, 2])}, ["step", "rising", "[4, 2]"]),
     "another length": ({"total": torch.ones(3).double()}, ["total", "float64 [2]", "float64 [3]"]),
     "another type": ({"keep": torch.ones(2, 3)}, ["keep", "float32 [2, 4]", "float32 [2, 3]"]),
