@@ -91,12 +91,13 @@ def tie(
         merged.append((first, numbers))
     family = BlockFamily(kind, role_hash, list(makers), list(weights))
     regrouped: list[tuple[BlockGroup, np.ndarray]] = []
+    rows = _rows_by_group(table)
     for group, numbers in filter(None, merged):
         lead = table.groups[next(iter(numbers))].lead
         made = BlockGroup(family, group.start, group.stop, lead)
         family.groups.append(made)
-        regrouped.append((made, np.flatnonzero(np.isin(table.group_of_block, list(numbers)))))
-    for param in table.params_of(np.concatenate([rows for _, rows in regrouped])):
+        regrouped.append((made, np.sort(np.concatenate([rows[number] for number in numbers]))))
+    for param in table.params_of(np.concatenate([each for _, each in regrouped])):
         if param not in family.weights:
             family.weights.append(param)
     table.regroup(regrouped)
@@ -107,6 +108,12 @@ def _numbers(table: BlockTable, members: Sequence[Member]) -> dict[int, None]:
     """The groups that these blocks belong to, in the order of the blocks."""
     rows = [param.start + block for param, block in members]
     return dict.fromkeys(table.group_of_block[rows].tolist())
+
+
+def _rows_by_group(table: BlockTable) -> list[np.ndarray]:
+    """The rows of each group."""
+    sizes = np.bincount(table.group_of_block, minlength=len(table.groups))
+    return np.split(np.argsort(table.group_of_block, kind="stable"), np.cumsum(sizes)[:-1])
 
 
 def _are_so(table: BlockTable, kind: str, role_hash: str, before: Sequence[Mapping[int, None]]) -> bool:
