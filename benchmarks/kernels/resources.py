@@ -182,7 +182,9 @@ _AMD_COUNTS = ("vgpr_count", "vgpr_spill_count")
 
 def ptxas(capability: int) -> Any:
     """The assembler that Triton takes; .path and .version."""
-    return triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
+    newer = (90 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 100) <= capability
+    blackwell = getattr(triton.knobs.nvidia, "ptxas_blackwell", None)
+    return blackwell if newer and blackwell is not None else triton.knobs.nvidia.ptxas
 
 
 def assemble(ptx: str, capability: int) -> str:

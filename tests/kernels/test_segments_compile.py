@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton", exc_type=ImportError)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from benchmarks.kernels.resources import ptxas  # noqa: E402
 from cacompile.kernels.segments import CHUNK, FIELDS  # noqa: E402
 from cacompile.kernels.triton_segments import (  # noqa: E402
     FILL_WARPS,
@@ -76,18 +77,12 @@ def test_compiles_for_amd(name):
     assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly) == ["0"]
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")[:2]))
-
-
 def spilled_bytes(ptx: str, capability: int, folder: Any) -> int:
     """By the assembler that triton ships."""
     (folder / "kernel.ptx").write_text(ptx)
     target = re.search(r"\.target (\w+)", ptx)
     assert target
-    blackwell = getattr(triton.knobs.nvidia, "ptxas_blackwell", None)
-    newer = capability >= (90 if _release(triton.__version__) >= (3, 9) else 100)  # as triton itself chooses
-    assembler = blackwell if newer and blackwell is not None else triton.knobs.nvidia.ptxas
+    assembler = ptxas(capability)
     command = [assembler.path, "-v", f"--gpu-name={target[1]}", "kernel.ptx", "-o", "kernel.cubin"]
     said = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr
     stores = re.search(r"(\d+) bytes spill stores", said)
