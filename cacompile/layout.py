@@ -112,11 +112,6 @@ class GradLayout:
         """Its blocks among all flags of the graph."""
         return slice(self.first_flag, self.first_flag + self.blocks)
 
-    @property
-    def flops(self) -> int:
-        """dW FLOPs of one backward."""
-        return sum(self.block_flops)
-
 
 @dataclass(frozen=True)
 class MaskLayout:

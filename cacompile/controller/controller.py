@@ -66,7 +66,7 @@ class Controller:
         # what is captured must not hold a copy from the host, whose memory is used for other things by then
         near, far = ([], self.params) if captured else self._by_device()
         for param in far + fill_together(near, optimizer, settings, self._segments):
-            fill(optimizer, settings.get(id(param.param), {}), param, weight_up=rescale)
+            fill(optimizer, settings.get(id(param.param), {}), param, rescale=rescale)
         if rescale and adapter_of(optimizer).keeps_mean:
             # an optimizer within another one calls again, with the same gradients
             self.table.age[self.rows] = np.where(skipped, self.column("age"), 0)

@@ -117,17 +117,15 @@ def _filling(
 
 
 @torch.no_grad()
-def fill(
-    optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamState, *, weight_up: bool = True
-) -> None:
+def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamState, *, rescale: bool = True) -> None:
     """Write the estimate into the slices of `param.grad` that were skipped since the last step.
 
-    weight_up: those that are computed again are weighted up around theirs.
+    rescale: blocks that are computed again count sqrt(age + 1) times around their estimate.
     """
     param = state.param
     if param is None or param.grad is None or state.partition is None:
         return
-    age = state.age if weight_up else np.zeros_like(state.age)
+    age = state.age if rescale else np.zeros_like(state.age)
     if ((of_groups := weights(state.skipped, age)) == 1.0).all():
         return
     if optimizer is not None and state.config.estimate == "momentum":
