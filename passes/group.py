@@ -56,9 +56,9 @@ def group(plan: Plan, coupling: Coupling | None = None, *, block_rows: int) -> P
 def _owners(grad: WeightGrad, components: Components, followed: bool) -> list[Owner]:
     """From the best way to cut a weight to the plainest; one that others follow is cut along the rows they share."""
     candidates = (grad,) if followed else (grad, *grad.others)
-    ranked = [o for o in components.owners(candidates) if o.grad is grad or not o.alone]
+    ranked = [o for o in components.owners(candidates) if o.grad is grad or not o.standalone]
     rows = np.arange(grad.param.shape[grad.dim])
-    return [*ranked, Owner(grad, (Part(Axis(len(rows)), rows),), alone=True)]
+    return [*ranked, Owner(grad, (Part(Axis(len(rows)), rows),), standalone=True)]
 
 
 Parts = dict[tuple[Axis, str | None], Owned]
@@ -66,7 +66,7 @@ Parts = dict[tuple[Axis, str | None], Owned]
 
 
 def _key(owner: Owner, part: Part) -> tuple[Axis, str | None]:
-    return part.leaf, owner.grad.param.name if owner.alone else None
+    return part.leaf, owner.grad.param.name if owner.standalone else None
 
 
 def _collect(owners: dict[str, list[Owner]], components: Components) -> Parts:
@@ -81,7 +81,7 @@ def _collect(owners: dict[str, list[Owner]], components: Components) -> Parts:
 
 
 def _kind(owner: Owner, part: Part, components: Components) -> str:
-    if owner.alone:
+    if owner.standalone:
         return kind_called(owner.grad.kind).unit_name
     kind = components.kind(part.leaf)
     # rows beside others that lead nowhere: keys and values of one head that all queries share

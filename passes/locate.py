@@ -72,13 +72,13 @@ _Found = dict[str, WeightGrad | StaysDense]
 
 def _locate_chains(params: Iterable[Param], found: _Found) -> None:
     """Gradients that share their products with those of other parameters, from the largest on."""
-    alone = {
+    unshared = {
         param.grad: param for param in params if param.grad is not None and isinstance(found[param.name], StaysDense)
     }
-    if not alone:
+    if not unshared:
         return
-    places = Counter(next(iter(alone)).graph.output_node().args[0])
-    owners = {grad: param for grad, param in alone.items() if places[grad] == 1}
+    places = Counter(next(iter(unshared)).graph.output_node().args[0])
+    owners = {grad: param for grad, param in unshared.items() if places[grad] == 1}
     for param in sorted(owners.values(), key=lambda param: -math.prod(param.shape)):
         left = found[param.name]
         if len(param.shape) > 1 and isinstance(left, StaysDense):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cacompile.kernels.segments import Batch, Cut, SegmentTable, find_cut
+from cacompile.kernels.segments import Batch, SegmentTable, StridedPartition, find_partition
 
-CUTS = (  # shape, channels last, dim, block
+PARTITIONS = (  # shape, channels last, dim, block
     ((300, 70), False, 0, 128),
     ((96, 513), False, 1, 64),
     ((128, 16, 3, 3), True, 0, 64),
@@ -17,16 +17,16 @@ CUTS = (  # shape, channels last, dim, block
 
 
 def tensors(dtype: torch.dtype, device: str) -> list[Tensor]:
-    """One random tensor for each of CUTS."""
-    made = [torch.randn(shape, device=device).to(dtype) for shape, *_ in CUTS]
-    return [t.to(memory_format=torch.channels_last) if last else t for t, (_, last, *_) in zip(made, CUTS)]
+    """One random tensor for each of PARTITIONS."""
+    made = [torch.randn(shape, device=device).to(dtype) for shape, *_ in PARTITIONS]
+    return [t.to(memory_format=torch.channels_last) if last else t for t, (_, last, *_) in zip(made, PARTITIONS)]
 
 
-def _table(like: list[Tensor], device: str) -> tuple[SegmentTable, list[Cut]]:
-    found = [find_cut(tuple(t.shape), t.stride(), dim, block) for t, (_, _, dim, block) in zip(like, CUTS)]
-    cuts = [cut for cut in found if cut is not None]
-    assert len(cuts) == len(CUTS), "a dense tensor was refused"
-    return SegmentTable(cuts, torch.device(device)), cuts
+def _table(like: list[Tensor], device: str) -> tuple[SegmentTable, list[StridedPartition]]:
+    found = [find_partition(tuple(t.shape), t.stride(), dim, block) for t, (_, _, dim, block) in zip(like, PARTITIONS)]
+    partitions = [part for part in found if part is not None]
+    assert len(partitions) == len(PARTITIONS), "a dense tensor was refused"
+    return SegmentTable(partitions, torch.device(device)), partitions
 
 
 def fills(dtype: torch.dtype, device: str) -> float:
@@ -35,25 +35,25 @@ def fills(dtype: torch.dtype, device: str) -> float:
 
     roles = [[t.mul_(1 + role) for t in tensors(dtype, device)] for role in range(3)]
     before = [grad.clone() for grad in roles[0]]
-    table, cuts = _table(roles[0], device)
+    table, partitions = _table(roles[0], device)
     scale = torch.tensor([3.0], device=device)
     batch = Batch()
-    for i, (cut, grad, x, y) in enumerate(zip(cuts, *roles)):
-        batch.add(cut, (grad, x, y if i % 2 else None, scale if i > 1 else None), (0.5, -0.25))
+    for i, (part, grad, x, y) in enumerate(zip(partitions, *roles)):
+        batch.add(part, (grad, x, y if i % 2 else None, scale if i > 1 else None), (0.5, -0.25))
     weights = torch.tensor([0.0, 1.0, 1.5])[torch.randint(0, 3, (table.blocks,))]
     fill_estimates(table, table.send(batch, weights.numpy()), [dtype] * 3)
     worst, first = 0.0, 0
-    for i, (cut, old, (grad, x, y)) in enumerate(zip(cuts, before, zip(*roles))):
+    for i, (part, old, (grad, x, y)) in enumerate(zip(partitions, before, zip(*roles))):
         exact = 0.5 * x.double() - (0.25 * y.double() if i % 2 else 0.0)
         exact *= 3.0 if i > 1 else 1.0
-        weight = weights[first : first + cut.blocks].repeat_interleave(cut.block)[: cut.shape[cut.dim]].to(device)
-        weight = weight.view([-1 if dim == cut.dim else 1 for dim in range(len(cut.shape))])
+        weight = weights[first : first + part.blocks].repeat_interleave(part.block)[: part.shape[part.dim]].to(device)
+        weight = weight.view([-1 if dim == part.dim else 1 for dim in range(len(part.shape))])
         assert bool((grad == old)[(weight == 1.0).expand(grad.shape)].all()), "a block that has weight 1 has changed"
         exact += weight.double() * (old.double() - exact)
         error = float((grad.double() - exact).norm() / exact.norm())
         limit = 2 * torch.finfo(dtype).eps
         assert error <= limit, f"relative error {error:.2g}, allowed {limit:.2g}"
-        worst, first = max(worst, error), first + cut.blocks
+        worst, first = max(worst, error), first + part.blocks
     return worst
 
 
@@ -62,20 +62,20 @@ def sums_of_groups(dtype: torch.dtype, device: str) -> float:
     from cacompile.kernels.triton_segments import group_sums
 
     means, squares = tensors(dtype, device), [t.abs_() for t in tensors(dtype, device)]
-    table, cuts = _table(means, device)
+    table, partitions = _table(means, device)
     step = torch.tensor(7.0, device=device)
     batch = Batch()
-    for i, (cut, mean, square) in enumerate(zip(cuts, means, squares)):
+    for i, (part, mean, square) in enumerate(zip(partitions, means, squares)):
         on_device = i % 2  # the optimizer's count of steps, and so the corrections for it
         factors = (_log2(0.9), _log2(0.99), 1e-3) if on_device else (1 / (1 - 0.9**7), 1 / (1 - 0.99**7), 1e-3)
-        batch.add(cut, (mean, square, step if on_device else None), factors)
+        batch.add(part, (mean, square, step if on_device else None), factors)
     sent = table.send(batch)
     found = group_sums(table, sent, (dtype, dtype), True)
     assert bool((found == group_sums(table, sent, (dtype, dtype), True)).all()), "a second run gives other bits"
     exact = []
-    for cut, mean, square in zip(cuts, means, squares):
+    for part, mean, square in zip(partitions, means, squares):
         m, v = mean.double() / (1 - 0.9**7), square.double() / (1 - 0.99**7)
-        exact += [part.sum() for part in (m * m / (v.sqrt() + 1e-3)).split(cut.block, cut.dim)]
+        exact += [piece.sum() for piece in (m * m / (v.sqrt() + 1e-3)).split(part.block, part.dim)]
     error = float(((found.double() - torch.stack(exact)) / torch.stack(exact)).abs().max())
     assert error <= 1e-4, f"relative error {error:.2g}, allowed 1e-4"
     return error

@@ -13,7 +13,7 @@ from benchmarks.gpu.shapes import SHAPES, Conv, Shape, choices, draw_flags, mask
 from benchmarks.kernels.resources import Launch, absent, image, operand
 from cacompile.kernels import triton_matmul
 from cacompile.kernels.masked_conv import convolve_tiles
-from cacompile.kernels.triton_tiles import cuts, live_tiles
+from cacompile.kernels.triton_tiles import live_tiles, split_k_of
 
 
 class Roof(NamedTuple):
@@ -93,7 +93,7 @@ def tile_spread(shape: Shape, counts: tuple[int, ...], launch: Launch) -> TileSp
         taps, one_tap = shape.kernel**2, launch.options.get("ONE_TAP", True)
         live *= taps * -(-shape.channels // width) if one_tap else -(-taps * shape.channels // width)
     programs = launch.grid[0]
-    parts = cuts(live, programs, -(-k // launch.options["BLOCK_K"]))
+    parts = split_k_of(live, programs, -(-k // launch.options["BLOCK_K"]))
     return TileSpread(programs, live, live % programs if parts > 1 else 0, parts)
 
 

@@ -199,8 +199,8 @@ class Controller:
         rate = [_rate(settings.get(id(param.param), {}).get("lr", 1.0)) for param in self.params]
         descent = self.column("score") * np.repeat(rate, self._blocks)
         measurements = np.array([param.step for param in self.params]) / self.config.monitor_every
-        usual = mean_descent(self.column("mean_descent"), descent, np.repeat(measurements, self._blocks))
-        self.table.mean_descent[self.rows] = usual
+        means = mean_descent(self.column("mean_descent"), descent, np.repeat(measurements, self._blocks))
+        self.table.mean_descent[self.rows] = means
         # what costs nothing need not be known, nor what has had no gradient yet while the rest of its group has
         known = np.isfinite(descent)
         some = index.sum(known & (flops > 0.0))[index.of_block] > 0.0
@@ -210,7 +210,7 @@ class Controller:
             moving = np.where(counted > 0.0, self.column("update_ratio") * counted, 0.0)
             ratio = index.sum(moving) / index.sum(counted)
         descent = index.sum(descent)
-        keep = keep_probabilities(descent, ratio, index.sum(flops), index.sum(np.nan_to_num(usual)), self.config)
+        keep = keep_probabilities(descent, ratio, index.sum(flops), index.sum(np.nan_to_num(means)), self.config)
         self.table.keep[self.rows] = keep[index.of_block]
         note(self.params, index, self._step, descent, ratio)
 

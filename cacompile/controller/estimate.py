@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer, RMSprop
 
-from cacompile.kernels.segments import Batch, Cut, Tables, find_cut, fits
+from cacompile.kernels.segments import Batch, StridedPartition, Tables, find_partition, fits
 from cacompile.state.params import ParamState
 from cacompile.torch_internals import warning_once
 
@@ -37,16 +37,16 @@ def weights(skipped: np.ndarray, age: np.ndarray) -> np.ndarray:
     return np.where(skipped, 0.0, np.sqrt(age + 1.0)).astype(np.float32)
 
 
-def cut_of(state: ParamState, param: torch.Tensor) -> Cut | None:
+def partition_of(state: ParamState, param: torch.Tensor) -> StridedPartition | None:
     """How a segment table sees the parameter and what lies in memory as it does; None if no table can hold it."""
     if state.partition is None or type(param) is not torch.nn.Parameter or param.layout is not torch.strided:
         return None
-    return find_cut(state.shape, param.stride(), state.partition.dim, state.partition.block)
+    return find_partition(state.shape, param.stride(), state.partition.dim, state.partition.block)
 
 
 Tensors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-Filling = tuple[Cut, Tensors, tuple[float, float]]
-"""How kernels may fill a gradient: its cut, (gradient, moment, parameter where it decays), factors of the last two."""
+Filling = tuple[StridedPartition, Tensors, tuple[float, float]]
+"""How kernels fill a gradient: partition, (gradient, moment, parameter where it decays), factors of the last two."""
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def fill_together(
         if (filling := _filling(state, param, optimizer, settings.get(id(param), {}))) is None:
             left.append(state)
             continue
-        cut, tensors, factors = filling
+        partition, tensors, factors = filling
         grad, moment, decayed = tensors
         scale = None
         if scaler is not None and moment is not None and (scale := scales.get(param.device)) is None:
@@ -84,7 +84,7 @@ def fill_together(
         )
         if (held := batches.get(key)) is None:
             held = batches[key] = Batch(), [], []
-        held[0].add(cut, (grad, moment, decayed, scale), factors)
+        held[0].add(partition, (grad, moment, decayed, scale), factors)
         # a parameter without a gradient keeps its place, so that the table stays
         held[1].append(state.skipped if grad is not None else np.zeros_like(state.skipped))
         held[2].append(state.age if grad is not None and moment is not None else np.zeros_like(state.age))
@@ -92,7 +92,7 @@ def fill_together(
         if ((of_blocks := weights(np.concatenate(skipped), np.concatenate(ages))) != 1.0).any():
             from cacompile.kernels.triton_segments import fill_estimates  # torch for CPUs comes without triton
 
-            table = tables.find(batch.cuts, device)
+            table = tables.find(batch.partitions, device)
             fill_estimates(table, table.send(batch, of_blocks), dtypes)
     return left
 
@@ -108,12 +108,12 @@ def _filling(
             terms = estimate_of(optimizer, settings, param)
         moment, by_moment = terms[0] if terms else (None, 0.0)
         decayed, by_param = terms[1] if len(terms) > 1 else (None, 0.0)
-        cut, factors = cut_of(state, param), (float(by_moment), float(by_param))
+        partition, factors = partition_of(state, param), (float(by_moment), float(by_param))
     except Exception:
         return None  # fill says so
-    if cut is None or not fits((tensors := (param.grad, moment, decayed)), cut, param.device):
+    if partition is None or not fits((tensors := (param.grad, moment, decayed)), partition, param.device):
         return None
-    return cut, tensors, factors
+    return partition, tensors, factors
 
 
 @torch.no_grad()

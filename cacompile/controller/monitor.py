@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from cacompile.kernels.segments import Batch, Cut, Tables, fits
+from cacompile.kernels.segments import Batch, StridedPartition, Tables, fits
 from cacompile.state.measurements import Measurement
 from cacompile.state.params import ParamState
 from cacompile.torch_internals import warning_once
 
-from .estimate import cut_of
+from .estimate import partition_of
 from .optimizers import Statistic, descent, gradient_statistic, statistic_of
 
 log = logging.getLogger(__name__)
@@ -68,23 +68,23 @@ def measure_together(
             statistic = statistic_of(optimizer, settings.get(id(param), {}), param, state.step) or gradient_statistic(
                 param
             )
-            given = _given(statistic, cut_of(state, param), param.device)
+            given = _given(statistic, partition_of(state, param), param.device)
         except Exception:
             statistic = given = None  # measure says so
         if statistic is None or given is None:
             left.append(state)
             continue
-        adam, cut, (first, last, step), factors = given
+        adam, partition, (first, last, step), factors = given
         key = param.device, adam, first.dtype, last.dtype
         if (held := batches.get(key)) is None:
             held = batches[key] = Batch(), []
-        held[0].add(cut, (first, last if adam else None, step), factors)
+        held[0].add(partition, (first, last if adam else None, step), factors)
         held[1].append((state, statistic.averaged))
     found: Found = []
     for (device, adam, *dtypes), (batch, read) in batches.items():
         from cacompile.kernels.triton_segments import group_sums  # torch for CPUs comes without triton
 
-        table = tables.find(batch.cuts, device)
+        table = tables.find(batch.partitions, device)
         found += _measurements(read, group_sums(table, table.send(batch), dtypes, adam), ratios)
     return found, left
 
@@ -139,26 +139,29 @@ def _sums(
     return (None if gradient is None else sum_groups(descent(gradient), state)), False
 
 
-Given = tuple[bool, Cut, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[float, float, float]]
-"""What `group_sums` takes of a parameter: adam, its cut, (mean, mean square, step), factors."""
+Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Given = tuple[bool, StridedPartition, Moments, tuple[float, float, float]]
+"""What `group_sums` takes of a parameter: adam, its partition, (mean, mean square, step), factors."""
 
 
-def _given(statistic: Statistic | None, cut: Cut | None, device: torch.device) -> Given | None:
+def _given(statistic: Statistic | None, partition: StridedPartition | None, device: torch.device) -> Given | None:
     """None where a kernel cannot read it, or would have to wait for numbers that are on the device."""
-    if statistic is None or statistic.rule is not None or cut is None or not fits(statistic.tensors, cut, device):
+    if statistic is None or statistic.rule is not None:
+        return None
+    if partition is None or not fits(statistic.tensors, partition, device):
         return None
     tensors, factors, step = statistic.tensors, statistic.factors, statistic.step
     if any(isinstance(factor, torch.Tensor) for factor in factors):
         return None
     if len(tensors) == 1:
-        return False, cut, (tensors[0], tensors[0], None), (factors[0], 0.0, 0.0)
+        return False, partition, (tensors[0], tensors[0], None), (factors[0], 0.0, 0.0)
     beta1, beta2, eps = factors
     if not isinstance(step, torch.Tensor) or step.device.type == "cpu" != device.type:
         count = float(step)
-        return True, cut, (*tensors, None), (1.0 / (1.0 - beta1**count), 1.0 / (1.0 - beta2**count), eps)
+        return True, partition, (*tensors, None), (1.0 / (1.0 - beta1**count), 1.0 / (1.0 - beta2**count), eps)
     if step.device != device or step.dtype != torch.float32 or step.numel() != 1:
         return None
-    return True, cut, (*tensors, step), (_log2(beta1), _log2(beta2), eps)
+    return True, partition, (*tensors, step), (_log2(beta1), _log2(beta2), eps)
 
 
 def _log2(beta: float) -> float:

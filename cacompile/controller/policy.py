@@ -24,18 +24,18 @@ USUAL = 2.0
 """The n-th measurement counts n - 1 times in what a step usually wins, for which it has this over n as its weight."""
 
 
-def mean_descent(usual: np.ndarray, descent: np.ndarray, measurements: np.ndarray) -> np.ndarray:
+def mean_descent(mean: np.ndarray, descent: np.ndarray, measurements: np.ndarray) -> np.ndarray:
     """The running mean of a group's descent after one more measurement, float [G]; late ones count more, NaN nothing.
 
-    usual: float [G], the mean so far, NaN before the first; measurements: float [G], how many it is of then.
+    mean: float [G], so far, NaN before the first; measurements: float [G], how many it is of then.
     """
     weight = np.minimum(1.0, USUAL / np.maximum(measurements, 1.0))
-    mixed = np.where(np.isnan(usual), descent, usual + weight * (descent - usual))
-    return np.where(np.isnan(descent), usual, mixed)
+    mixed = np.where(np.isnan(mean), descent, mean + weight * (descent - mean))
+    return np.where(np.isnan(descent), mean, mixed)
 
 
 def keep_probabilities(
-    descent: np.ndarray, ratio: np.ndarray, flops: np.ndarray, usual: np.ndarray, config: Config
+    descent: np.ndarray, ratio: np.ndarray, flops: np.ndarray, mean_descents: np.ndarray, config: Config
 ) -> np.ndarray:
     """How often each group is computed, float [G] in 0..1: 1/k for every k-th step.
 
@@ -49,14 +49,14 @@ def keep_probabilities(
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
     ratio: float [G], movement in a step over its size, NaN where not known yet (never skipped);
     flops: float [G], of dW (0: never skipped, it saves nothing);
-    usual: float [G], expected loss decrease that steps have had so far, see `mean_descent`.
+    mean_descents: float [G], expected loss decrease that steps have had so far, see `mean_descent`.
     """
     keep = np.ones(len(descent))
     known = np.isfinite(descent) & np.isfinite(ratio) & (flops > 0.0)
     # where nothing at all is won, as at a learning rate of zero, there is nothing to go by
-    if config.tolerance == 0.0 or not descent[known].sum() > 0.0 or not usual[known].sum() > 0.0:
+    if config.tolerance == 0.0 or not descent[known].sum() > 0.0 or not mean_descents[known].sum() > 0.0:
         return keep
-    descent, flops, step = descent[known], flops[known], usual[known].sum()
+    descent, flops, step = descent[known], flops[known], mean_descents[known].sum()
     loss = (NOISE + (ratio[known] / FAST) ** 3) * descent
     longest = 1.0 / (1.0 - min(config.max_skip, 1.0 - 1e-6))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):

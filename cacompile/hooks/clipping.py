@@ -75,12 +75,12 @@ def _find(grads: Sequence[Any]) -> list[tuple[ParamState, Any]]:
 
 
 def _norm_shares_of(state: ParamState, order: float, device: torch.device) -> NormShares:
-    shares = state.norm_shares
-    if shares is None or shares.order != order:
+    norm_shares = state.norm_shares
+    if norm_shares is None or norm_shares.order != order:
         nothing = torch.full((state.blocks,), torch.nan, dtype=torch.float32, device=device)
-        shares = state.norm_shares = NormShares(order, nothing, np.zeros(state.blocks, bool))
-    shares.values = shares.values.to(device)
-    return shares
+        norm_shares = state.norm_shares = NormShares(order, nothing, np.zeros(state.blocks, bool))
+    norm_shares.values = norm_shares.values.to(device)
+    return norm_shares
 
 
 def _missing_on(device: torch.device, parts: list[Part], order: float) -> Tensor:
@@ -88,22 +88,22 @@ def _missing_on(device: torch.device, parts: list[Part], order: float) -> Tensor
     now = torch.cat([_norms(state, grad, order) for state, grad, _ in parts])
     now = now if order == torch.inf else now.pow(order)
     off = _send(np.concatenate([state.skipped for state, _, _ in parts]), device)
-    share = torch.cat([shares.values for _, _, shares in parts])
+    share = torch.cat([norm_shares.values for _, _, norm_shares in parts])
     read = ~off & now.isfinite()
     both = read & ~share.isnan()
     level = _sum(now, both) / _sum(share, both)
     level = torch.where(level.isfinite(), level, 1.0)  # the first clip, or the first of these groups
     expected = share * level
     each = zip(parts, expected.split(blocks), now.split(blocks), read.split(blocks))
-    for (state, grad, shares), of, now_of, read_of in each:
-        if not shares.known[state.skipped].all():
+    for (state, grad, norm_shares), of, now_of, read_of in each:
+        if not norm_shares.known[state.skipped].all():
             of.copy_(_with_unknown(state, grad, order, of, now_of, read_of))
     fresh = now / level
     mixed = torch.where(share.isnan(), fresh, NEWEST * fresh + (1.0 - NEWEST) * share)
     # a level of zero, as of an output that is not used, says nothing
     share = torch.where(read & fresh.isfinite(), mixed, share)
-    for (state, _, shares), values in zip(parts, share.split(blocks)):
-        shares.values, shares.known = values, shares.known | ~state.skipped
+    for (state, _, norm_shares), values in zip(parts, share.split(blocks)):
+        norm_shares.values, norm_shares.known = values, norm_shares.known | ~state.skipped
     if order == torch.inf:
         return torch.where(off, expected, 0.0).nan_to_num(0.0, 0.0, 0.0).max()
     # part of a skipped slice may have been computed all the same, and is in the norm already

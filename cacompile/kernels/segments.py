@@ -1,6 +1,6 @@
 """The segment table: where the blocks of many tensors lie in memory, so that one launch works on all of them.
 
-Seen in the order of its memory, a dense tensor is [outer, rows, inner] around the dimension that is cut, so a block is
+Seen in the order of its memory, a dense tensor is [outer, rows, inner] around the partitioned dimension, so a block is
 `outer` runs of `block * inner` neighbouring elements. Blocks are worked on in chunks of equal size, one program each.
 """
 
@@ -29,8 +29,8 @@ KEPT = 8
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class Cut(NamedTuple):
-    """A tensor's shape and strides, and how it is cut: `block` rows at a time along `dim`."""
+class StridedPartition(NamedTuple):
+    """A tensor's shape and strides, and how it is partitioned: `block` rows at a time along `dim`."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -42,29 +42,29 @@ class Cut(NamedTuple):
         return -(-self.shape[self.dim] // self.block)
 
 
-def memory_order(cut: Cut) -> tuple[int, int, int] | None:
+def memory_order(partition: StridedPartition) -> tuple[int, int, int] | None:
     """(outer, rows, inner) of the tensor in the order of its memory; None where it has gaps or overlaps."""
-    dims = sorted((d for d, n in enumerate(cut.shape) if n != 1), key=lambda d: -cut.stride[d])
-    sizes = [cut.shape[d] for d in dims]
-    if 0 in sizes or any(cut.stride[d] != int(np.prod(sizes[i + 1 :])) for i, d in enumerate(dims)):
+    dims = sorted((d for d, n in enumerate(partition.shape) if n != 1), key=lambda d: -partition.stride[d])
+    sizes = [partition.shape[d] for d in dims]
+    if 0 in sizes or any(partition.stride[d] != int(np.prod(sizes[i + 1 :])) for i, d in enumerate(dims)):
         return None
-    if cut.dim not in dims:  # one row: all of it
+    if partition.dim not in dims:  # one row: all of it
         return 1, 1, int(np.prod(sizes))
-    at = dims.index(cut.dim)
+    at = dims.index(partition.dim)
     return int(np.prod(sizes[:at])), sizes[at], int(np.prod(sizes[at + 1 :]))
 
 
 @functools.cache
-def find_cut(shape: tuple[int, ...], stride: tuple[int, ...], dim: int, block: int) -> Cut | None:
-    """The cut of a tensor that a table can hold, one object for equal arguments; else None."""
-    order = memory_order(cut := Cut(tuple(shape), stride, dim, block))
+def find_partition(shape: tuple[int, ...], stride: tuple[int, ...], dim: int, block: int) -> StridedPartition | None:
+    """The partition of a tensor that a table can hold, one object for equal arguments; else None."""
+    order = memory_order(partition := StridedPartition(tuple(shape), stride, dim, block))
     if order is None or (order[0] > 1 and block * order[2] >= NO_WRAP):
         return None
-    return cut
+    return partition
 
 
-def fits(tensors: Iterable[Any], cut: Cut, device: torch.device) -> bool:
-    """Whether kernels may read and write them as the table says: plain ones that lie in memory as `cut` does, or None.
+def fits(tensors: Iterable[Any], partition: StridedPartition, device: torch.device) -> bool:
+    """Whether kernels may read and write them as the table says: plain ones that lie in memory as it does, or None.
 
     Asked for every tensor in every step, as gradients are new each time and states may have been replaced.
     """
@@ -73,29 +73,29 @@ def fits(tensors: Iterable[Any], cut: Cut, device: torch.device) -> bool:
             continue
         if type(tensor) not in _PLAIN or tensor.dtype not in KERNEL_DTYPES or tensor.layout is not torch.strided:
             return False
-        if tensor.device != device or tensor.shape != cut.shape:
+        if tensor.device != device or tensor.shape != partition.shape:
             return False
-        if tensor.stride() != cut.stride and not _same_strides(tensor.stride(), cut):
+        if tensor.stride() != partition.stride and not _same_strides(tensor.stride(), partition):
             return False
     return True
 
 
-def _same_strides(stride: tuple[int, ...], cut: Cut) -> bool:
+def _same_strides(stride: tuple[int, ...], partition: StridedPartition) -> bool:
     """The stride of a dimension of size 1 says nothing, and libraries do not agree on it."""
-    return all(a == b or n == 1 for a, b, n in zip(stride, cut.stride, cut.shape, strict=True))
+    return all(a == b or n == 1 for a, b, n in zip(stride, partition.stride, partition.shape, strict=True))
 
 
 class Batch:
-    """What one launch is given: for each segment its cut, the addresses of its tensors by role, and its factors."""
+    """What one launch is given: each segment's partition, addresses of its tensors by role, and factors."""
 
     def __init__(self) -> None:
-        self.cuts: list[Cut] = []
+        self.partitions: list[StridedPartition] = []
         self.pointers: list[list[int]] = []
         self.factors: list[tuple[float, ...]] = []
 
-    def add(self, cut: Cut, tensors: Sequence[Tensor | None], factors: tuple[float, ...]) -> None:
+    def add(self, partition: StridedPartition, tensors: Sequence[Tensor | None], factors: tuple[float, ...]) -> None:
         """tensors: None has the address 0, at which nothing is read or written. Keeps no reference to any."""
-        self.cuts.append(cut)
+        self.partitions.append(partition)
         self.pointers.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
         self.factors.append(factors)
 
@@ -112,11 +112,11 @@ class Sent(NamedTuple):
 
 
 class SegmentTable:
-    """The chunks of one list of cuts, on the device. Holds for any tensors that lie in memory as the cuts say."""
+    """The chunks of one list of partitions, on the device. Holds for any tensors that lie in memory as they say."""
 
-    def __init__(self, cuts: Sequence[Cut], device: torch.device, chunk: int = CHUNK) -> None:
-        self.cuts, self.device, self.chunk = list(cuts), device, chunk
-        chunks, first = _chunks(cuts, chunk)
+    def __init__(self, partitions: Sequence[StridedPartition], device: torch.device, chunk: int = CHUNK) -> None:
+        self.partitions, self.device, self.chunk = list(partitions), device, chunk
+        chunks, first = _chunks(partitions, chunk)
         self.chunks = _send(torch.from_numpy(chunks), device)
         """int64 [chunks, FIELDS]."""
         self.first = _send(torch.from_numpy(first), device)
@@ -151,11 +151,11 @@ class Tables:
     def __init__(self) -> None:
         self._known: list[SegmentTable] = []
 
-    def find(self, cuts: Sequence[Cut], device: torch.device) -> SegmentTable:
+    def find(self, partitions: Sequence[StridedPartition], device: torch.device) -> SegmentTable:
         for table in self._known:
-            if table.device == device and table.cuts == cuts:
+            if table.device == device and table.partitions == partitions:
                 return table
-        table = SegmentTable(cuts, device)
+        table = SegmentTable(partitions, device)
         self._known = [*self._known[1 - KEPT :], table]
         return table
 
@@ -164,7 +164,7 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _chunks(cuts: Sequence[Cut], chunk: int) -> tuple[np.ndarray, np.ndarray]:
+def _chunks(partitions: Sequence[StridedPartition], chunk: int) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of all chunks [chunks, FIELDS], and where each block's chunks start [blocks + 1].
 
     Fields, in elements: base, the distance of the first run's start (or the chunk's own, where it stays within a run)
@@ -172,12 +172,12 @@ def _chunks(cuts: Sequence[Cut], chunk: int) -> tuple[np.ndarray, np.ndarray]:
     run; length, of the chunk; then the numbers of its segment and of its block.
     """
     blocks = []  # one row a block: offset, stride, run, outer, segment
-    for segment, cut in enumerate(cuts):
-        order = memory_order(cut)
+    for segment, partition in enumerate(partitions):
+        order = memory_order(partition)
         assert order is not None
         outside, rows, inner = order
-        starts = np.arange(0, rows, min(cut.block, rows), dtype=np.int64)
-        runs = np.minimum(cut.block, rows - starts) * inner
+        starts = np.arange(0, rows, min(partition.block, rows), dtype=np.int64)
+        runs = np.minimum(partition.block, rows - starts) * inner
         shared = (np.full_like(starts, value) for value in (rows * inner, outside, segment))
         blocks.append(np.stack([starts * inner, runs, *shared], 1))
     offset, run, stride, outer, segment_of = np.concatenate(blocks).T if blocks else np.zeros((5, 0), np.int64)

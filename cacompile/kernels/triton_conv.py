@@ -21,7 +21,7 @@ from .triton_tiles import (
     Tile,
     architecture,
     input_precision,
-    most_cut,
+    most_split,
     multiprocessors,
 )
 
@@ -55,7 +55,7 @@ class _Plan(NamedTuple):
     programs: int
     steps: int
     rest: int
-    """How many tiles are cut at most."""
+    """How many tiles are split at most."""
     parts: int
     """Into how many parts, all of them together, at most."""
     masks: dict[str, int]
@@ -83,14 +83,14 @@ def _plan(
     lines = groups * triton.cdiv(filters, tile.m)
     columns = taps * triton.cdiv(channels, tile.n) if one_tap else triton.cdiv(taps * channels, tile.n)
     steps, programs = triton.cdiv(pixels, tile.k(dtype)), multiprocessors(device) * tile.per_sm
-    rest, cut = most_cut(lines * columns, programs, steps)
+    rest, split_k = most_split(lines * columns, programs, steps)
     one_block = block % filters == 0 or (block % tile.m == 0 and (groups == 1 or filters % block == 0))
     return _Plan(
         tile=tile,
         programs=programs,
         steps=steps,
         rest=rest,
-        parts=rest * cut,
+        parts=rest * split_k,
         masks={
             "BLOCK": block,
             "SPAN": 1 if one_block else triton.next_power_of_2(triton.cdiv(tile.m - 1, block) + 1),

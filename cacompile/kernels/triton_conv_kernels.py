@@ -9,9 +9,9 @@ Names such as `grad_n` are strides in elements. Addresses are 64 bits wide up to
 import triton
 import triton.language as tl
 
-from .triton_tiles import cut_rest, entries_on, live_count, nth_live
+from .triton_tiles import entries_on, live_count, nth_live, split_rest
 
-SLOTS = ["first_flag"]  # where a first_flag starts is no reason to compile again
+FIRST_FLAGS = ["first_flag"]  # no reason to compile again
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def columns_of(tile, CHANNELS, KERNEL_W, TAPS, ONE_TAP: tl.constexpr, BLOCK_N: t
         return tap // KERNEL_W, tap % KERNEL_W, column % CHANNELS, tap < TAPS
 
 
-@triton.jit(do_not_specialize=SLOTS)
+@triton.jit(do_not_specialize=FIRST_FLAGS)
 def masked_conv_dw_kernel(
     out, grad_out, x, flags, parts,
     GROUPS, FILTERS, CHANNELS, PIXELS, first_flag,
@@ -64,13 +64,13 @@ def masked_conv_dw_kernel(
     seen = live_filters(flags, FILTERS, GROUPS * tiles_m, BLOCK, SPAN, BLOCK_M, LIST)
     live = live_count(seen, 0, BLOCK_M, LIST) * tiles_n
     steps = tl.cdiv(PIXELS, BLOCK_K)
-    whole, cut = cut_rest(live, tl.num_programs(0), steps)
+    whole, split_k = split_rest(live, tl.num_programs(0), steps)
     rest = tl.maximum(live - whole, 1)
 
-    for unit in range(tl.program_id(0), whole + (live - whole) * cut, tl.num_programs(0)):
+    for unit in range(tl.program_id(0), whole + (live - whole) * split_k, tl.num_programs(0)):
         is_part = unit >= whole
         nth = tl.where(is_part, whole + (unit - whole) % rest, unit)
-        part, of = tl.where(is_part, (unit - whole) // rest, 0), tl.where(is_part, cut, 1)
+        part, of = tl.where(is_part, (unit - whole) // rest, 0), tl.where(is_part, split_k, 1)
         line = nth_live(seen, nth // tiles_n, LIST)
         group = line // tiles_m
         row = line % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -135,7 +135,7 @@ def masked_conv_dw_kernel(
             tl.store(out + at, nothing, mask=(row < FILTERS)[:, None] & in_columns[None, :])
 
 
-@triton.jit(do_not_specialize=SLOTS)
+@triton.jit(do_not_specialize=FIRST_FLAGS)
 def add_conv_parts_kernel(
     out, flags, parts,
     GROUPS, FILTERS, CHANNELS, steps, programs, first_flag, KERNEL_H, KERNEL_W,
@@ -143,7 +143,7 @@ def add_conv_parts_kernel(
     BLOCK: tl.constexpr, SPAN: tl.constexpr, LIST: tl.constexpr, ONE_TAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add up, in order, the parts of tiles that `programs` programs of `masked_conv_dw_kernel` have cut.
+    """Add up, in order, the parts of tiles that `programs` programs of `masked_conv_dw_kernel` have split.
 
     Program (t, c): rows c * ROWS .. of the t-th of those tiles, if there are so many.
     """
@@ -153,7 +153,7 @@ def add_conv_parts_kernel(
     tiles_n = TAPS * tl.cdiv(CHANNELS, BLOCK_N) if ONE_TAP else tl.cdiv(TAPS * CHANNELS, BLOCK_N)
     seen = live_filters(flags, FILTERS, GROUPS * tiles_m, BLOCK, SPAN, BLOCK_M, LIST)
     live = live_count(seen, 0, BLOCK_M, LIST) * tiles_n
-    whole, cut = cut_rest(live, programs, steps)
+    whole, split_k = split_rest(live, programs, steps)
     mine = tl.program_id(0)
     if whole + mine < live:
         line = nth_live(seen, (whole + mine) // tiles_n, LIST)
@@ -162,7 +162,7 @@ def add_conv_parts_kernel(
         row = line % tiles_m * BLOCK_M + within
         box = parts + mine.to(tl.int64) * (BLOCK_M * BLOCK_N) + within[:, None] * BLOCK_N + k[None, :]
         acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        for _ in range(cut):
+        for _ in range(split_k):
             acc += tl.load(box)
             box += (live - whole).to(tl.int64) * (BLOCK_M * BLOCK_N)
         on = entries_on(flags, group * FILTERS + row, (group + 1) * FILTERS, BLOCK, SPAN)

@@ -57,9 +57,9 @@ fills its pipeline or writes its tile another should multiply.
 """
 
 
-@triton.jit(do_not_specialize=["S", "e_slot", "m_slot", "n_slot"])
+@triton.jit(do_not_specialize=["S", "e_first_flag", "m_first_flag", "n_first_flag"])
 def masked_grouped_kernel(
-    a, b, out, offs, flags, M, N, S, e_slot, m_slot, n_slot,
+    a, b, out, offs, flags, M, N, S, e_first_flag, m_first_flag, n_first_flag,
     stride_am, stride_ak, stride_bk, stride_bn,
     E_BLOCK: tl.constexpr, M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr,
     M_SPAN: tl.constexpr, N_SPAN: tl.constexpr,
@@ -71,11 +71,11 @@ def masked_grouped_kernel(
     e = tl.program_id(0) // (tiles_m * tiles_n)
     row, column = grouped(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, 8)
     row0, col0 = row * BLOCK_M, column * BLOCK_N
-    m_flags, n_flags = flags + m_slot, flags + n_slot
+    m_flags, n_flags = flags + m_first_flag, flags + n_first_flag
     live = touches_live(m_flags, row, M, M_BLOCK, BLOCK_M, M_SPAN)
     live = live & touches_live(n_flags, column, N, N_BLOCK, BLOCK_N, N_SPAN)
     if E_BLOCK:
-        live = live & (tl.load(flags + e_slot + e // E_BLOCK) != 0)
+        live = live & (tl.load(flags + e_first_flag + e // E_BLOCK) != 0)
 
     # what is off has no tokens: nothing is read, and the sum is zero
     start = tl.where(e > 0, tl.load(offs + tl.maximum(e - 1, 0)), 0).to(tl.int32)

@@ -22,13 +22,13 @@ from .triton_tiles import (
     ROWS_AT_ONCE,
     Tile,
     architecture,
-    cuts,
     input_precision,
     list_length,
     live_tiles,
-    most_cut,
+    most_split,
     multiprocessors,
     span,
+    split_k_of,
 )
 
 CONFIGS: dict[str, dict[str, Tile]] = {
@@ -133,7 +133,7 @@ class _Plan(NamedTuple):
     product: dict[str, Any]
     """Constants of the product's kernel, and how it is run."""
     adders: int
-    """Warps that add up cut tiles: each thread reads 16 bytes at a time."""
+    """Warps that add up split tiles: each thread reads 16 bytes at a time."""
     boxes: tuple[Boxes, Boxes] | None
     """Of a and b, where the tensor memory accelerator can read both."""
 
@@ -203,8 +203,8 @@ def _launch(
     tile = plan.tile
     out = a.new_empty(sizes)
     if out.numel():
-        rest, cut = _rest(sizes, plan, first_flags, blocks, host)
-        parts = a.new_empty((rest * cut, tile.m, tile.n), dtype=torch.float32)
+        rest, split_k = _rest(sizes, plan, first_flags, blocks, host)
+        parts = a.new_empty((rest * split_k, tile.m, tile.n), dtype=torch.float32)
         boxes = plan.boxes if (a.data_ptr() | b.data_ptr()) % 16 == 0 else None
         with torch.cuda.device_of(a):
             masked_matmul_kernel[(plan.programs,)](
@@ -225,11 +225,11 @@ def _launch(
 def _rest(
     sizes: Sequence[int], plan: _Plan, first_flags: Sequence[int], blocks: Sequence[int], host: Tensor | None
 ) -> tuple[int, int]:
-    """How many tiles are cut at most, and into how many parts each: no more than 2 * programs parts in all."""
+    """How many tiles are split at most, and into how many parts each: no more than 2 * programs parts in all."""
     if host is None:
-        return most_cut(math.prod(plan.tiles), plan.programs, plan.steps)
+        return most_split(math.prod(plan.tiles), plan.programs, plan.steps)
     live = 1
     for size, length, first_flag, block, tiles in zip(sizes, (1, *plan.tile), first_flags, blocks, plan.tiles):
         live *= live_tiles(read_flags(host, first_flag, block, size), length, block, size) if block else tiles
-    cut = cuts(live, plan.programs, plan.steps)
-    return (live % plan.programs, cut) if cut > 1 else (0, 0)
+    split_k = split_k_of(live, plan.programs, plan.steps)
+    return (live % plan.programs, split_k) if split_k > 1 else (0, 0)

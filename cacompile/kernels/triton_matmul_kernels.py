@@ -3,15 +3,19 @@
 import triton
 import triton.language as tl
 
-from .triton_tiles import cut_rest, entries_on, grouped, live_count, live_list, nth_live, touches_live
+from .triton_tiles import entries_on, grouped, live_count, live_list, nth_live, split_rest, touches_live
 
-SLOTS = ["e_slot", "m_slot", "n_slot"]  # where a first_flag starts is no reason to compile again
+FIRST_FLAGS = [
+    "e_first_flag",
+    "m_first_flag",
+    "n_first_flag",
+]  # no reason to compile again
 
 
-@triton.jit(do_not_specialize=SLOTS)
+@triton.jit(do_not_specialize=FIRST_FLAGS)
 def masked_matmul_kernel(
     a, b, out, flags, parts,
-    E, M, N, K, e_slot, m_slot, n_slot,
+    E, M, N, K, e_first_flag, m_first_flag, n_first_flag,
     stride_ae, stride_am, stride_ak, stride_be, stride_bk, stride_bn,
     E_BLOCK: tl.constexpr, M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr,
     M_SPAN: tl.constexpr, N_SPAN: tl.constexpr,
@@ -25,7 +29,7 @@ def masked_matmul_kernel(
     parts: float32 [units of the last rounds, BLOCK_M, BLOCK_N], for `add_parts_kernel`.
     a is a pointer or, with TMA, a descriptor of [E, M, K] in boxes of a tile and a step; A_TURNED: of [E, K, M].
     """
-    e_flags, m_flags, n_flags = flags + e_slot, flags + m_slot, flags + n_slot
+    e_flags, m_flags, n_flags = flags + e_first_flag, flags + m_first_flag, flags + n_first_flag
     e_seen = live_list(e_flags, E, E_BLOCK, 1, 1, E_LIST)
     m_seen = live_list(m_flags, M, M_BLOCK, BLOCK_M, M_SPAN, M_LIST)
     n_seen = live_list(n_flags, N, N_BLOCK, BLOCK_N, N_SPAN, N_LIST)
@@ -34,7 +38,7 @@ def masked_matmul_kernel(
     each = rows_live * columns_live
     live = live_count(e_seen, E, 1, E_LIST) * each
     steps = tl.cdiv(K, BLOCK_K)
-    whole, cut = cut_rest(live, tl.num_programs(0), steps)
+    whole, split_k = split_rest(live, tl.num_programs(0), steps)
     rest = tl.maximum(live - whole, 1)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
 
@@ -42,11 +46,11 @@ def masked_matmul_kernel(
     i, j, ks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     i_wide, j_wide, k_wide = i.to(INDEX), j.to(INDEX), ks.to(INDEX)
 
-    for unit in range(tl.program_id(0), whole + (live - whole) * cut, tl.num_programs(0)):
+    for unit in range(tl.program_id(0), whole + (live - whole) * split_k, tl.num_programs(0)):
         is_part = unit >= whole
         # all tiles' first parts, then all second ones: what runs at a time reads the same stretch of the operands
         nth = tl.where(is_part, whole + (unit - whole) % rest, unit)
-        part, of = tl.where(is_part, (unit - whole) // rest, 0), tl.where(is_part, cut, 1)
+        part, of = tl.where(is_part, (unit - whole) // rest, 0), tl.where(is_part, split_k, 1)
         e = nth_live(e_seen, nth // each, E_LIST)
         row, column = grouped(nth % each, rows_live, columns_live, 8)
         row, column = nth_live(m_seen, row, M_LIST), nth_live(n_seen, column, N_LIST)
@@ -106,20 +110,20 @@ def masked_matmul_kernel(
                 tl.store(out + at, nothing, mask=(i < M - row0)[:, None] & (j < N - col0)[None, :])
 
 
-@triton.jit(do_not_specialize=SLOTS)
+@triton.jit(do_not_specialize=FIRST_FLAGS)
 def add_parts_kernel(
     out, flags, parts,
-    E, M, N, steps, programs, e_slot, m_slot, n_slot,
+    E, M, N, steps, programs, e_first_flag, m_first_flag, n_first_flag,
     E_BLOCK: tl.constexpr, M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr,
     M_SPAN: tl.constexpr, N_SPAN: tl.constexpr,
     E_LIST: tl.constexpr, M_LIST: tl.constexpr, N_LIST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add up, in order, the parts of tiles that `programs` programs of `masked_matmul_kernel` have cut.
+    """Add up, in order, the parts of tiles that `programs` programs of `masked_matmul_kernel` have split.
 
     Program (t, c): rows c * ROWS .. of the t-th of those tiles, if there are so many.
     """
-    e_flags, m_flags, n_flags = flags + e_slot, flags + m_slot, flags + n_slot
+    e_flags, m_flags, n_flags = flags + e_first_flag, flags + m_first_flag, flags + n_first_flag
     e_seen = live_list(e_flags, E, E_BLOCK, 1, 1, E_LIST)
     m_seen = live_list(m_flags, M, M_BLOCK, BLOCK_M, M_SPAN, M_LIST)
     n_seen = live_list(n_flags, N, N_BLOCK, BLOCK_N, N_SPAN, N_LIST)
@@ -127,7 +131,7 @@ def add_parts_kernel(
     columns_live = live_count(n_seen, N, BLOCK_N, N_LIST)
     each = rows_live * columns_live
     live = live_count(e_seen, E, 1, E_LIST) * each
-    whole, cut = cut_rest(live, programs, steps)
+    whole, split_k = split_rest(live, programs, steps)
     mine, chunk = tl.program_id(0), tl.program_id(1)
     if whole + mine < live:
         nth = whole + mine
@@ -137,7 +141,7 @@ def add_parts_kernel(
         i, j = chunk * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
         box = parts + mine.to(tl.int64) * (BLOCK_M * BLOCK_N) + i[:, None] * BLOCK_N + j[None, :]
         acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        for _ in range(cut):
+        for _ in range(split_k):
             acc += tl.load(box)
             box += (live - whole).to(tl.int64) * (BLOCK_M * BLOCK_N)
         rows, columns = row * BLOCK_M + i, column * BLOCK_N + j

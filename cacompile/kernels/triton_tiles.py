@@ -4,7 +4,7 @@ A kernel of ours is persistent: about as many programs as the GPU has multiproce
 share of the live tiles. Which tiles are live every program finds out for itself from the flags: a running count along
 each masked dimension, of which `nth_live` is the inverse. So nothing is launched before, nothing waits for the host.
 
-Tiles that do not fill a last round of all programs are cut along the reduction (`cut_rest`); the parts are written
+Tiles that do not fill a last round of all programs are split along the reduction (`split_rest`); the parts are written
 apart and added up in a fixed order by a second kernel, so results do not depend on who is first.
 """
 
@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 ROWS_AT_ONCE = 16
-"""Rows of a cut tile that one program adds up."""
+"""Rows of a split tile that one program adds up."""
 
 FEWEST_STEPS = 4
-"""Steps along the reduction below which a tile is not cut further."""
+"""Steps along the reduction below which a tile is not split further."""
 
 FEWEST: tl.constexpr = tl.constexpr(FEWEST_STEPS)
 
@@ -100,16 +100,16 @@ def live_tiles(host: bytes, tile: int, block: int, size: int) -> int:
     return sum(any(host[lo // block : (min(lo + tile, size) - 1) // block + 1]) for lo in starts)
 
 
-def most_cut(tiles: int, programs: int, steps: int) -> tuple[int, int]:
-    """How many tiles `cut_rest` may cut, and in how many parts each, whatever is live: at most 2 * programs parts."""
+def most_split(tiles: int, programs: int, steps: int) -> tuple[int, int]:
+    """Tiles that `split_rest` may split, and parts of each, whatever is live: at most 2 * programs parts."""
     if steps < 2 * FEWEST_STEPS:
         return 0, 0
     most = min(programs - 1, tiles)
     return most, -(-2 * programs // most) if most else 0
 
 
-def cuts(live: int, programs: int, steps: int) -> int:
-    """`cut_rest` on the host: in how many parts each tile of the last round is cut."""
+def split_k_of(live: int, programs: int, steps: int) -> int:
+    """`split_rest` on the host: in how many parts each tile of the last round is split."""
     rest = live % programs
     if rest == 0:
         return 1
@@ -182,8 +182,8 @@ def grouped(n, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def cut_rest(live, programs, steps):
-    """(tiles done whole, parts that each of the others is cut in): the rest of a round, cut to fill one or two rounds.
+def split_rest(live, programs, steps):
+    """(tiles done whole, parts that each of the others is split in): the rest fills one or two rounds.
 
     Two rounds only where they save a tenth: 68 tiles on 132 programs are one round whole, but two of a third each.
     """

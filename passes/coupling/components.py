@@ -37,7 +37,7 @@ class Owner:
 
     grad: WeightGrad
     parts: tuple[Part, ...]
-    alone: bool
+    standalone: bool
     """These axes are the stream's: the weight's rows are a group by themselves."""
 
 

@@ -96,7 +96,7 @@ def resnet18() -> Expected:
 def test_groups_are_those_of_the_architecture(architecture: Callable[[], Expected]) -> None:
     found = explained(architecture.__name__)
     assert {group.name: slices_of(group) for group in found.groups} == dict(architecture())
-    assert (dict(found.cuts), found.graphs) == ({}, 1)
+    assert (dict(found.untraced), found.graphs) == ({}, 1)
     assert (found.coverage, found.semantic) == pytest.approx((1.0, 1.0))
 
 

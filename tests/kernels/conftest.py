@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter import interpreter_process
-from masking import SLOT, live_entries
+from masking import FIRST_FLAG, live_entries
 from torch import Tensor
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -52,7 +52,7 @@ def seed() -> None:
 
 @pytest.fixture
 def make_flags(device: str) -> Callable[[str, int], Tensor]:
-    """(pattern, number of blocks) -> flags with the blocks' own ones from SLOT on, between neighbours that lie."""
+    """(pattern, number of blocks) -> flags with the blocks' own ones from FIRST_FLAG on, amid neighbours that lie."""
 
     def make(pattern: str, blocks: int) -> Tensor:
         own = {
@@ -62,7 +62,7 @@ def make_flags(device: str) -> Callable[[str, int], Tensor]:
             "mixed": [int(i % 5 in (0, 2, 3)) for i in range(blocks)],
         }[pattern]
         lie = int(pattern == "off")
-        return torch.tensor([lie] * SLOT + own + [lie] * 2, dtype=torch.uint8, device=device)
+        return torch.tensor([lie] * FIRST_FLAG + own + [lie] * 2, dtype=torch.uint8, device=device)
 
     return make
 

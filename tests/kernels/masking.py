@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SLOT = 3  # where the flags of a test start, so that reading from 0 shows
+FIRST_FLAG = 3  # where the flags of a test start, so that reading from 0 shows
 
 
 def along(dims: int | Sequence[int], block: int, rank: int) -> tuple[list[int], list[int]]:
-    """first_flags and blocks of a product masked along `dims`, with flags from SLOT on; several dims share them."""
+    """first_flags and blocks of a product masked along `dims`, flags from FIRST_FLAG on, shared by several dims."""
     chosen = [dims] if isinstance(dims, int) else dims
-    return [SLOT * (dim in chosen) for dim in range(rank)], [block * (dim in chosen) for dim in range(rank)]
+    return [FIRST_FLAG * (dim in chosen) for dim in range(rank)], [block * (dim in chosen) for dim in range(rank)]
 
 
 def blocks_of(sizes: Sequence[int], dims: int | Sequence[int], block: int) -> int:

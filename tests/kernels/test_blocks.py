@@ -1,13 +1,13 @@
 import pytest
 import torch
-from masking import SLOT
+from masking import FIRST_FLAG
 
 from cacompile.kernels import blocks
 from cacompile.kernels.blocks import all_on, bundles, live_runs, multiply_runs, pack
 
 
 def flags(*each: int) -> torch.Tensor:
-    return torch.tensor([0] * SLOT + list(each) + [0], dtype=torch.uint8)
+    return torch.tensor([0] * FIRST_FLAG + list(each) + [0], dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ def flags(*each: int) -> torch.Tensor:
     ),
 )
 def test_neighbouring_live_blocks_are_one_run(each, size, runs):
-    assert live_runs(flags(*each), SLOT, 5, size) == runs
-    assert all_on(flags(*each), [0, SLOT], [0, 5], [7, size]) == (0 not in each)
+    assert live_runs(flags(*each), FIRST_FLAG, 5, size) == runs
+    assert all_on(flags(*each), [0, FIRST_FLAG], [0, 5], [7, size]) == (0 not in each)
 
 
 def test_a_dimension_that_is_not_masked_is_one_run():
@@ -32,7 +32,7 @@ def test_a_dimension_that_is_not_masked_is_one_run():
 
 def test_too_few_flags_are_an_error():
     with pytest.raises(ValueError, match="4 blocks from first_flag 3 on, but 6 flags"):
-        live_runs(flags(1, 1), SLOT, 5, 20)
+        live_runs(flags(1, 1), FIRST_FLAG, 5, 20)
 
 
 def test_flags_may_be_any_view():

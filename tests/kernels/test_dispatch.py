@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from masking import SLOT, along
+from masking import FIRST_FLAG, along
 
 from cacompile.kernels import dispatch, masked_bmm_reference, masked_conv_dw_reference, masked_mm_reference
 from cacompile.kernels.blocks import readable
@@ -53,7 +53,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mm_call(each: list[int], host: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     """Operands [12, 6] x [6, 8] masked in 4 blocks of 3 rows."""
-    flags = torch.tensor([0] * SLOT + each, dtype=torch.uint8)
+    flags = torch.tensor([0] * FIRST_FLAG + each, dtype=torch.uint8)
     a, b = torch.randn(12, 6).to(dtype), torch.randn(6, 8).to(dtype)
     return a, b, flags, flags.clone() if host else None, *along(0, 3, 2)
 
@@ -73,7 +73,7 @@ def test_library_ways_give_what_the_reference_gives(rows, choice, each):
     for dim, block in ((0, 1), (1, 1), (2, 2)):
         masked = along(dim, block, 3)
         if dim == 1:
-            masked = [0, SLOT + 1, 0], [0, 1, 0]
+            masked = [0, FIRST_FLAG + 1, 0], [0, 1, 0]
         torch.testing.assert_close(on_gpu("masked_bmm")(*batched, *masked), masked_bmm_reference(*batched, *masked))
 
 
@@ -83,9 +83,9 @@ def test_library_ways_give_what_the_reference_gives(rows, choice, each):
 @pytest.mark.parametrize("groups", (1, 4))
 def test_library_ways_of_a_convolution(rows, each, long_run, groups):
     rows.append(Row("cpu", "", "conv", 4, (1, 1, 1), Choice(long_run, 0)))
-    flags = torch.tensor([0] * SLOT + each, dtype=torch.uint8)
+    flags = torch.tensor([0] * FIRST_FLAG + each, dtype=torch.uint8)
     x, weight = torch.randn(2, 8, 5, 5), torch.randn(12, 8 // groups, 3, 3)
-    args = torch.randn(2, 12, 5, 5), x, weight, flags, flags.clone(), SLOT, 3, 0, *CONV[:-1], groups
+    args = torch.randn(2, 12, 5, 5), x, weight, flags, flags.clone(), FIRST_FLAG, 3, 0, *CONV[:-1], groups
     torch.testing.assert_close(on_gpu("masked_conv")(*args), masked_conv_dw_reference(*args), rtol=1e-4, atol=1e-4)
 
 
@@ -134,9 +134,9 @@ def test_convolutions_without_host_flags(rows, what, reference):
     transposed = what == "transposed"
     conv = [1] * n, [1] * n, [1] * n, transposed, [0] * n, groups
     x, weight = torch.randn(2, 4, *[5] * n), torch.randn(4, 4 // groups, *[3] * n)
-    flags = torch.tensor([0] * SLOT + [1, 0], dtype=torch.uint8)
+    flags = torch.tensor([0] * FIRST_FLAG + [1, 0], dtype=torch.uint8)
     dim = 1 if what in ("transposed", "input channels") else 0
-    args = torch.randn(2, 4, *[5] * n), x, weight, flags, None, SLOT, 2, dim, *conv
+    args = torch.randn(2, 4, *[5] * n), x, weight, flags, None, FIRST_FLAG, 2, dim, *conv
     if reference:
         assert torch.equal(on_gpu("masked_conv")(*args), masked_conv_dw_reference(*args))
     else:
@@ -166,8 +166,8 @@ def test_pointwise_convolutions_are_products_where_pixels_are_rows(rows, monkeyp
     grad_out, x, weight = (
         torch.randn(*shape).to(memory_format=layout) for shape in ((batch, 6, 5, 4), (batch, 3, 5, 4), (6, 3, 1, 1))
     )
-    flags = torch.tensor([0] * SLOT + [1, 0, 1], dtype=torch.uint8)
-    args = grad_out, x, weight, flags, None, SLOT, 2, 0, [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    flags = torch.tensor([0] * FIRST_FLAG + [1, 0, 1], dtype=torch.uint8)
+    args = grad_out, x, weight, flags, None, FIRST_FLAG, 2, 0, [1, 1], [0, 0], [1, 1], False, [0, 0], 1
     out, expected = on_gpu("masked_conv")(*args), masked_conv_dw_reference(*args)
     torch.testing.assert_close(out, expected)
     assert out.stride() == expected.stride() and calls == ["mm" if matrix else "conv"]

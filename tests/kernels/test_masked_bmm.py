@@ -1,6 +1,6 @@
 import pytest
 import torch
-from masking import SLOT, along, blocks_of
+from masking import FIRST_FLAG, along, blocks_of
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -74,7 +74,7 @@ def test_empty_sizes(device, e, m, n, k, dim, pattern, make_flags):
 @pytest.mark.parametrize("dim", DIMS)
 def test_off_blocks_cost_nothing(dim):
     a, b = operands(8, 8, 8, 4)
-    flags = torch.tensor([0] * SLOT + [1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
+    flags = torch.tensor([0] * FIRST_FLAG + [1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
     first_flags, blocks = along(dim, 1, 3)
     with torch.profiler.profile(with_flops=True) as profile:
         masked_bmm(a, b, flags, None, first_flags, blocks)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from masking import SLOT, along
+from masking import FIRST_FLAG, along
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -61,7 +61,7 @@ class Conv:
         return -(-weight.shape[self.dim] // self.block)
 
     def masked(self, grad_out: Tensor, x: Tensor, weight: Tensor, flags: Tensor, op: Any = masked_conv_dw) -> Tensor:
-        return op(grad_out, x, weight, flags, None, SLOT, self.block, self.dim, *self.arguments())
+        return op(grad_out, x, weight, flags, None, FIRST_FLAG, self.block, self.dim, *self.arguments())
 
     def exact(self, grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """By autograd, in float64."""
@@ -176,7 +176,7 @@ def test_a_backward_under_autocast_keeps_its_dtype(conv, pattern, make_flags):
 def test_only_live_channels_reach_the_library(name, channels, make_flags):
     conv = CONVS[name]
     grad_out, x, weight = conv.operands(torch.float32)
-    flags = torch.tensor([0] * SLOT + [1, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
+    flags = torch.tensor([0] * FIRST_FLAG + [1, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
     with torch.profiler.profile(record_shapes=True) as profile:
         conv.masked(grad_out, x, weight, flags)
     calls = [event for event in profile.events() if event.name == "aten::convolution_backward"]
@@ -195,7 +195,7 @@ def test_opcheck(device, name, make_flags):
     grad_out, x, weight = conv.operands(torch.float32, channels_last, device=device)
     flags = make_flags("mixed", conv.blocks(weight))
     torch.library.opcheck(
-        masked_conv_dw, (grad_out, x, weight, flags, None, SLOT, conv.block, conv.dim, *conv.arguments())
+        masked_conv_dw, (grad_out, x, weight, flags, None, FIRST_FLAG, conv.block, conv.dim, *conv.arguments())
     )
 
 

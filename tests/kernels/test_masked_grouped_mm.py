@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from masking import SLOT, along, blocks_of
+from masking import FIRST_FLAG, along, blocks_of
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -90,7 +90,7 @@ def loop_of_products(inputs: Tensor, weight: Tensor, offs: Tensor, grad: Tensor)
 def test_live_experts_are_bit_for_bit_those_of_a_loop(device, dtype, pattern, make_flags):
     """Whichever way the weight lies: `a` is then what the rows of memory belong to."""
     flags, masked = make_flags(pattern, len(TOKENS)), along(0, 1, 3)
-    live = flags[SLOT : SLOT + len(TOKENS)].bool()
+    live = flags[FIRST_FLAG : FIRST_FLAG + len(TOKENS)].bool()
     if device == "cuda" and pattern not in ("on", "off"):
         pytest.skip("a kernel of ours")
     for m, n in ((1, 1), (1, 64), *SIZES, (128, 256)):
@@ -130,7 +130,7 @@ def test_empty_sizes(device, m, n, tokens, dim, spare, pattern, make_flags):
 @pytest.mark.parametrize("dim", DIMS)
 def test_off_blocks_cost_nothing(dim):
     a, b, offs = operands(8, 8, tokens=(4,) * 8)
-    flags = torch.tensor([0] * SLOT + [1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
+    flags = torch.tensor([0] * FIRST_FLAG + [1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
     first_flags, blocks = along(dim, 1, 3)
     with torch.profiler.profile(with_flops=True) as profile:
         masked_grouped_mm(a, b, offs, flags, None, first_flags, blocks)

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from masking import SLOT, along, blocks_of
+from masking import FIRST_FLAG, along, blocks_of
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -57,7 +57,7 @@ def test_takes_any_strides(device, dim, layout_a, layout_b, pattern, make_flags,
 
 def test_rows_and_columns_in_blocks_and_slots_of_their_own(device, make_flags, check):
     a, b = operands(70, 50, 20, device=device)
-    flags, masked = make_flags("mixed", 12), ([SLOT, SLOT + 2], [7, 16])
+    flags, masked = make_flags("mixed", 12), ([FIRST_FLAG, FIRST_FLAG + 2], [7, 16])
     check(masked_mm(a, b, flags, None, *masked), a.double() @ b.double(), flags, *masked)
 
 
@@ -101,7 +101,7 @@ def test_off_blocks_stay_zero_beside_nan(device, dim, make_flags):
 @pytest.mark.parametrize("block", (2, 256))  # put side by side; one product a run
 def test_off_blocks_cost_nothing(dim, block):
     a, b = operands(8 * block, 8 * block, 4)
-    flags = torch.tensor([0] * SLOT + [1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
+    flags = torch.tensor([0] * FIRST_FLAG + [1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
     with torch.profiler.profile(with_flops=True) as profile:
         masked_mm(a, b, flags, None, *along(dim, block, 2))
     dense = 8 * block * 8 * block * 4 * 2

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from cacompile.kernels.segments import FIELDS, KEPT, NO_WRAP, Batch, SegmentTable, Tables, find_cut, fits, memory_order
+from cacompile.kernels.segments import (
+    FIELDS,
+    KEPT,
+    NO_WRAP,
+    Batch,
+    SegmentTable,
+    Tables,
+    find_partition,
+    fits,
+    memory_order,
+)
 
 CPU = torch.device("cpu")
 LAST = torch.channels_last
@@ -50,8 +60,10 @@ def places(table: SegmentTable, chunk: int) -> tuple[np.ndarray, int, int]:
 @pytest.mark.parametrize("chunk", [8, 64, 4096])
 def test_chunks_cover_each_block_once(chunk: int):
     tensors = [laid_out(shape, memory_format) for shape, _, _, memory_format in CASES]
-    cuts = [find_cut(t.shape, t.stride(), dim, block) for t, (_, dim, block, _) in zip(tensors, CASES, strict=True)]
-    table = SegmentTable(cuts, CPU, chunk)
+    partitions = [
+        find_partition(t.shape, t.stride(), dim, block) for t, (_, dim, block, _) in zip(tensors, CASES, strict=True)
+    ]
+    table = SegmentTable(partitions, CPU, chunk)
     assert table.chunks.shape[1] == FIELDS and (table.chunks[:, 4] <= chunk).all()
     assert table.first.tolist()[0] == 0 and table.first.tolist()[-1] == len(table.chunks)
     number = 0
@@ -66,15 +78,15 @@ def test_chunks_cover_each_block_once(chunk: int):
             assert sorted(where) == sorted(rows.reshape(-1).tolist())
             assert (np.diff(where) > 0).all(), "in the order of memory"
             number += 1
-    assert table.blocks == number == sum(cut.blocks for cut in cuts)
+    assert table.blocks == number == sum(partition.blocks for partition in partitions)
 
 
 def test_a_tensor_beyond_32_bits():
-    cut = find_cut((2**20, 2**14), (2**14, 1), 0, 2**19)
-    table = SegmentTable([cut], CPU, 2**22)
+    partition = find_partition((2**20, 2**14), (2**14, 1), 0, 2**19)
+    table = SegmentTable([partition], CPU, 2**22)
     ends = [places(table, i)[0][[0, -1]].tolist() for i in (0, len(table.chunks) - 1)]
     assert ends[0][0] == 0 and ends[1][1] == 2**34 - 1
-    assert find_cut((2, 2, 2**32), (2**33, 2**32, 1), 1, 1) is None, "a run that is too long to be divided by"
+    assert find_partition((2, 2, 2**32), (2**33, 2**32, 1), 1, 1) is None, "a run that is too long to be divided by"
 
 
 @pytest.mark.parametrize(
@@ -92,18 +104,18 @@ def test_a_tensor_beyond_32_bits():
 )
 def test_memory_order(shape: Any, stride: Any, dim: int, expected: Any):
     if shape == ():
-        assert find_cut((1,), (5,), 0, 1) is not None
+        assert find_partition((1,), (5,), 0, 1) is not None
         return
-    cut = find_cut(shape, stride, dim, 2)
-    assert (cut and memory_order(cut)) == expected
-    assert cut is find_cut(shape, stride, dim, 2)
+    partition = find_partition(shape, stride, dim, 2)
+    assert (partition and memory_order(partition)) == expected
+    assert partition is find_partition(shape, stride, dim, 2)
 
 
 def test_only_what_lies_as_the_parameter_does_fits():
     weight = torch.empty(6, 8, 1, 1)
-    cut = find_cut(weight.shape, weight.stride(), 0, 2)
+    partition = find_partition(weight.shape, weight.stride(), 0, 2)
     other = torch.nn.Parameter(weight.to(memory_format=LAST).clone(memory_format=LAST))
-    assert fits((weight, None, other), cut, CPU), "strides of dimensions of size 1 do not count"
+    assert fits((weight, None, other), partition, CPU), "strides of dimensions of size 1 do not count"
 
     class Mine(Tensor):
         pass
@@ -118,15 +130,15 @@ def test_only_what_lies_as_the_parameter_does_fits():
         "weight",
     )
     for misfit in misfits:
-        assert not fits((weight, misfit), cut, CPU)
+        assert not fits((weight, misfit), partition, CPU)
 
 
 def test_a_batch_is_sent_whole():
-    cut = find_cut((5, 3), (3, 1), 0, 2)
-    table, batch = SegmentTable([cut] * 3, CPU), Batch()
+    partition = find_partition((5, 3), (3, 1), 0, 2)
+    table, batch = SegmentTable([partition] * 3, CPU), Batch()
     tensors = [torch.empty(5, 3) for _ in range(3)]
     for i, tensor in enumerate(tensors):
-        batch.add(cut, (tensor, None), (i + 0.5, 2.0, -1.0))
+        batch.add(partition, (tensor, None), (i + 0.5, 2.0, -1.0))
     weights = np.array([0.0, 1.0, 1.5] * 3, np.float32)
     sent = table.send(batch, weights)
     assert sent.pointers.tolist() == [[tensor.data_ptr(), 0] for tensor in tensors]
@@ -136,17 +148,17 @@ def test_a_batch_is_sent_whole():
 
 
 def test_tables_stay_while_cuts_stay():
-    def cuts(*rows: int) -> list[Any]:
-        return [find_cut((n, 4), (4, 1), 0, 2) for n in rows]
+    def partitions(*rows: int) -> list[Any]:
+        return [find_partition((n, 4), (4, 1), 0, 2) for n in rows]
 
     tables = Tables()
-    first = tables.find(cuts(4, 6), CPU)
-    assert tables.find(cuts(4, 6), CPU) is first
-    assert tables.find(cuts(6, 4), CPU) is not first and tables.find(cuts(4), CPU) is not first
-    assert tables.find(cuts(4, 6), CPU) is first
+    first = tables.find(partitions(4, 6), CPU)
+    assert tables.find(partitions(4, 6), CPU) is first
+    assert tables.find(partitions(6, 4), CPU) is not first and tables.find(partitions(4), CPU) is not first
+    assert tables.find(partitions(4, 6), CPU) is first
     for n in range(KEPT):
-        tables.find(cuts(100 + n), CPU)
-    assert tables.find(cuts(4, 6), CPU) is not first
+        tables.find(partitions(100 + n), CPU)
+    assert tables.find(partitions(4, 6), CPU) is not first
 
 
 def test_no_segments():

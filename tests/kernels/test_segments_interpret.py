@@ -8,7 +8,7 @@ import torch
 from interpreter import skip_without_interpreter
 from torch import Tensor
 
-from cacompile.kernels.segments import Batch, Cut, SegmentTable, Sent, find_cut
+from cacompile.kernels.segments import Batch, SegmentTable, Sent, StridedPartition, find_partition
 
 skip_without_interpreter()
 
@@ -33,7 +33,11 @@ PAIRS = (  # of mean and mean square, or of gradient and moment
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float32),
 )
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # the interpreter cuts bfloat16 off
+ROUNDING = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+}  # the interpreter partitions bfloat16 off
 WEIGHTS = {  # of what was computed, for each block
     "all left": lambda n: np.ones(n, np.float32),
     "all filled": lambda n: np.zeros(n, np.float32),
@@ -53,14 +57,14 @@ def placed(case: Any, dtype: torch.dtype, device: str, shift: int = 0) -> tuple[
     return tensor, room
 
 
-def cut_of(tensor: Tensor, case: Any) -> Cut:
-    cut = find_cut(tensor.shape, tensor.stride(), *case[1:3])
-    assert cut is not None
-    return cut
+def partition_of(tensor: Tensor, case: Any) -> StridedPartition:
+    partition = find_partition(tensor.shape, tensor.stride(), *case[1:3])
+    assert partition is not None
+    return partition
 
 
 def table_of(batch: Batch, device: str, chunk: int = CHUNK) -> SegmentTable:
-    return SegmentTable(batch.cuts, torch.device(device, 0) if device == "cuda" else torch.device(device), chunk)
+    return SegmentTable(batch.partitions, torch.device(device, 0) if device == "cuda" else torch.device(device), chunk)
 
 
 def block_sums(tensor: Tensor, case: Any) -> list[Tensor]:
@@ -84,7 +88,7 @@ def adam_case(device: str, dtypes: tuple[torch.dtype, torch.dtype], on_device: b
         count = torch.tensor(step, device=device)
         held += [mean, square, count]
         logs = float(np.log2(beta1)), float(np.log2(beta2))
-        batch.add(cut_of(mean, case), (mean, square, count if on_device else None),
+        batch.add(partition_of(mean, case), (mean, square, count if on_device else None),
                   (*(logs if on_device else corrections), eps))  # fmt: skip
         descent = (mean.double() * corrections[0]) ** 2 / ((square.double() * corrections[1]).sqrt() + eps)
         exact += block_sums(descent, case)
@@ -110,7 +114,7 @@ def square_case(device: str, dtype: torch.dtype) -> None:
         for i, case in enumerate(CASES):
             tensor, _ = placed(case, dtype, device, shift)
             held.append(tensor)
-            batch.add(cut_of(tensor, case), (tensor, None, None), (0.25 * i, 0.0, 0.0))
+            batch.add(partition_of(tensor, case), (tensor, None, None), (0.25 * i, 0.0, 0.0))
             exact += block_sums(tensor.double().square() * 0.25 * i, case)
         table = table_of(batch, device)
         found.append(group_sums(table, table.send(batch), (dtype, dtype), adam=False))
@@ -130,7 +134,7 @@ def long_case(device: str) -> None:
     case = ((2, 4500), 0, 1, None, 0)
     tensor, _ = placed(case, torch.float32, device)
     batch = Batch()
-    batch.add(cut_of(tensor, case), (tensor, None, None), (1.0, 0.0, 0.0))
+    batch.add(partition_of(tensor, case), (tensor, None, None), (1.0, 0.0, 0.0))
     for chunk in (16, 4096):
         table = table_of(batch, device, chunk)
         sums = group_sums(table, table.send(batch), (torch.float32,) * 2, adam=False)
@@ -150,10 +154,10 @@ def fill_case(device: str, dtypes: tuple[torch.dtype, torch.dtype], choice: str,
     for i, case in enumerate(CASES):
         (grad, room), (moment, _), (param, _) = (placed(case, dtype, device) for dtype in (*dtypes, dtypes[0]))
         has_moment, decays = i % 4 != 3, i % 3 != 1 and i % 4 != 3
-        cut = cut_of(grad, case)
+        partition = partition_of(grad, case)
         tensors = grad, moment if has_moment else None, param if decays else None, scale if scaled else None
-        batch.add(cut, tensors, (0.5 if has_moment else 0.0, -0.25 if decays else 0.0))
-        weights.append(WEIGHTS[choice](cut.blocks))
+        batch.add(partition, tensors, (0.5 if has_moment else 0.0, -0.25 if decays else 0.0))
+        weights.append(WEIGHTS[choice](partition.blocks))
         weight = torch.from_numpy(np.repeat(weights[-1], case[2])[: case[0][case[1]]]).double().to(device)
         weight = weight.view([-1 if dim == case[1] else 1 for dim in range(grad.dim())])
         value = (moment.double() * 0.5 if has_moment else 0.0 * moment.double()) - 0.25 * decays * param.double()

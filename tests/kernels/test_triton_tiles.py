@@ -8,16 +8,16 @@ from interpreting import make_flags, triton
 
 from cacompile.kernels.triton_tiles import (
     FEWEST_STEPS,
-    cut_rest,
-    cuts,
     grouped,
     list_length,
     live_count,
     live_list,
     live_tiles,
-    most_cut,
+    most_split,
     nth_live,
     span,
+    split_k_of,
+    split_rest,
     touches_live,
 )
 
@@ -27,7 +27,7 @@ tl = triton.language
 @triton.jit
 def cut_kernel(whole, parts, programs, steps, LIVES: tl.constexpr):
     live = tl.arange(0, LIVES)
-    done, cut = cut_rest(live, programs, steps)
+    done, cut = split_rest(live, programs, steps)
     tl.store(whole + live, done)
     tl.store(parts + live, cut)
 
@@ -37,10 +37,10 @@ def cut_case(programs: int, steps: int) -> None:
     whole, parts = (torch.empty(lives, dtype=torch.int32) for _ in range(2))
     cut_kernel[(1,)](whole, parts, programs, steps, lives)
     for live, (done, cut) in enumerate(zip(whole.tolist(), parts.tolist())):
-        assert cut == cuts(live, programs, steps)
+        assert cut == split_k_of(live, programs, steps)
         assert done == (live if cut == 1 else live - live % programs)
         assert (live - done) * cut <= 2 * programs
-        most, of = most_cut(max(live, 1), programs, steps)
+        most, of = most_split(max(live, 1), programs, steps)
         assert live == done or (live - done <= most and (live - done) * cut <= most * of), "more parts than memory"
         ends = [steps * part // cut for part in range(cut + 1)]
         assert ends[0] == 0 and ends[-1] == steps and ends == sorted(ends)

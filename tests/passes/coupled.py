@@ -47,11 +47,11 @@ def couplings(explanation: Explanation) -> list[str]:
     return sorted(f"{axis.size}: {' '.join(sorted(f'{name}.{dim}' for name, dim in axis.members))}" for axis in shared)
 
 
-def check(case: Case, x: Tensor, cuts: str = "") -> None:
-    """cuts: words of the one operation that may not be followed; empty for none."""
+def check(case: Case, x: Tensor, untraced: str = "") -> None:
+    """untraced: words of the one operation that may not be followed; empty for none."""
     explanation = explained(case, x)
     found = couplings(explanation)
     texts = [text.split(": ") for text in case.expected.split(" | ") if text]
     expected = sorted(f"{size}: {' '.join(sorted(members.split()))}" for size, members in texts)
-    assert found == expected, f"{found} != {expected}; cuts {dict(explanation.cuts)}"
-    assert [cuts in cut for cut in explanation.cuts] == [True] * bool(cuts), explanation.cuts
+    assert found == expected, f"{found} != {expected}; untraced {dict(explanation.untraced)}"
+    assert [untraced in reason for reason in explanation.untraced] == [True] * bool(untraced), explanation.untraced

@@ -171,7 +171,7 @@ def test_layers(case: Case) -> None:
 
 
 def test_a_cut_in_time_leaves_features_and_is_named() -> None:
-    check(between(lambda x: x[:, :4:2], "8: a.1 b.0"), torch.rand(B, T, 6), cuts="a slice with step 2")
+    check(between(lambda x: x[:, :4:2], "8: a.1 b.0"), torch.rand(B, T, 6), untraced="a slice with step 2")
 
 
 def test_differences_of_many_neighbours() -> None:

@@ -229,7 +229,7 @@ mystery.register_autograd(lambda _, grad: grad, setup_context=lambda ctx, inputs
 def test_an_unknown_operation_cuts_and_is_named() -> None:
     found = explained(Case(lambda m, x: mystery(x @ m.a) @ m.b, {"a": (6, 8), "b": (8, 3)}, ""), torch.rand(B, T, 6))
     assert couplings(found) == []
-    assert dict(found.cuts) == {"cacompile_tests.mystery.default is not known": 1}
+    assert dict(found.untraced) == {"cacompile_tests.mystery.default is not known": 1}
     assert "groups end at: cacompile_tests.mystery" in str(found)
     # what a cut leads to may be anything: no neurons, no outputs
     assert {group.kind for group in found.groups if group.slices[0].param == "a"} == {"rows"}
