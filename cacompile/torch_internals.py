@@ -56,11 +56,12 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode as FakeTensorMode
     from torch.autograd import profiler as autograd_profiler
     from torch.nn.utils import clip_grad as clip_grad
+    from torch.utils import swap_tensors as swap_tensors
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_subclass
     from torch.utils._pytree import tree_leaves as tree_leaves
     from torch.utils._pytree import tree_map_only as tree_map_only
     from torch.utils._triton import has_triton as has_triton
-    from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 
 TESTED = ("2.11", "2.13", "2.14", "2.15")
 """Releases of torch on which the suite, or its quick part, was run."""
@@ -159,10 +160,11 @@ CONTRACTS = (
     Contract("autograd_profiler", "torch.autograd.profiler", ("_is_profiler_enabled",)),
     Contract("clip_grad", "torch.nn.utils.clip_grad", ("clip_grad_norm_",)),
     Contract("disable_current_modes", "torch.utils._python_dispatch:_disable_current_modes", purpose=LOOK),
+    Contract("is_traceable_subclass", "torch.utils._python_dispatch:is_traceable_wrapper_subclass"),
     Contract("tree_leaves", "torch.utils._pytree:tree_leaves"),
     Contract("tree_map_only", "torch.utils._pytree:tree_map_only", purpose=LOOK),
     Contract("has_triton", "torch.utils._triton:has_triton", purpose=SEE),
-    Contract("WeakTensorKeyDictionary", "torch.utils.weak:WeakTensorKeyDictionary", ("get", "values")),
+    Contract("swap_tensors", "torch.utils:swap_tensors", parameters=("t1", "t2")),
 )
 
 _by_name = {contract.name: contract for contract in CONTRACTS}
@@ -229,6 +231,17 @@ def source_text(source: Any) -> str | None:
     return name() if callable(name) else name  # a method before torch 2.12, a property since
 
 
+NO_SAVED_TENSOR_HOOKS = "saved_tensor_with_no_vc_check"
+"""Set in a node's meta: what is saved of it for the backward lies on the autograd node, past saved-tensor hooks."""
+
+
+def root(desc: Any) -> Any:
+    """What AOTAutograd's description of an inner tensor, size or stride of a subclass is a part of; else itself."""
+    while hasattr(desc, "base"):
+        desc = desc.base
+    return desc
+
+
 def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of Dynamo's graph with all that the compilers behind it read of it.
 
@@ -242,6 +255,8 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for ours, theirs in zip(made.graph.nodes, gm.graph.nodes, strict=True):
         if hasattr(theirs, "_dynamo_source"):
             ours._dynamo_source = theirs._dynamo_source
+    for node in made.graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)  # a weak reference to the input, which Dynamo takes out of its own graph too
     return made
 
 
@@ -270,6 +285,18 @@ def replace_total_norm(norm: Callable[..., Any]) -> bool:
         return False
     module._get_total_norm = norm
     return True
+
+
+def replace_swap_tensors(around: Callable[..., contextlib.AbstractContextManager[None]]) -> None:
+    """Let `torch.utils.swap_tensors`, which refuses tensors that have weak references, run inside `around(t1, t2)`."""
+    swap = __getattr__("swap_tensors")
+
+    @functools.wraps(swap)
+    def swap_tensors(t1: Any, t2: Any) -> Any:
+        with around(t1, t2):
+            return swap(t1, t2)
+
+    torch.utils.swap_tensors = swap_tensors
 
 
 def captured_backwards() -> int:

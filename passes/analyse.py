@@ -29,6 +29,8 @@ def make_plan(
     plan = locate(Plan(params=params), graphs=graphs)
     if plan.grads:
         graph = plan.grads[0].param.placeholder.graph
-        coupling = couple(graph, {param.placeholder: param.name for param in params} | dict(frozen or {}))
+        coupling = couple(
+            graph, {param.placeholder: param.name for param in params if not param.subclass} | dict(frozen or {})
+        )
         plan = group(plan, coupling, block_rows=block_rows)
     return replace(plan, analysis_s=time.perf_counter() - start)

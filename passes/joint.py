@@ -5,13 +5,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from cacompile.torch_internals import GradAOTOutput, PlainAOTInput, dynamo_source, source_text
+from cacompile.torch_internals import (
+    GradAOTOutput,
+    PlainAOTInput,
+    dynamo_source,
+    is_traceable_subclass,
+    root,
+    source_text,
+)
 
 from .plan import Param
 
@@ -42,6 +49,8 @@ class GraphInputs:
     frozen: Mapping[int, str]
     """Parameters that want no gradient."""
     handle: int
+    subclasses: Mapping[int, str] = field(default_factory=dict)
+    """Trainable parameters that are of a tensor subclass: the graph has the tensors inside."""
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
@@ -55,27 +64,32 @@ class GraphInputs:
         twice = {name for name, count in Counter(names.values()).items() if count > 1}
         names = {i: f"{n}#{i}" if n in twice else n for i, n in names.items()}
         trained = {i: name for i, name in names.items() if example_inputs[i].requires_grad}
-        return cls(trained, {i: n for i, n in names.items() if i not in trained}, len(placeholders))
+        frozen = {i: name for i, name in names.items() if i not in trained}
+        values = {i: example_inputs[i] for i in trained}
+        inside = {i: type(value).__name__ for i, value in values.items() if is_traceable_subclass(value)}
+        return cls(trained, frozen, len(placeholders), inside)
 
 
 def find_params(graph: fx.Graph, inputs: GraphInputs) -> tuple[Param, ...]:
     """Every parameter of a joint graph with its placeholder and the node that is returned as its gradient."""
     output = graph.output_node()
-    grads = {
-        desc.grad_of.idx: node
-        for node, desc in zip(output.args[0], output.meta["desc"], strict=True)
-        if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput)
-    }
-    params = []
+    grads: dict[int, fx.Node] = {}
+    for node, desc in zip(output.args[0], map(root, output.meta["desc"]), strict=True):
+        of = root(desc.grad_of) if isinstance(desc, GradAOTOutput) else None
+        if isinstance(node, fx.Node) and isinstance(of, PlainAOTInput):
+            grads.setdefault(of.idx, node)
+    params: dict[int, Param] = {}
     for node in graph.find_nodes(op="placeholder"):
-        desc = node.meta.get("desc")
-        if isinstance(desc, PlainAOTInput) and desc.idx in inputs.params:
-            grad = grads.get(desc.idx)
-            shape = tuple(int(size) for size in node.meta["val"].shape)
-            params.append(
-                Param(inputs.params[desc.idx], desc.idx, shape, node, grad if isinstance(grad, fx.Node) else None)
+        desc, value = root(node.meta.get("desc")), node.meta.get("val")
+        if isinstance(desc, PlainAOTInput) and desc.idx in inputs.params and isinstance(value, torch.Tensor):
+            index = desc.idx
+            shape = tuple(int(size) for size in value.shape)
+            subclass = inputs.subclasses.get(index, "")
+            # a subclass is several inputs: the first stands for it
+            params.setdefault(
+                index, Param(inputs.params[index], index, shape, node, grads.get(index), subclass=subclass)
             )
-    return tuple(params)
+    return tuple(params.values())
 
 
 def find_frozen(graph: fx.Graph, inputs: GraphInputs) -> dict[fx.Node, str]:
@@ -92,7 +106,7 @@ def forward_nodes(graph: fx.Graph) -> set[fx.Node]:
     wanted = {
         node
         for node, desc in zip(output.args[0], descs)
-        if isinstance(node, fx.Node) and not isinstance(desc, GradAOTOutput)
+        if isinstance(node, fx.Node) and not isinstance(root(desc), GradAOTOutput)
     }
     for node in reversed(graph.nodes):
         if node in wanted:

@@ -47,6 +47,10 @@ def _locate(param: Param) -> WeightGrad | StaysDense:
     """A gradient that shares its products with nothing else."""
     if param.grad is None:
         return StaysDense(param.name, "other", "no gradient in this graph")
+    if param.subclass:
+        return StaysDense(
+            param.name, "other", f"is a {param.subclass}, a tensor subclass: its blocks are not the graph's"
+        )
     if 0 in param.shape:
         return StaysDense(param.name, "other", "empty")
     if len(param.shape) < 2:
@@ -73,7 +77,9 @@ _Found = dict[str, WeightGrad | StaysDense]
 def _locate_chains(params: Iterable[Param], found: _Found) -> None:
     """Gradients that share their products with those of other parameters, from the largest on."""
     unshared = {
-        param.grad: param for param in params if param.grad is not None and isinstance(found[param.name], StaysDense)
+        param.grad: param
+        for param in params
+        if param.grad is not None and not param.subclass and isinstance(found[param.name], StaysDense)
     }
     if not unshared:
         return

@@ -36,6 +36,8 @@ class Param:
     placeholder: fx.Node
     grad: fx.Node | None
     """Node of the joint graph that is returned as its gradient."""
+    subclass: str = ""
+    """The tensor subclass that it is of, where it is; the graph then has only the tensors inside."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import fx
 
 from cacompile.layout import MaskLayout
 from cacompile.passes.plan import Plan
-from cacompile.state.binding import GraphBinding, find_binding
+from cacompile.state.binding import GraphBinding
 from cacompile.torch_internals import TracingContext, autograd_profiler, compile_lock, donated_inputs, donating
 
 from .fallback import warn_of_fault
@@ -39,6 +39,7 @@ class BackwardVersions:
         "__dict__",
         "__weakref__",
         "_dense",
+        "_find_binding",
         "_graph",
         "_handle",
         "_layout",
@@ -61,12 +62,14 @@ class BackwardVersions:
         layout: MaskLayout,
         compile_inner: Compile,
         on_masked: Callable[[Plan], MaskLayout],
+        find_binding: Callable[[Any], GraphBinding | None],
         compile_log: CompileLog,
     ) -> None:
         self._handle = handle
         self._slot = erase_handle(gm, handle)
         self._layout = layout
         self._on_masked = on_masked
+        self._find_binding = find_binding
         self._log = compile_log
         inputs = [value for i, value in enumerate(inputs) if i != handle]
         settings = without_input(settings, handle)
@@ -102,7 +105,7 @@ class BackwardVersions:
         """The version to run, what it masks and its flags, which are added to `args`; dense where anything fails."""
         count = len(args)
         try:
-            binding = find_binding(handle)
+            binding = self._find_binding(handle)
             if binding is not None:
                 binding.count_backward()
                 version = self.masked_version() if binding.wants_masked() else None

@@ -20,6 +20,7 @@ from cacompile.passes.joint import GraphInputs, find_frozen, find_params
 from cacompile.passes.lower import lower
 from cacompile.passes.plan import Plan
 from cacompile.state.binding import GraphBinding
+from cacompile.state.identity import identity_of
 from cacompile.torch_internals import FakeTensor, captured_backwards, functorch_config, warning_once
 
 from .backward import BackwardVersions
@@ -93,6 +94,8 @@ class CompiledGraph:
         """As the inner compiler got it, which edits what it gets."""
         self.backward: BackwardVersions | None = None
         self.bindings: dict[tuple[int, ...], GraphBinding] = {}
+        """By the ids of the parameters that they run with."""
+        self._numbered: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
         self._inner = inner
         self._log = compile_log
         _alive.add(self)
@@ -142,6 +145,7 @@ class CompiledGraph:
                 layout=self.layout,
                 compile_inner=self._inner.compile,
                 on_masked=self._take_over,
+                find_binding=self.find_binding,
                 compile_log=self._log,
             )
             return self.backward
@@ -156,6 +160,12 @@ class CompiledGraph:
         for binding in self.bindings.values():
             binding.layout = self.layout
         return self.layout
+
+    def find_binding(self, handle: Any) -> GraphBinding | None:
+        """The binding of this graph that a handle names; None for one that leads nowhere, such as a traced one."""
+        if type(handle) is not torch.Tensor or handle.dtype != torch.int64 or handle.dim():
+            return None
+        return self._numbered.get(int(handle))
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The callable for Dynamo: adds the handle of the binding whose parameters it is called with."""
@@ -182,9 +192,10 @@ class CompiledGraph:
             follow_optimizers()
             key = tuple(id(args[i]) for i in positions)
             binding = self.bindings[key] = GraphBinding(self.layout, args, self.config)
+            self._numbered[int(binding.handle)] = binding
             forget = functools.partial(_forget, weakref.ref(self), key)
             for i in positions:
-                weakref.finalize(args[i], forget).atexit = False
+                identity_of(args[i]).at_end(forget)
             return binding.handle
         except Exception:
             warn_of_fault(log, "binding a graph to its parameters", DENSE)

@@ -10,6 +10,7 @@ from torch import fx
 
 from cacompile.passes.joint import GraphInputs
 from cacompile.torch_internals import (
+    NO_SAVED_TENSOR_HOOKS,
     GradAOTOutput,
     PlainAOTInput,
     TracingContext,
@@ -17,6 +18,7 @@ from cacompile.torch_internals import (
     detect_fake_mode,
     insert_output_stride,
     name_input,
+    root,
 )
 
 from .inner import Compile
@@ -50,25 +52,56 @@ def save_handle(gm: fx.GraphModule, inputs: GraphInputs) -> None:
     """Return the handle as "its own gradient", so that the partitioner saves it for the backward.
 
     Costs no operation: an input that is an output of the backward is simply saved. The slot is empty otherwise
-    (integers have no gradient), and the compiled versions never see it: it is erased from them.
+    (integers have no gradient), and the compiled versions never see it: it is erased from them. It is stashed on the
+    autograd node and not by `save_for_backward`, whose hooks are the user's, and may pack activations with a loss.
+    Raises ValueError where the slot cannot be found.
     """
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    position = {n.meta["desc"].idx: i for i, n in enumerate(placeholders) if isinstance(n.meta["desc"], PlainAOTInput)}
+    handle = gm.graph.find_nodes(op="placeholder")[_position(gm.graph, inputs)]
+    slot = _grad_slot(gm.graph, inputs)
     output = gm.graph.output_node()
-    slots = list(output.args[0])
-    for slot, desc in enumerate(output.meta["desc"]):
-        if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput):
-            # one gradient slot for each input, in the inputs' order
-            slots[slot + position[inputs.handle] - position[desc.grad_of.idx]] = placeholders[position[inputs.handle]]
-            output.args = (tuple(slots),)
-            gm.recompile()
-            return
+    outputs = list(output.args[0])
+    outputs[slot] = handle
+    output.args = (tuple(outputs),)
+    handle.meta[NO_SAVED_TENSOR_HOOKS] = True
+    gm.recompile()
+
+
+def _position(graph: fx.Graph, inputs: GraphInputs) -> int:
+    found = find_handle(graph, inputs)
+    if found is None:
+        raise ValueError(f"no input of the graph is described as number {inputs.handle}")
+    return found
+
+
+def _grad_slot(graph: fx.Graph, inputs: GraphInputs) -> int:
+    """The output that would be the handle's gradient: one for each input, in the inputs' order.
+
+    Counted from the last gradient that there is, since a tensor subclass is several inputs of the graph, and its
+    gradient one output or several.
+    """
+    described = [root(node.meta.get("desc")) for node in graph.find_nodes(op="placeholder")]
+    order = {desc: i for i, desc in enumerate(dict.fromkeys(described))}
+    output = graph.output_node()
+    grads = [(i, root(desc)) for i, desc in enumerate(output.meta["desc"])]
+    last, grad = next((i, desc) for i, desc in reversed(grads) if isinstance(desc, GradAOTOutput))
+    slot = last + order[PlainAOTInput(inputs.handle)] - order[root(grad.grad_of)]
+    if slot >= len(grads) or output.args[0][slot] is not None or slot == last:
+        raise ValueError(f"output {slot} of {len(grads)} is not the handle's empty gradient")
+    return slot
 
 
 def erase_handle(gm: fx.GraphModule, handle: int) -> int | None:
-    """Remove the handle from a graph's inputs and outputs; returns the output position where it was."""
+    """Remove the handle from a graph's inputs and outputs; returns the output position where it was.
+
+    Raises ValueError where something else reads it.
+    """
     node = gm.graph.find_nodes(op="placeholder")[handle]
     output = gm.graph.output_node()
+    if any(user is not output for user in node.users):
+        raise ValueError(
+            "hooks for saved tensors are compiled into the graph and pack our handle as well; "
+            "with saved_tensors_hooks_filtering_mode='donated', torch's default, they would not"
+        )
     outputs = list(output.args[0])
     slot = outputs.index(node) if node in outputs else None
     if slot is not None:

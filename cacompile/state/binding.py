@@ -16,6 +16,7 @@ from cacompile.layout import GradLayout, MaskLayout
 from cacompile.torch_internals import warning_once
 
 from .groups import GroupMembers, Member, tie
+from .identity import identity_of
 from .params import ParamState, registry
 from .spent import Spent
 from .table import BlockTable
@@ -29,11 +30,6 @@ _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
 
 
-def find_binding(handle: torch.Tensor) -> GraphBinding | None:
-    """The binding that a handle names; None once its parameters are gone, or for a handle that is only traced."""
-    return _alive.get(int(handle)) if type(handle) is torch.Tensor else None
-
-
 class GraphBinding:
     """This step's flags for one graph, gathered from its parameters' blocks, and the count of what was saved."""
 
@@ -44,7 +40,7 @@ class GraphBinding:
         self.ran_masked = False
         """Whether the last backward ran the masked version."""
         self._steps = 0
-        self._inputs = {name: weakref.ref(inputs[index]) for name, index in layout.params}
+        self._inputs = {name: identity_of(inputs[index]) for name, index in layout.params}
         self._params = _together(layout, [_part(grad, inputs[grad.index], config) for grad in layout.grads])
         _tie(layout, self._params)
         for param in self.params:
@@ -87,7 +83,7 @@ class GraphBinding:
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """The graph's name of a parameter -> the one that this binding runs with, if it is alive."""
-        return {name: param for name, ref in self._inputs.items() if (param := ref()) is not None}
+        return {name: param for name, one in self._inputs.items() if (param := one.tensor) is not None}
 
     @property
     def masked_backwards(self) -> int:

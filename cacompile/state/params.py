@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -15,9 +14,9 @@ import torch
 
 from cacompile.config import Config
 from cacompile.layout import Partition
-from cacompile.torch_internals import WeakTensorKeyDictionary
 
 from .groups import BlockGroup
+from .identity import find_identity, identity_of, known
 from .measurements import Measurement, NormShares
 from .pins import Pin
 from .series import Series
@@ -34,7 +33,7 @@ class ParamState:
     """What is known of one parameter. Made when a session claims it or a compiled graph first runs with it."""
 
     def __init__(self, param: torch.nn.Parameter, name: str) -> None:
-        self._param = weakref.ref(param)
+        self.identity = identity_of(param)
         self.shape = tuple(param.shape)
         self.name = name
         self.key: int | None = None
@@ -65,7 +64,7 @@ class ParamState:
     @property
     def param(self) -> torch.nn.Parameter | None:
         """The parameter, while it lives."""
-        return self._param()
+        return self.identity.tensor
 
     @property
     def blocks(self) -> int:
@@ -190,20 +189,20 @@ class _Registry:
     """The states of all parameters of the process that are under our care, by identity, weakly."""
 
     def __init__(self) -> None:
-        self._states = WeakTensorKeyDictionary()
         self._names: Counter[str] = Counter()
 
     def all(self) -> list[ParamState]:
-        return list(self._states.values())
+        return [identity.data for identity in known() if identity.data is not None]
 
     def find(self, param: Any) -> ParamState | None:
-        return self._states.get(param) if isinstance(param, torch.Tensor) else None
+        identity = find_identity(param)
+        return None if identity is None else identity.data
 
     def track(self, param: torch.nn.Parameter, name: str) -> ParamState:
-        state = self._states.get(param)
-        if state is None:
-            state = self._states[param] = ParamState(param, name)
-        return state
+        identity = identity_of(param)
+        if identity.data is None:
+            identity.data = ParamState(param, name)
+        return identity.data
 
     def new_key(self, name: str) -> int:
         """A number for a parameter that a graph calls `name`; identical blocks call theirs alike: they are counted."""
