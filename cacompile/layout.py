@@ -87,6 +87,23 @@ class StaysDense:
 
 
 @dataclass(frozen=True, slots=True)
+class Monomial:
+    """A product of symbolic sizes, such as batch times length, that FLOPs are multiples of; no atoms: 1."""
+
+    text: str
+    atoms: tuple[str, ...]
+    """As the graph calls them, one for each time it is a factor."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizeSource:
+    """Where a backward finds a size: in dimension `dim` of its input at `position`; None: the input is the size."""
+
+    position: int
+    dim: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class GradLayout:
     """A gradient that can be masked: how its blocks lie among the graph's flags, and what they cost."""
 
@@ -99,7 +116,9 @@ class GradLayout:
     groups: tuple[int, ...]
     """For each block, which of the graph's groups it belongs to."""
     block_flops: tuple[int, ...]
-    """dW FLOPs of each block in one backward."""
+    """dW FLOPs of each block in one backward, with the sizes seen when compiling."""
+    coefficients: tuple[tuple[int, ...], ...]
+    """For each of the graph's monomials: how many dW FLOPs of each block there are to one of it."""
     follows: str = ""
     """The weight whose product makes this gradient as well: both are masked or neither."""
 
@@ -124,7 +143,13 @@ class MaskLayout:
     families: tuple[ParamFamily, ...] = ()
     dense: tuple[StaysDense, ...] = ()
     flops_by_param: tuple[tuple[str, int], ...] = ()
-    """dW FLOPs of one backward, masked or not."""
+    """dW FLOPs of one backward, masked or not, with the sizes seen when compiling."""
+    monomials: tuple[Monomial, ...] = (Monomial("1", ()),)
+    """What FLOPs are multiples of in the sizes of a call."""
+    coefficients_by_param: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """How many dW FLOPs there are to one of each monomial, masked or not."""
+    sources: tuple[tuple[SizeSource, ...], ...] = ()
+    """For each monomial, where a backward finds its factors; empty where no size is symbolic."""
     masked: frozenset[str] | None = None
     """Parameters whose products the masked version masks; None until that version was made."""
 
@@ -135,5 +160,11 @@ class MaskLayout:
 
     @cached_property
     def flops(self) -> int:
-        """dW FLOPs of one backward of the whole graph."""
+        """dW FLOPs of one backward of the whole graph, with the sizes seen when compiling."""
         return sum(flops for _, flops in self.flops_by_param)
+
+    @cached_property
+    def coefficients(self) -> tuple[int, ...]:
+        """How many dW FLOPs of the whole graph there are to one of each monomial."""
+        columns = zip(*(coefficients for _, coefficients in self.coefficients_by_param))
+        return tuple(map(sum, columns)) or (0,) * len(self.monomials)

@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from .chains import chain
-from .nodes import exits, numel, opname
+from .flops import Flops
+from .nodes import exits, opname, sizes
 from .plan import Param, Plan, StaysDense, WeightGrad
 from .products import SCATTERS, follows_dense, is_gathered, kind_and_flops, make_grad, no_kernel, result_of
 from .rows import RESHAPES, SAME_SHAPE, Rows, Unfit
@@ -162,7 +163,7 @@ def _kind_of(grad: fx.Node, ours: Container[fx.Node | None]) -> tuple[str, dict[
                 products[node] = found[1]
         elif is_gathered(node):
             kinds.append("gathered")
-            products[node] = 2 * numel(node.args[2])
+            products[node] = Flops.of(sizes(node.args[2]))
         elif opname(node) in SCATTERS:
             kinds.append("embedding")
         elif node.target in _PASSED or node.target is operator.getitem:

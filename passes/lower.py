@@ -2,31 +2,93 @@
 
 from __future__ import annotations
 
-from cacompile.layout import GradLayout, MaskLayout, Partition
+from collections.abc import Mapping
+from dataclasses import replace
 
+from torch import SymInt, Tensor, fx
+
+from cacompile.layout import GradLayout, MaskLayout, Monomial, Partition, SizeSource
+
+from .flops import at_sizes, split
 from .plan import Plan, WeightGrad
 
 
 def lower(plan: Plan) -> MaskLayout:
     """The layout of one planned graph. Holds nothing of the plan's nodes."""
+    names = list(plan.flops_by_param)
+    counts = [*plan.flops_by_param.values(), *(flops for grad in plan.grads for flops in grad.block_flops)]
+    monomials, coefficients = split(counts)
+    left = iter(coefficients[len(names) :])
     return MaskLayout(
         params=tuple((param.name, param.index) for param in plan.params),
-        grads=tuple(map(_grad, plan.grads)),
-        groups=plan.groups,
+        grads=tuple(_grad(grad, [next(left) for _ in range(grad.blocks)]) for grad in plan.grads),
+        groups=tuple(replace(group, flops=int(group.flops)) for group in plan.groups),
         families=plan.families,
-        dense=plan.dense,
-        flops_by_param=tuple(plan.flops_by_param.items()),
+        dense=tuple(replace(dense, flops=int(dense.flops)) for dense in plan.dense),
+        flops_by_param=tuple((name, int(flops)) for name, flops in plan.flops_by_param.items()),
+        monomials=monomials,
+        coefficients_by_param=tuple(zip(names, coefficients)),
         masked=None if plan.masked is None else frozenset(plan.masked),
     )
 
 
-def _grad(grad: WeightGrad) -> GradLayout:
+def with_sources(layout: MaskLayout, backward: fx.Graph, handle: int) -> MaskLayout:
+    """The layout that knows where this backward graph finds the sizes that FLOPs depend on, among its inputs.
+
+    handle: position of the input that it will be called without. Where one of the sizes is nowhere to be found, FLOPs
+    are those of the sizes seen when compiling.
+    """
+    if not any(monomial.atoms for monomial in layout.monomials):
+        return layout
+    known: dict[str, SizeSource] = {}
+    inputs = backward.find_nodes(op="placeholder")
+    for position, node in enumerate([*inputs[:handle], *inputs[handle + 1 :]]):
+        value = node.meta.get("val")
+        if isinstance(value, SymInt):
+            known.setdefault(str(value.node.expr), SizeSource(position, None))
+        elif isinstance(value, Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, SymInt):
+                    known.setdefault(str(size.node.expr), SizeSource(position, dim))
+    sources = []
+    for monomial in layout.monomials:
+        atoms = (monomial.text,) if monomial.atoms and monomial.text in known else monomial.atoms
+        if not all(atom in known for atom in atoms):
+            return replace(
+                layout,
+                monomials=(Monomial("1", ()),),
+                grads=tuple(replace(grad, coefficients=(grad.block_flops,)) for grad in layout.grads),
+                coefficients_by_param=tuple((name, (flops,)) for name, flops in layout.flops_by_param),
+            )
+        sources.append(tuple(known[atom] for atom in atoms))
+    return replace(layout, sources=tuple(sources))
+
+
+def at_mean_sizes(plan: Plan, sizes: Mapping[Monomial, float]) -> Plan:
+    """The plan with FLOPs of other sizes than when compiling. sizes: of the layout's monomials."""
+
+    def count(flops: int) -> int:
+        return at_sizes(flops, sizes)
+
+    def counted(grad: WeightGrad) -> WeightGrad:
+        return replace(grad, products=tuple(replace(p, flops=count(p.flops)) for p in grad.products))
+
+    return replace(
+        plan,
+        grads=tuple(map(counted, plan.grads)),
+        dense=tuple(replace(dense, flops=count(dense.flops)) for dense in plan.dense),
+        groups=tuple(replace(group, flops=count(group.flops)) for group in plan.groups),
+    )
+
+
+def _grad(grad: WeightGrad, coefficients: list[tuple[int, ...]]) -> GradLayout:
     return GradLayout(
         param=grad.param.name,
         index=grad.param.index,
         partition=Partition(grad.dim, grad.block, grad.param.shape[grad.dim]),
         first_flag=grad.first_flag,
         groups=grad.groups,
-        block_flops=grad.block_flops,
+        block_flops=tuple(map(int, grad.block_flops)),
+        coefficients=tuple(zip(*coefficients)),
         follows=grad.follows,
     )

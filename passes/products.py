@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .flops import Flops
 from .kinds import kind_called, kind_of
 from .nodes import numel, opname, output_of, sizes
 from .plan import Param, Product, WeightGrad
@@ -21,13 +22,13 @@ SCATTERS |= {"_embedding_bag_backward", "_embedding_bag_dense_backward"}
 _VIEWS = {aten.view.default, aten.reshape.default, aten.permute.default, aten.unsqueeze.default, aten.clone.default}
 
 
-def kind_and_flops(result: fx.Node) -> tuple[str, int] | None:
+def kind_and_flops(result: fx.Node) -> tuple[str, Flops] | None:
     """Kind and FLOPs (two a multiply-add) of the product whose result this is; None if it is none that makes a dW."""
     node = producer_of(result)
     kind = kind_of(node) if isinstance(node, fx.Node) else None
     if kind is None or kind.is_split != (node is not result):
         return None
-    return kind.name, kind.flops(node, result)
+    return kind.name, Flops.of(kind.extents(node, result))
 
 
 def is_split(node: fx.Node) -> bool:

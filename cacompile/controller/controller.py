@@ -195,6 +195,8 @@ class Controller:
 
     def _decide(self, optimizer: Optimizer | None) -> None:
         """How often each group is computed from here on, by what has been measured."""
+        for param in self.params:
+            param.count()
         index, flops, settings = self._index, self.column("flops"), settings_by_param(optimizer)
         rate = [_rate(settings.get(id(param.param), {}).get("lr", 1.0)) for param in self.params]
         descent = self.column("score") * np.repeat(rate, self._blocks)

@@ -15,6 +15,7 @@ from torch import fx
 from cacompile.config import Config
 from cacompile.graph.compiled import CompiledGraph, compile_graph, compiled_graphs
 from cacompile.passes.joint import has_trainable
+from cacompile.passes.lower import at_mean_sizes
 from cacompile.passes.plan import Plan
 from cacompile.state.binding import GraphBinding
 from cacompile.torch_internals import (
@@ -81,7 +82,11 @@ def running(bindings: Iterable[GraphBinding]) -> list[RanGraph]:
     """The compiled graphs of a model as they are; of several over the same parameters, as after a recompilation for
     other sizes, the newest."""
     graph_of = {id(binding): graph for graph in compiled_graphs() for binding in list(graph.bindings.values())}
-    runs = [RanGraph(graph.plan, binding.inputs, graph) for binding in bindings if (graph := graph_of.get(id(binding)))]
+    runs = []
+    for binding in bindings:
+        if (graph := graph_of.get(id(binding))) is not None:
+            plan = at_mean_sizes(graph.plan, sizes) if (sizes := binding.mean_sizes) else graph.plan
+            runs.append(RanGraph(plan, binding.inputs, graph))
     return list({frozenset(map(id, run.params.values())): run for run in runs}.values())
 
 

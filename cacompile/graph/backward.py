@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,17 +108,25 @@ class BackwardVersions:
         try:
             binding = self._find_binding(handle)
             if binding is not None:
-                binding.count_backward()
+                sizes = self._sizes(args)
+                binding.count_backward(sizes)
                 version = self.masked_version() if binding.wants_masked() else None
                 self._note_switch(binding, version)
                 if version is not None:
-                    flags = binding.leave_out()
+                    flags = binding.leave_out(sizes)
                     args += [flags, binding.host_flags] if version.host else [flags]
                     return version.run, version.masked, binding.host_flags.numpy()
         except Exception:
             del args[count:]
             warn_of_fault(log, "choosing the version of a backward", "this backward computes all weight gradients")
         return self._dense, frozenset(), None
+
+    def _sizes(self, args: list[Any]) -> Sequence[int]:
+        """What the monomials that FLOPs are multiples of are in this call."""
+        sources = self._layout.sources
+        if not sources:
+            return (1,)
+        return [math.prod(_size(args[of.position], of.dim) for of in factors) for factors in sources]
 
     def _note_switch(self, binding: GraphBinding, version: MaskedVersion | None) -> None:
         if binding.ran_masked is not (version is not None):
@@ -142,3 +151,7 @@ class BackwardVersions:
         """The backward graph as it came, without our handle and the tensors of its constants: to be looked at."""
         maker = self._maker
         return copy.deepcopy(maker.source.graph if maker is not None else self._graph)
+
+
+def _size(value: Any, dim: int | None) -> int:
+    return int(value if dim is None else value.shape[dim])

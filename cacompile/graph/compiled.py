@@ -7,6 +7,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from cacompile.hooks.steps import follow_optimizers
 from cacompile.layout import MaskLayout
 from cacompile.passes import make_plan, mark_products
 from cacompile.passes.joint import GraphInputs, find_frozen, find_params
-from cacompile.passes.lower import lower
+from cacompile.passes.lower import lower, with_sources
 from cacompile.passes.plan import Plan
 from cacompile.state.binding import GraphBinding
 from cacompile.state.identity import identity_of
@@ -142,7 +143,7 @@ class CompiledGraph:
                 settings,
                 handle=handle,
                 plan=self.plan,
-                layout=self.layout,
+                layout=self._set_layout(with_sources(self.layout, gm.graph, handle)),
                 compile_inner=self._inner.compile,
                 on_masked=self._take_over,
                 find_binding=self.find_binding,
@@ -156,10 +157,14 @@ class CompiledGraph:
 
     def _take_over(self, plan: Plan) -> MaskLayout:
         """The masked version was made: the plan now says what it really masks."""
-        self.plan, self.layout = plan, lower(plan)
+        self.plan, found = plan, lower(plan)
+        return self._set_layout(replace(self.layout, masked=found.masked, dense=found.dense))
+
+    def _set_layout(self, layout: MaskLayout) -> MaskLayout:
+        self.layout = layout
         for binding in self.bindings.values():
-            binding.layout = self.layout
-        return self.layout
+            binding.layout = layout
+        return layout
 
     def find_binding(self, handle: Any) -> GraphBinding | None:
         """The binding of this graph that a handle names; None for one that leads nowhere, such as a traced one."""

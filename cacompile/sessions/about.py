@@ -27,7 +27,7 @@ def describe(view: Session) -> dict[str, Any]:
     for binding in newest.values():
         called: Mapping[str, str] = {own: names.get(id(param), own) for own, param in binding.inputs.items()}
         reasons = {dense.param: dense.reason for dense in binding.layout.dense}
-        for own, flops in binding.layout.flops_by_param:
+        for own, flops in binding.flops_by_param.items():
             params[called.get(own, own)] = {"flops": flops, "reason": reasons.get(own, "")}
     unseen: dict[str, Any] = {"flops": 0, "reason": UNSEEN}
     return {

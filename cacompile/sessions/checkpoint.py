@@ -84,8 +84,12 @@ def _check_entry(name: str, entry: Mapping[str, Any], param: ParamState) -> None
         raise ConvAwareError(f"{ENTRY}{name!r} is for shape {tuple(shape)}, the model's parameter has {param.shape}")
     must(key is None or _is_count(key), "key", key, "an int >= 0 or None")
     must(_is_count(step), "step", step, "an int >= 0")
+    since = entry["counted_from"]
+    must(_is_count(since) and since <= step, "counted_from", since, f"an int from 0 to {step}, the entry's step")
     blocks = _check_partition(entry["partition"], param.shape, must)
     must(_is_array(entry["skipped"], torch.bool, blocks), "skipped", entry["skipped"], f"bool [{blocks}] on the host")
+    ok = _is_array(entry["counted"], torch.int64, blocks) and bool((entry["counted"] >= 0).all())
+    must(ok, "counted", entry["counted"], f"int64 [{blocks}] >= 0 on the host")
     _keys(entry["blocks"], set(SAVED), f"{ENTRY}{name!r}: blocks")
     for field in SAVED:
         dtype = torch.from_numpy(np.empty(0, COLUMNS[field].dtype)).dtype

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-FORMAT = 5
+import torch
+
+FORMAT = 6
 """Format of the states that this version saves."""
 
 _ENTRY_4 = {"awaited": "in_flight", "shares": "norm_shares", "groups": "blocks"}
@@ -15,15 +17,31 @@ _HISTORY_4 = {"guarded": "masked", "speed": "update_ratio"}
 
 def upgraded(state: Any) -> Any:
     """The same state in the format of this version; as it is where it has another format, or is no state at all."""
-    if not isinstance(state, Mapping) or state.get("format") != 4:
-        return state
+    if isinstance(state, Mapping) and state.get("format") == 4:
+        history = _renamed(state.get("history"), _HISTORY_4)
+        state = {**state, "format": 5, "history": history, "parameters": _each(state, _entry_of_4)}
+    if isinstance(state, Mapping) and state.get("format") == 5:
+        state = {**state, "format": 6, "parameters": _each(state, _entry_of_5)}
+    return state
+
+
+def _each(state: Mapping[str, Any], upgrade: Callable[[Any], Any]) -> Any:
     entries = state.get("parameters")
-    if isinstance(entries, Mapping):
-        entries = {name: _entry(entry) for name, entry in entries.items()}
-    return {**state, "format": FORMAT, "history": _renamed(state.get("history"), _HISTORY_4), "parameters": entries}
+    return {name: upgrade(entry) for name, entry in entries.items()} if isinstance(entries, Mapping) else entries
 
 
-def _entry(entry: Any) -> Any:
+def _entry_of_5(entry: Any) -> Any:
+    """FLOPs were not counted for each block: counting begins."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("skipped"), torch.Tensor):
+        return entry
+    return {
+        **entry,
+        "counted": torch.zeros(entry["skipped"].shape, dtype=torch.int64),
+        "counted_from": entry.get("step"),
+    }
+
+
+def _entry_of_4(entry: Any) -> Any:
     entry = _renamed(entry, _ENTRY_4)
     if not isinstance(entry, Mapping) or "blocks" not in entry:
         return entry

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cacompile.state.binding import GraphBinding
+from cacompile.state.spent import Totals
 
 from .session import session
 
@@ -76,8 +77,10 @@ def status(model: torch.nn.Module) -> Status:
         for own in [index.family == i]
     )
     total, saved = view.flops
-    once = _flops_of_one_backward(bindings)
-    left_out = sum(float(param.flops[blocks].sum()) for param, blocks in zip(index.params, off))
+    here = Totals.of(view.params.values()).total
+    once = here or _flops_of_one_backward(bindings)
+    costs = [param.counted_here if here else param.flops for param in index.params]
+    left_out = sum(float(cost[blocks].sum()) for cost, blocks in zip(costs, off))
     return Status(
         step=view.step_count,
         groups=len(keep),
@@ -91,7 +94,7 @@ def status(model: torch.nn.Module) -> Status:
 
 
 def _flops_of_one_backward(bindings: Sequence[GraphBinding]) -> int:
-    """dW FLOPs; a parameter that several graphs use, as after a recompilation for other sizes, counts once.
+    """dW FLOPs, as compiled, before anything has run backward.
 
     By identity, because identical blocks share a layout and so its names.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from cacompile.config import Config
-from cacompile.layout import GradLayout, MaskLayout
+from cacompile.layout import GradLayout, MaskLayout, Monomial
 from cacompile.torch_internals import warning_once
 
 from .groups import GroupMembers, Member, tie
@@ -51,9 +52,9 @@ class GraphBinding:
         self._rows = np.zeros(0, np.int64)
         """The table's row of each flag, of those that have one."""
         self._has_row = np.zeros(layout.blocks, bool)
-        self._flops = np.concatenate([np.zeros(0), *(np.array(grad.block_flops, float) for grad in layout.grads)])
-        self._left_out: tuple[np.ndarray, float] | None = None
-        """Rows that the masked version leaves out with the present flags, and their dW FLOPs; None until it runs."""
+        self._left_out: tuple[np.ndarray, list[int]] | None = None
+        """Rows that the masked version leaves out with the present flags, and how many dW FLOPs those are to one of
+        each monomial; None until it runs."""
         self._host = torch.ones(layout.blocks, dtype=torch.uint8, device="cpu")
         device = inputs[layout.grads[0].index].device if layout.grads else torch.device("cpu")
         self._device = None if device.type == "cpu" else torch.ones_like(self._host, device=device)
@@ -89,6 +90,22 @@ class GraphBinding:
     def masked_backwards(self) -> int:
         return self.spent.masked
 
+    @property
+    def mean_sizes(self) -> dict[Monomial, float]:
+        """What the layout's monomials were in a backward, on average; empty where they are as compiled."""
+        if not self._layout.sources or not self.spent.backwards:
+            return {}
+        return {m: total / self.spent.backwards for m, total in zip(self._layout.monomials, self.spent.sizes)}
+
+    @property
+    def flops_by_param(self) -> dict[str, int]:
+        """dW FLOPs of a backward, on average; as compiled before the first."""
+        sizes = list(self.mean_sizes.values())
+        if not sizes:
+            return dict(self._layout.flops_by_param)
+        counts = self._layout.coefficients_by_param
+        return {name: round(sum(map(operator.mul, sizes, each))) for name, each in counts}
+
     def wants_masked(self) -> bool:
         """Whether some group of this graph is off in the current step."""
         table = self._table
@@ -96,21 +113,34 @@ class GraphBinding:
             self._gather(table)
         return self._any_off
 
-    def count_backward(self) -> None:
-        self.spent.total += self._layout.flops
-        self.spent.backwards += 1
-        if self.spent.backwards % PATIENCE == 0:
+    def count_backward(self, sizes: Sequence[int]) -> None:
+        """A backward runs. sizes: what the layout's monomials are in this call."""
+        spent = self.spent
+        if not spent.backwards:
+            self._begin_to_count()
+        for i, size in enumerate(sizes):
+            spent.sizes[i] += size
+            spent.total += size * self._layout.coefficients[i]
+        spent.backwards += 1
+        if spent.backwards % PATIENCE == 0:
             self._look_for_steps()
 
-    def leave_out(self) -> torch.Tensor:
+    def _begin_to_count(self) -> None:
+        """Now that the backward is there, which knows where it finds the sizes."""
+        self.spent.sizes = [0] * len(self._layout.monomials)
+        for grad, param in self._pairs():
+            if param is not None:
+                param.costs(self.spent, np.array(grad.coefficients, np.int64))
+
+    def leave_out(self, sizes: Sequence[int]) -> torch.Tensor:
         """Note what the masked version will leave out now; this step's flags, uint8 [blocks] on the graph's device."""
         if self._left_out is None:
             self._left_out = self._find_left_out()
-        rows, flops = self._left_out
+        rows, coefficients = self._left_out
         table = self._table
         assert table is not None
         table.skipped[rows] = True
-        self.spent.saved += flops
+        self.spent.saved += sum(map(operator.mul, sizes, coefficients))
         self.spent.masked += 1
         return self._host if self._device is None else self._device
 
@@ -130,12 +160,16 @@ class GraphBinding:
     def _masks(self, grad: GradLayout) -> bool:
         return self._layout.masked is None or grad.param in self._layout.masked
 
-    def _find_left_out(self) -> tuple[np.ndarray, float]:
+    def _find_left_out(self) -> tuple[np.ndarray, list[int]]:
         off = self._host.numpy() == 0
         for grad, param in self._pairs():
             if param is None or not self._masks(grad):
                 off[grad.flags] = False
-        return self._rows[off[self._has_row]], float(self._flops[off].sum())
+        coefficients = [0] * len(self._layout.monomials)
+        for grad in self._layout.grads:
+            for i, each in enumerate(grad.coefficients):
+                coefficients[i] += int(np.array(each, np.int64)[off[grad.flags]].sum())
+        return self._rows[off[self._has_row]], coefficients
 
     def _gather(self, table: BlockTable) -> None:
         """Read the mask of all its blocks out of the table."""

@@ -43,8 +43,8 @@ class Identity:
         """Call this when the tensor is gone, and before another can have its id."""
         self._at_end.append(callback)
 
-    def _end(self, _: weakref.ref[Any]) -> None:
-        _all.pop(self._key, None)
+    def _end(self, _: weakref.ref[Any], everything: dict[int, Identity] = _all) -> None:
+        everything.pop(self._key, None)  # its own name is gone when the interpreter ends
         self._ref = self.data = None
         for callback in self._at_end:
             callback()

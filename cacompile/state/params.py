@@ -44,6 +44,12 @@ class ParamState:
         self.start = 0
         """Its first row in the table; moves when tables are joined."""
         self.spent: list[Spent] = []
+        self._costs: list[tuple[Spent, np.ndarray]] = []
+        """Of each graph: int64 [monomials, blocks], dW FLOPs for one of each monomial that it has counted."""
+        self._carried: np.ndarray | None = None
+        """int64 [blocks]: dW FLOPs that were counted before a saved state was loaded."""
+        self.counted_from = 0
+        """The optimizer step after which counting began."""
         self.history: Series | None = None
         """float32 [4, blocks] at each measurement: keep probability, expected descent, update ratio, skipped."""
         self.step = 0
@@ -97,8 +103,33 @@ class ParamState:
 
     @property
     def flops(self) -> np.ndarray:
-        """float [blocks]: dW FLOPs of one backward."""
+        """float [blocks]: dW FLOPs of a step, see `count`."""
         return self.column("flops")
+
+    @property
+    def counted(self) -> np.ndarray:
+        """int64 [blocks]: dW FLOPs, with the sizes of each call, that dense backwards would have taken so far."""
+        here = self.counted_here
+        return here if self._carried is None else here + self._carried
+
+    @property
+    def counted_here(self) -> np.ndarray:
+        """int64 [blocks]: the same, without what a loaded state brought along."""
+        total = np.zeros(self.blocks, np.int64)
+        for spent, coefficients in self._costs:
+            for size, each in zip(spent.sizes, coefficients):
+                total += size * each
+        return total
+
+    def costs(self, spent: Spent, coefficients: np.ndarray) -> None:
+        """One more graph computes its gradient. coefficients: int64 [monomials, blocks]."""
+        self._costs.append((spent, coefficients))
+
+    def count(self) -> None:
+        """Bring `flops` up to date: the mean of all steps, or one backward as compiled where nothing has run yet."""
+        counted = self.counted
+        if counted.any():
+            self.flops[:] = counted / max(1, self.step - self.counted_from)
 
     @property
     def groups(self) -> list[BlockGroup]:
@@ -145,21 +176,25 @@ class ParamState:
     def to_dict(self) -> dict[str, Any]:
         """Everything that the next draws depend on; before the partition is known, what was loaded."""
         if self.partition is None and self._deferred is not None:
-            blocks = {name: self._deferred[name] for name in ("partition", "skipped", "blocks", "norm_shares")}
+            blocks = {
+                name: self._deferred[name] for name in ("partition", "skipped", "counted", "blocks", "norm_shares")
+            }
         else:
             blocks = {
                 "partition": None if self.partition is None else astuple(self.partition),
                 "skipped": torch.from_numpy(self.skipped.copy()),
+                "counted": torch.from_numpy(self.counted),
                 "blocks": self.table.save(self.rows),
                 "norm_shares": None if self.norm_shares is None else self.norm_shares.to_dict(),
             }
         pin = None if self.pin is None else astuple(self.pin)
         in_flight = None if self.in_flight is None else self.in_flight.to_dict()
-        return {"shape": self.shape, "key": self.key, "step": self.step, "pin": pin, "in_flight": in_flight, **blocks}
+        entry = {"shape": self.shape, "key": self.key, "step": self.step, "counted_from": self.counted_from}
+        return {**entry, "pin": pin, "in_flight": in_flight, **blocks}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take over a saved state; what it says of blocks waits until the partition is known."""
-        self.key, self.step = saved["key"], saved["step"]
+        self.key, self.step, self.counted_from = saved["key"], saved["step"], saved["counted_from"]
         self.pin = None if saved["pin"] is None else Pin(*saved["pin"])
         self.in_flight = None if saved["in_flight"] is None else Measurement.of(saved["in_flight"])
         self._deferred = saved
@@ -173,9 +208,12 @@ class ParamState:
         if saved["partition"] is not None and tuple(saved["partition"]) == astuple(self.partition):
             self.table.load(self.rows, saved["blocks"])
             self.skipped[:] = saved["skipped"].numpy()
+            # what has run in this process before counts no more: another state is taken over
+            self._carried = saved["counted"].numpy() - self.counted_here
             self.norm_shares = None if saved["norm_shares"] is None else NormShares.of(saved["norm_shares"])
         else:
             self.table.reset(self.rows)
+            self._carried, self.counted_from = None, self.step
             self.in_flight = self.norm_shares = None
             if saved["partition"] is not None:
                 log.warning(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class Spent:
     """Counts of one graph with one set of parameters so far; outlives the graph in the parameters' states."""
 
+    sizes: list[int] = field(default_factory=lambda: [0])
+    """For each of the graph's monomials, the sum of what it was in all backwards; exact, however large."""
     total: float = 0.0
     """dW FLOPs that dense backwards would have taken."""
     saved: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
@@ -37,8 +38,8 @@ class Kind:
         """Whether a node computes a product of this kind."""
         raise NotImplementedError
 
-    def flops(self, node: fx.Node, result: fx.Node) -> int:
-        """dW FLOPs, two a multiply-add. node: computes it; result: its dW, another where it is split."""
+    def extents(self, node: fx.Node, result: fx.Node) -> Iterable[Any]:
+        """Sizes whose product is its multiply-adds. node: computes it; result: its dW, another where it is split."""
         raise NotImplementedError
 
     def unfit(self, node: fx.Node, dim: int, inner: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 from cacompile.kernels import masked_conv_dw
 
 from ..marks import MARK, Mark
-from ..nodes import hint, numel, output_of, sizes
+from ..nodes import output_of, sizes
 from .base import Extra, Kind, replace_node
 
 aten = torch.ops.aten
@@ -31,10 +31,10 @@ class Convolution(Kind):
     def computes(self, node: fx.Node) -> bool:
         return node.target is aten.convolution_backward.default
 
-    def flops(self, node: fx.Node, result: fx.Node) -> int:
+    def extents(self, node: fx.Node, result: fx.Node) -> Iterable[Any]:
         grad_out, x, *_, transposed, _output_padding, _groups, _mask = node.args
-        batch, _channels, *pixels = map(hint, sizes(x if transposed else grad_out))
-        return 2 * numel(result) * batch * math.prod(pixels)
+        batch, _channels, *pixels = sizes(x if transposed else grad_out)
+        return *sizes(result), batch, *pixels
 
     def unfit(self, node: fx.Node, dim: int, inner: int) -> str | None:
         *_, transposed, _output_padding, groups, _mask = node.args

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import fx
 from cacompile.kernels import masked_grouped_mm
 
 from ..marks import Mark
-from ..nodes import hint, numel, output_of, sizes
+from ..nodes import hint, output_of, sizes
 from .base import Extra, Kind, call_before, replace_node
 
 aten = torch.ops.aten
@@ -30,8 +31,8 @@ class Experts(Kind):
     def computes(self, node: fx.Node) -> bool:
         return str(node.target) == BACKWARD and len(node.args) == 4
 
-    def flops(self, node: fx.Node, result: fx.Node) -> int:
-        return 2 * numel(node.args[0]) * hint(sizes(result)[-1])
+    def extents(self, node: fx.Node, result: fx.Node) -> Iterable[Any]:
+        return *sizes(node.args[0]), sizes(result)[-1]
 
     def mask(self, node: fx.Node, extra: Extra, mark: Mark) -> None:
         x, weight, offs, grad_out = node.args

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import fx
 
 from cacompile.kernels import masked_grouped_mm
 
 from ..marks import Mark
-from ..nodes import hint, numel, sizes
+from ..nodes import sizes
 from .base import Extra, Kind, replace_node
 
 
@@ -25,8 +28,8 @@ class Grouped(Kind):
             return False
         return all(len(sizes(matrix)) == 2 for matrix in node.args[:2])
 
-    def flops(self, node: fx.Node, result: fx.Node) -> int:
-        return 2 * numel(result.args[0]) * hint(sizes(result)[-1])
+    def extents(self, node: fx.Node, result: fx.Node) -> Iterable[Any]:
+        return *sizes(result.args[0]), sizes(result)[-1]
 
     def mask(self, node: fx.Node, extra: Extra, mark: Mark) -> None:
         replace_node(node, self.operation, (*node.args, *extra, *mark.arguments()), contiguous=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import fx
 
 from cacompile.kernels import masked_mm
 
-from ..nodes import hint, numel, sizes
+from ..nodes import sizes
 from .base import Kind
 
 
@@ -20,5 +23,5 @@ class Linear(Kind):
     def computes(self, node: fx.Node) -> bool:
         return node.target is torch.ops.aten.mm.default
 
-    def flops(self, node: fx.Node, result: fx.Node) -> int:
-        return 2 * numel(result) * hint(sizes(result.args[0])[-1])
+    def extents(self, node: fx.Node, result: fx.Node) -> Iterable[Any]:
+        return *sizes(result), sizes(result.args[0])[-1]

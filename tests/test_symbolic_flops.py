@@ -1,0 +1,165 @@
+"""FLOPs where sizes are symbolic: each call counts with the sizes that it has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import OPTIONS, pin_mixed
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import cacompile
+from cacompile.layout import Monomial
+from cacompile.passes.flops import Flops, at_sizes, split
+
+EAGER = {**OPTIONS, "inner": "aot_eager"}
+
+
+class Pooled(nn.Module):
+    """Token-wise layers, whose FLOPs go with batch times length, and a pooled head, whose go with the batch."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.pool, self.head = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.pool((x + self.down(F.gelu(self.up(x))))[:, 0])))
+
+    def true_flops(self, name: str, batch: int, length: int) -> int:
+        rows = batch * (length if name in ("up", "down") else 1)
+        return 2 * rows * self.get_parameter(f"{name}.weight").numel()
+
+
+LAYERS = ("up", "down", "pool", "head")
+
+
+def counted_right(model: Pooled, run: Any, sizes: Sequence[tuple[int, int]]) -> None:
+    """Every call of these (batch, length) adds what it has, in all and left out."""
+    session = cacompile.session(model)
+    for batch, length in sizes:
+        all_before, saved_before = session.flops
+        model.zero_grad()
+        run(torch.randn(batch, length, 32)).square().mean().backward()
+        all_now, saved_now = session.flops
+        true = {name: model.true_flops(name, batch, length) for name in LAYERS}
+        off = {name: 1.0 - session.params[f"{name}.weight"].on.mean() for name in LAYERS}
+        assert all_now - all_before == sum(true.values())
+        assert saved_now - saved_before == sum(off[name] * true[name] for name in LAYERS)
+
+
+@pytest.mark.parametrize("order", [[48, 40, 40, 20, 20], [20, 24, 40, 40, 48]], ids=str)
+def test_lengths_that_vary(order: list[int]) -> None:
+    """As with dynamic padding: the first length is compiled by itself, the second makes the length symbolic."""
+    model = Pooled()
+    run = torch.compile(model, backend="convaware", options=EAGER)
+    counted_right(model, run, [(4, length) for length in order])
+    assert cacompile.session(model).flops[1] == 0
+    pin_mixed(cacompile.session(model))
+    counted_right(model, run, [(4, length) for length in order])
+    assert cacompile.session(model).flops[1] > 0
+    rows = {row.param: row.flops for row in cacompile.explain(model).rows}
+    seen = [*order[1:], *order]  # the graph of the first length has run it once
+    expected = sum(model.true_flops("up", 4, n) for n in seen) / len(seen)
+    assert rows["up.weight"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def dynamic() -> tuple[Pooled, Any]:
+    model = Pooled()
+    run = torch.compile(model, backend="convaware", options=EAGER, dynamic=True)
+    run(torch.randn(3, 5, 32)).sum().backward()
+    return model, run
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.tuples(st.integers(2, 40), st.integers(2, 70)), min_size=1, max_size=4), seed=st.integers(0, 99)
+)
+def test_any_sizes(dynamic: tuple[Pooled, Any], sizes: list[tuple[int, int]], seed: int) -> None:
+    model, run = dynamic
+    cacompile.session(model).pin(keep=0.5, seed=seed)
+    counted_right(model, run, sizes)
+
+
+def test_sizes_that_depend_on_data() -> None:
+    """Tokens picked by nonzero() count as many as there were."""
+
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert, self.out = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = torch.nonzero(x[:, 0] > 0).squeeze(-1)
+            hidden = x.new_zeros(len(x), 64).index_add(0, chosen, self.expert(x[chosen]))
+            return self.out(hidden)
+
+    model = Picks()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        run = torch.compile(model, backend="convaware", options=EAGER, fullgraph=True)
+        total = 0
+        for picked in (3, 11, 16):
+            x = torch.randn(16, 32)
+            x[:, 0] = torch.where(torch.arange(16) < picked, 1.0, -1.0)
+            run(x).sum().backward()
+            total += 2 * picked * 32 * 64 + 2 * 16 * 64 * 32
+    assert cacompile.session(model).flops[0] == total
+    rows = {row.param: row.share for row in cacompile.explain(model).rows}
+    assert rows["expert.weight"] == pytest.approx(10 / 26, rel=1e-3)
+
+
+def trained(start: int, stop: int, saved: Any = None) -> Any:
+    """A run over batches of different lengths, from a saved state if there is one; what there is at its end."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Pooled(64)
+    options = {"warmup_steps": 2, "monitor_every": 2, "tolerance": 0.5, "block_rows": 16, "inner": "aot_eager"}
+    run = torch.compile(model, backend="convaware", options=options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    session = cacompile.session(model)
+    if saved is not None:
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        session.load_state_dict(saved[2])
+    for i in range(start, stop):
+        torch.manual_seed(i)
+        x = torch.randn(8, [12, 40, 20, 28, 33, 17][i % 6], 64)
+        optimizer.zero_grad()
+        F.cross_entropy(run(x), x[:, 0].argmax(-1)).backward()
+        optimizer.step()
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict(), session.state_dict()))
+
+
+def test_resuming_goes_on_with_the_same_masks() -> None:
+    """What a block costs is the mean of all steps, not of those that a process has happened to compile."""
+    whole, resumed = trained(0, 48), trained(21, 48, trained(0, 21))
+    assert all(torch.equal(whole[0][name], resumed[0][name]) for name in whole[0])
+    assert whole[2]["flops"] == resumed[2]["flops"] and 0 < whole[2]["flops"][1] < whole[2]["flops"][0]
+    for name, entry in whole[2]["parameters"].items():
+        assert torch.equal(entry["counted"], resumed[2]["parameters"][name]["counted"])
+
+
+def test_formulas() -> None:
+    import sympy
+
+    batch, length = sympy.symbols("s0 s1", positive=True, integer=True)
+    each = [Flops(24, 2 * batch * (length + 1)), Flops(8), Flops(6, 3 * sympy.floor(length / 2)), Flops(5, batch / 2)]
+    monomials, coefficients = split(each)
+    assert [(m.text, m.atoms) for m in monomials] == [
+        ("s0*s1", ("s0", "s1")),
+        ("s0", ("s0",)),
+        ("1", ()),
+        ("floor(s1/2)", ("floor(s1/2)",)),
+    ]
+    assert coefficients == [(2, 2, 0, 0), (0, 0, 8, 0), (0, 0, 0, 3), (0, 0, 5, 0)]
+    assert int(sum(each)) == 43 and at_sizes(each[0], dict(zip(monomials, (6, 2, 1, 1)))) == 16
+    assert at_sizes(each[0], {Monomial("1", ()): 1}) == 24, "sizes that are not known leave it as it was"
+    assert int(each[0] // 2) == 12 and (each[0] // 2 * 3).formula == 3 * batch * (length + 1)
