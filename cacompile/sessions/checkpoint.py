@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from cacompile.state.params import ParamState
 from cacompile.state.table import COLUMNS, SAVED
 
 from .formats import FORMAT, upgraded
+from .pinning import ModelPin
 
 ENTRY = "state_dict entry "
 
@@ -29,7 +31,7 @@ def checked(state: Any, params: Mapping[str, ParamState]) -> Mapping[str, Any]:
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         got = state.get("format") if isinstance(state, Mapping) else type(state).__name__
         raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {FORMAT}, got {got!r}")
-    _keys(state, {"flops", "backwards", "groups", "history", "about", "parameters"}, "state_dict")
+    _keys(state, {"flops", "backwards", "groups", "history", "about", "pin", "parameters"}, "state_dict")
     flops, groups, saved = state["flops"], state["groups"], state["parameters"]
     _must(_is_row(groups) and all(isinstance(g, str) for g in groups), "groups", groups, "a list of names")
     _must(_is_row(flops) and len(flops) == 2 and all(map(_is_number, flops)), "flops", flops, "two finite numbers")
@@ -43,6 +45,7 @@ def checked(state: Any, params: Mapping[str, ParamState]) -> Mapping[str, Any]:
             raise unknown("parameter in state_dict:", name, params)
         _keys(entry, params[name].to_dict().keys(), f"{ENTRY}{name!r}")
         _check_entry(name, entry, params[name])
+    _check_model_pin(state["pin"])
     if missing := [name for name in params if name not in saved]:
         raise ConvAwareError(f"state_dict lacks {len(missing)} of the model's parameters, first {missing[0]!r}")
     return state
@@ -131,6 +134,24 @@ def _check_pin(pin: Any, blocks: int, must: Callable[..., None]) -> None:
     must(ok, "pin's mask", mask, f"{blocks} bools or None")
     must(_is_number(keep) and 0.0 <= keep <= 1.0, "pin's keep", keep, "between 0 and 1")
     must(_is_count(seed), "pin's seed", seed, "an int >= 0")
+
+
+def _check_model_pin(pin: Any) -> None:
+    if pin is None:
+        return
+    _keys(pin, {field.name for field in fields(ModelPin)}, f"{ENTRY}pin")
+    keep, seed, blocks, params = pin["keep"], pin["seed"], pin["blocks"], pin["params"]
+    ok = keep is None or (_is_number(keep) and 0.0 <= keep <= 1.0)
+    _must(ok, "pin: keep", keep, "between 0 and 1, or None")
+    _must(_is_count(seed), "pin: seed", seed, "an int >= 0")
+    for what, said in (("blocks", blocks), ("params", params)):
+        _must(isinstance(said, Mapping), f"pin: {what}", said, "a mapping of parameters' names")
+        _must(all(isinstance(name, str) for name in said), f"pin: {what}", list(said), "names of parameters")
+    for name, row in blocks.items():
+        ok = _is_row(row) and all(on is None or isinstance(on, bool) for on in row)
+        _must(ok, f"pin: blocks[{name!r}]", row, "a tuple of bools and Nones")
+    for name, on in params.items():
+        _must(isinstance(on, bool), f"pin: params[{name!r}]", on, "a bool")
 
 
 def _must(ok: bool, what: str, value: Any, allowed: str) -> None:

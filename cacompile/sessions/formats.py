@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT = 5
+FORMAT = 6
 """Format of the states that this version saves."""
 
 _ENTRY_4 = {"awaited": "in_flight", "shares": "norm_shares", "groups": "blocks"}
@@ -15,12 +15,42 @@ _HISTORY_4 = {"guarded": "masked", "speed": "update_ratio"}
 
 def upgraded(state: Any) -> Any:
     """The same state in the format of this version; as it is where it has another format, or is no state at all."""
-    if not isinstance(state, Mapping) or state.get("format") != 4:
-        return state
-    entries = state.get("parameters")
-    if isinstance(entries, Mapping):
-        entries = {name: _entry(entry) for name, entry in entries.items()}
-    return {**state, "format": FORMAT, "history": _renamed(state.get("history"), _HISTORY_4), "parameters": entries}
+    if isinstance(state, Mapping) and state.get("format") == 4:
+        entries = state.get("parameters")
+        if isinstance(entries, Mapping):
+            entries = {name: _entry(entry) for name, entry in entries.items()}
+        state = {**state, "format": 5, "history": _renamed(state.get("history"), _HISTORY_4), "parameters": entries}
+    if isinstance(state, Mapping) and state.get("format") == 5:
+        state = {**state, "format": FORMAT, "pin": _model_pin(state.get("parameters"))}
+    return state
+
+
+def _model_pin(entries: Any) -> dict[str, Any] | None:
+    """What `Session.pin` was given, as far as the pins of single parameters tell; None: not the whole model was pinned.
+
+    Nothing is refused here: the entries are checked afterwards.
+    """
+    if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
+        return None
+    if any(entry.get("pin") is None and entry.get("partition") is not None for entry in entries.values()):
+        return None
+    pins = {name: entry["pin"] for name, entry in entries.items() if entry.get("pin") is not None}
+    if not pins or not all(map(_is_pin, pins.values())):
+        return None
+    (mask, keep, seed), *others = pins.values()
+    if mask is None and all(pin == (mask, keep, seed) for pin in map(tuple, others)):
+        return {"keep": keep, "seed": seed, "blocks": {}, "params": {}}
+    whole = {name: pin[1] for name, pin in pins.items() if pin[0] is None}
+    if not all(keep in (0.0, 1.0) for keep in whole.values()):
+        return None
+    blocks = {name: pin[0] for name, pin in pins.items() if pin[0] is not None}
+    return {"keep": None, "seed": 0, "blocks": blocks, "params": {name: bool(keep) for name, keep in whole.items()}}
+
+
+def _is_pin(pin: Any) -> bool:
+    """Whether its parts are of types that can be compared."""
+    kinds: tuple[Any, ...] = ((tuple, list, type(None)), (int, float), int)
+    return isinstance(pin, (tuple, list)) and len(pin) == 3 and all(isinstance(*pair) for pair in zip(pin, kinds))
 
 
 def _entry(entry: Any) -> Any:

@@ -17,6 +17,7 @@ from cacompile.torch_internals import warning_once
 
 from .groups import GroupMembers, Member, tie
 from .params import ParamState, registry
+from .pins import hold_pins, newest_pin
 from .spent import Spent
 from .table import BlockTable
 
@@ -47,6 +48,8 @@ class GraphBinding:
         self._inputs = {name: weakref.ref(inputs[index]) for name, index in layout.params}
         self._params = _together(layout, [_part(grad, inputs[grad.index], config) for grad in layout.grads])
         _tie(layout, self._params)
+        self._pins = newest_pin()
+        hold_pins()
         for param in self.params:
             param.spent.append(self.spent)
         self._any_off = False
@@ -95,6 +98,8 @@ class GraphBinding:
 
     def wants_masked(self) -> bool:
         """Whether some group of this graph is off in the current step."""
+        if self._pins != newest_pin():
+            self._look_for_pins()
         table = self._table
         if table is not None and self._mask_version != table.mask_version:
             self._gather(table)
@@ -167,6 +172,12 @@ class GraphBinding:
                 self._has_row[grad.flags] = True
                 rows[grad.flags] = np.arange(len(table))[param.rows]
         self._rows, self._structure = rows[self._has_row], table.structure
+
+    def _look_for_pins(self) -> None:
+        """Pins were made since: maybe while the model had other parameters in the place of these."""
+        self._pins = newest_pin()
+        if any(param.pinned_at < self._pins for param in self.params):
+            hold_pins()
 
     def _look_for_steps(self) -> None:
         """Say once if nothing steps these parameters: masks are drawn after the steps of their optimizer."""

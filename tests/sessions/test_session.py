@@ -238,9 +238,9 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda s: None, ["format 5", "NoneType"]),
-        (lambda s: {**s, "format": 7}, ["format 5", "got 7"]),
-        (lambda s: {"weight": torch.ones(2)}, ["format 5", "got None"]),
+        (lambda s: None, ["format 6", "NoneType"]),
+        (lambda s: {**s, "format": 7}, ["format 6", "got 7"]),
+        (lambda s: {"weight": torch.ones(2)}, ["format 6", "got None"]),
         (lambda s: without(s, "flops"), ["lacks flops"]),
         (lambda s: {**s, "flops": None}, ["flops", "two finite numbers", "got None"]),
         (lambda s: {**s, "flops": (1.0, "2")}, ["flops", "two finite numbers", "'2'"]),
