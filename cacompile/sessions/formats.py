@@ -13,14 +13,23 @@ _COLUMNS_4 = {"due": "phase", "usual": "mean_descent", "speed": "update_ratio"}
 _HISTORY_4 = {"guarded": "masked", "speed": "update_ratio"}
 
 
+def format_of(state: Any) -> Any:
+    """A number; of what is no state at all, what it has or is instead."""
+    return state.get("format") if isinstance(state, Mapping) else type(state).__name__
+
+
+def _is(state: Any, number: int) -> bool:
+    return isinstance(found := format_of(state), int) and found == number
+
+
 def upgraded(state: Any) -> Any:
     """The same state in the format of this version; as it is where it has another format, or is no state at all."""
-    if isinstance(state, Mapping) and state.get("format") == 4:
+    if _is(state, 4):
         entries = state.get("parameters")
         if isinstance(entries, Mapping):
             entries = {name: _entry(entry) for name, entry in entries.items()}
         state = {**state, "format": 5, "history": _renamed(state.get("history"), _HISTORY_4), "parameters": entries}
-    if isinstance(state, Mapping) and state.get("format") == 5:
+    if _is(state, 5):
         state = {**state, "format": FORMAT, "pin": _model_pin(state.get("parameters"))}
     return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cacompile.errors import ConvAwareError, unknown
+from cacompile.config import LARGEST_SEED
+from cacompile.errors import ConvAwareError, shown, unknown
 from cacompile.state.groups import GroupIndex
 from cacompile.state.params import ParamState
 from cacompile.state.pins import Pin
@@ -67,20 +69,24 @@ def every_name(params: Iterable[tuple[str, torch.nn.Parameter]]) -> Names:
     return {name: names for names in found.values() for name in names}
 
 
-def drawn(keep: Any, seed: Any) -> ModelPin:
+def drawn(keep: Any, seed: int) -> ModelPin:
     """`keep` for all groups, drawn once."""
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0.0 <= keep <= 1.0:
-        raise ConvAwareError(f"keep must be between 0 and 1, got {keep!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConvAwareError(f"seed must be an int >= 0, got {seed!r}")
+    is_number = isinstance(keep, numbers.Real) and not isinstance(keep, bool)
+    if not is_number or not 0.0 <= keep <= 1.0:
+        raise ConvAwareError(f"keep must be a number between 0 and 1, got {shown(keep)}")
     return ModelPin(keep=float(keep), seed=seed)
+
+
+def checked_seed(seed: Any) -> int:
+    is_int = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if not is_int or not 0 <= seed <= LARGEST_SEED:
+        raise ConvAwareError(f"seed must be an int >= 0 and <= {LARGEST_SEED}, got {shown(seed)}")
+    return int(seed)
 
 
 def listed(mask: Any, params: Mapping[str, ParamState], names: Names) -> ModelPin:
     """A mask of all groups that these parameters have."""
-    if not isinstance(mask, (torch.Tensor, np.ndarray, Sequence)) or isinstance(mask, str):
-        raise ConvAwareError(f"mask must be a sequence or a tensor of bool, or a dict, got {mask!r}")
-    values = mask.reshape(-1).tolist() if isinstance(mask, (torch.Tensor, np.ndarray)) else list(mask)
+    values = _bools(mask)
     parted = {name: param for name, param in params.items() if param.blocks}
     index = GroupIndex(list(parted.values()))
     if len(values) != len(index.all):
@@ -91,22 +97,45 @@ def listed(mask: Any, params: Mapping[str, ParamState], names: Names) -> ModelPi
     return ModelPin(blocks={n: tuple(each.tolist()) for name, each in split for n in names[name]})
 
 
+def _bools(mask: Any) -> list[bool]:
+    """Numbers are refused, even 0 and 1: they may be the groups' indices."""
+    allowed = "a sequence, tensor or array of bool, or a dict"
+    if isinstance(mask, (torch.Tensor, np.ndarray)):
+        is_bool = mask.dtype in (torch.bool, np.dtype(bool))
+        if not is_bool or (isinstance(mask, torch.Tensor) and (mask.is_meta or mask.layout != torch.strided)):
+            what = f"{type(mask).__name__} of {mask.dtype}, {list(mask.shape)}"
+            raise ConvAwareError(f"mask must be {allowed}, got a {what}: {shown(mask)}")
+        return mask.reshape(-1).tolist()
+    if not isinstance(mask, Sequence) or isinstance(mask, (str, bytes)):
+        raise ConvAwareError(f"mask must be {allowed}, got {shown(mask)}")
+    for i, on in enumerate(mask):
+        if not _is_bool(on):
+            raise ConvAwareError(f"mask must be {allowed}, got {shown(on)} as entry {i}")
+    return [bool(on) for on in mask]
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_))
+
+
 def named(mask: Mapping[Any, Any], params: Mapping[str, ParamState], names: Names) -> ModelPin:
     """What is said of groups, families and parameters by name."""
     parted = {name: param for name, param in params.items() if param.blocks}
     index = GroupIndex(list(parted.values()))
     families, groups = index.names({id(param): name for name, param in parted.items()})
     known = {*names, *families, *groups}
-    for name in mask:
+    for name, on in mask.items():
         if name not in known:
             hint = "" if groups else TOO_EARLY
             raise unknown(f"group, family or parameter in mask{hint}:", name, known)
-    chosen = [mask.get(name, mask.get(families[f])) for name, f in zip(groups, index.family)]
+        if not _is_bool(on):
+            raise ConvAwareError(f"mask[{name!r}] must be True or False, got {shown(on)}")
+    said = {name: bool(on) for name, on in mask.items()}
+    chosen = [said.get(name, said.get(families[f])) for name, f in zip(groups, index.family)]
     blocks: dict[str, tuple[bool | None, ...]] = {}
     for name, each in zip(parted, index.split(np.arange(len(groups)))):
-        said = tuple(None if chosen[i] is None else bool(chosen[i]) for i in each)
-        if any(on is not None for on in said):
-            blocks |= dict.fromkeys(names[name], said)
-    whole = {name: bool(on) for name, on in mask.items() if name in names}
-    also = {n: on for name, on in whole.items() for n in names[name]}
-    return ModelPin(blocks=blocks, params=also | whole)
+        row = tuple(chosen[i] for i in each)
+        if any(on is not None for on in row):
+            blocks |= dict.fromkeys(names[name], row)
+    also = {n: on for name, on in said.items() if name in names for n in names[name]}
+    return ModelPin(blocks=blocks, params=also | {name: on for name, on in said.items() if name in names})

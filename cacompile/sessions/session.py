@@ -23,7 +23,7 @@ from cacompile.state.spent import Totals, add
 
 from .about import describe
 from .checkpoint import FORMAT, checked
-from .pinning import ModelPin, Names, drawn, every_name, listed, named
+from .pinning import ModelPin, Names, checked_seed, drawn, every_name, listed, named
 
 _RENAMED = {"instances": "bindings", "tracked": "params", "units": "index"}
 _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -170,14 +170,15 @@ class Session:
         or unpin decides. Change pins between steps: what a pin skipped gets its estimate in the next step unless
         gradients are None.
 
-        mask: bool for each of `groups`; or {name of a group, family or parameter: bool}, where the narrower name
-        decides and a parameter's leaves the rest of its groups on. All others are on, and so is what comes later unless
-        it has one of these names or comes into one of these groups; or
+        mask: bool for each of `groups` (numbers are refused, they may be indices); or {name of a group, family or
+        parameter: bool}, where the narrower name decides and a parameter's leaves the rest of its groups on. All others
+        are on, and so is what comes later unless it has one of these names or comes into one of these groups; or
         keep, seed: draw it once, every group kept with probability `keep`, later ones as well.
         """
         params = self._claim()
         if (mask is None) == (keep is None):
             raise ConvAwareError("pin takes either mask or keep, got " + ("neither" if mask is None else "both"))
+        seed = checked_seed(seed)
         if mask is None:
             pin = drawn(keep, seed)
         elif isinstance(mask, Mapping):
@@ -263,9 +264,8 @@ class Session:
 
     def _change(self, pin: ModelPin | None, params: Mapping[str, ParamState]) -> None:
         """Another pin from now on; parameters that the last one held, and that have left the model, are let go."""
-        inside = set(map(id, params.values()))
-        for param in list(self._held):
-            if id(param) not in inside and param.pinned_at in (0, self.pinned_at):
+        for param in set(self._held) - set(params.values()):
+            if param.pinned_at in (0, self.pinned_at):
                 param.set_pin(None)
         self._pin, self.pinned_at = pin, next_pin(self)
         self._held.clear()

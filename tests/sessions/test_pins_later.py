@@ -227,6 +227,18 @@ def test_a_pin_goes_on_after_resuming(run: Run, how: str, late: bool):
     assert other.session.mask.all() and other.session.state_dict()["pin"] is None
 
 
+def test_a_state_of_a_run_with_new_parameters_can_be_loaded(run: Run):
+    """They count their steps from 0, after a history that has more."""
+    run.train(8)
+    run.session.load_state_dict(run.session.state_dict())
+    assign(run)
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-5)
+    run.train(4)
+    assert run.session.step_count == 4
+    run.session.load_state_dict(run.session.state_dict())
+    assert run.session.history.step.tolist() == [2, 4, 6, 8]
+
+
 def test_loading_a_state_without_a_pin_ends_one(run: Run):
     state = run.session.state_dict()
     run.session.pin(keep=0.0)
