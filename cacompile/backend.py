@@ -11,21 +11,19 @@ import torch
 from torch import fx
 
 from .config import Config
-from .errors import ConvAwareError, unknown
+from .errors import ConvAwareError
 from .graph.fallback import warn_of_fault
+from .settings import Settings, settings
 from .torch_internals import (
     COMPILE,
     TESTED,
     broken_contracts,
-    check_inductor_option,
     inductor_alone,
     is_control_flow,
     release,
 )
 
 log = logging.getLogger(__name__)
-
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 PLAIN = "this graph is compiled by the inner compiler alone, and all its weight gradients are computed"
 
@@ -44,12 +42,9 @@ def convaware(
     """
     if broken := broken_contracts(COMPILE):
         warn_of_fault(log, f"relying on torch, where {'; '.join(map(str, broken))}", PLAIN, trace=False)
-        config, theirs = Config.from_options(options)
+        config, theirs = _or_option_error(Config.from_options, options)
         return _plain(gm, example_inputs, config, {name.replace("-", "_"): value for name, value in theirs.items()})
-    try:
-        config, patches = _settings(mode, options)
-    except ConvAwareError as error:
-        raise _option_error(str(error)) from None
+    config, patches = _or_option_error(settings, options, mode)
     if release() not in TESTED:
         _note_untested()
     try:
@@ -101,37 +96,16 @@ def _note_untested() -> None:
     )
 
 
-def _option_error(message: str) -> ConvAwareError:
-    """A wrong option's error; of the kind that Dynamo hands to the user as it is."""
+def _or_option_error(read: Callable[..., Settings], *given: Any) -> Settings:
+    """What is read of mode and options; a wrong one's error is of the kind that Dynamo hands to the user as it is."""
+    try:
+        return read(*given)
+    except ConvAwareError as error:
+        message = str(error)
     from .torch_internals import ShortenTraceback
 
     class OptionError(ShortenTraceback, ConvAwareError):
         def __init__(self, message: str) -> None:
             super().__init__(message, first_useful_frame=None)  # type: ignore[call-arg]
 
-    return OptionError(message)
-
-
-def _settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
-    """Our Config, and the patches of Inductor's configuration that mode and options ask for."""
-    from .torch_internals import inductor_config, list_mode_options
-
-    if mode is not None and mode not in MODES:
-        raise unknown("mode", mode, MODES)
-    config, theirs = Config.from_options(options)
-    if config.inner != "inductor" and (mode not in (None, "default") or theirs):
-        wrong = f"mode {mode!r}" if mode not in (None, "default") else f"option {next(iter(theirs))!r}"
-        allowed = ", ".join(sorted(Config.__dataclass_fields__))
-        raise ConvAwareError(f"{wrong} is Inductor's, which inner={config.inner!r} does not use; allowed: {allowed}")
-    known = inductor_config.get_config_copy()
-    patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
-    for name, value in theirs.items():
-        key = name.replace("-", "_")
-        if key not in known:
-            raise unknown("option", name, {*known, *Config.__dataclass_fields__})
-        try:
-            check_inductor_option(name, value)
-        except RuntimeError as error:
-            raise ConvAwareError(f"option {name!r} cannot be {value!r}: {error}") from None
-        patches[key] = value
-    return config, patches
+    raise OptionError(message)

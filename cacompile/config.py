@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .errors import ConvAwareError, unknown
+from .errors import ConvAwareError, shown, unknown
+
+LARGEST = 2**63 - 1
+"""The largest int that may be given for a number of steps: of those that arrays hold."""
+
+LARGEST_SEED = 2**64 - 1
 
 
 def _option(
@@ -17,9 +23,13 @@ def _option(
     high: float | None = None,
     choices: tuple = (),
     callables: str = "",
+    largest: int = LARGEST,
 ) -> Any:
-    """callables: what a callable is that may stand in place of a choice; empty where none may."""
-    allowed = {"low": low, "high": high, "choices": choices, "callables": callables}
+    """callables: what a callable is that may stand in place of a choice; empty where none may.
+
+    largest: the largest int where there is no `high`, too large to be worth a word in the tables of options.
+    """
+    allowed = {"low": low, "high": high, "choices": choices, "callables": callables, "largest": largest}
     return field(default=default, metadata={"doc": doc, **allowed})
 
 
@@ -38,14 +48,17 @@ class Config:
     monitor_every: int = _option(20, "Optimizer steps between two measurements of the scores.", low=1)
     max_age: int = _option(20, "Most optimizer steps in a row that a group may be skipped.", low=1)
     block_rows: int = _option(
-        128, "Rows of a weight in one group, about (filters: half, tokens: four times); no head is ever cut.", low=1
+        128,
+        "Rows of a weight in one group, about (filters: half, tokens: four times); no head is ever cut.",
+        low=1,
+        high=65536,
     )
     estimate: str = _option(
         "momentum",
         "Gradient of a skipped group: the optimizer's first moment, or zeros.",
         choices=("momentum", "zeros"),
     )
-    seed: int = _option(0, "Seed of the draws; give every data-parallel rank the same.", low=0)
+    seed: int = _option(0, "Seed of the draws; give every data-parallel rank the same.", low=0, largest=LARGEST_SEED)
     inner: str | Callable[..., Any] = _option(  # noqa: RUF009  # a value like any other, for all its type
         "inductor",
         "What compiles the graphs: Inductor, torch's eager run of them, or another compiler.",
@@ -55,38 +68,48 @@ class Config:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            _check(option.name, getattr(self, option.name), option.default, option.metadata)
+            value = _checked(option.name, getattr(self, option.name), option.default, option.metadata)
+            object.__setattr__(self, option.name, value)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
         """Split torch.compile's `options` into ours and the rest, which is Inductor's."""
         ours = {option.name for option in fields(cls)}
+        if options is not None and not isinstance(options, Mapping):
+            raise ConvAwareError(f"options must be a dict of names and values, got {shown(options)}")
         options = dict(options or {})
+        if wrong := [name for name in options if not isinstance(name, str)]:
+            raise ConvAwareError(f"names of options must be of type str, got {shown(wrong[0])}")
         return cls(**{k: v for k, v in options.items() if k in ours}), {
             k: v for k, v in options.items() if k not in ours
         }
 
 
-def _check(name: str, value: Any, default: Any, allowed: Mapping[str, Any]) -> None:
+def _checked(name: str, value: Any, default: Any, allowed: Mapping[str, Any]) -> Any:
+    """The value, numbers as Python's own: a saved state has the options, and no objects of other libraries."""
     if allowed["callables"] and callable(value):
         _check_key(name, value)
-        return
+        return value
     kind = type(default)
-    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-    if not fits:
+    fits = isinstance(value, {float: numbers.Real, int: numbers.Integral}.get(kind, kind))
+    if not fits or isinstance(value, bool):
         also = f" or {allowed['callables']}" if allowed["callables"] else ""
-        raise ConvAwareError(f"convaware option {name!r} must be of type {kind.__name__}{also}, got {value!r}")
+        raise ConvAwareError(f"convaware option {name!r} must be of type {kind.__name__}{also}, got {shown(value)}")
     low, high, choices = allowed["low"], allowed["high"], allowed["choices"]
     if choices and value not in choices:
         also = f"; or {allowed['callables']}" if allowed["callables"] else ""
         raise ConvAwareError(f"{unknown(f'value of convaware option {name!r}:', value, choices)}{also}")
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        span = f"between {low} and {high}" if high is not None else f">= {low}"
-        raise ConvAwareError(f"convaware option {name!r} must be {span}, got {value!r}")
+    if choices:
+        return value
+    if not low <= value <= (allowed["largest"] if high is None else high):
+        far = high is None and value > low
+        span = f"between {low} and {allowed['largest'] if far else high}" if high is not None or far else f">= {low}"
+        raise ConvAwareError(f"convaware option {name!r} must be {span}, got {shown(value)}")
+    return kind(value)
 
 
 def _check_key(name: str, value: Any) -> None:
     try:
         hash(value)
     except TypeError:
-        raise ConvAwareError(f"convaware option {name!r} must be hashable, got {value!r}") from None
+        raise ConvAwareError(f"convaware option {name!r} must be hashable, got {shown(value)}") from None

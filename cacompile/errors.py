@@ -11,13 +11,26 @@ class ConvAwareError(ValueError):
     """Something the user gave is wrong; the message names it, its value and what is allowed."""
 
 
+LONGEST = 300
+"""Most characters of a value that a message shows."""
+
+
+def shown(value: object) -> str:
+    """A value as a message has it: on one line and never too long, whatever it is."""
+    try:
+        text = " ".join(line.strip() for line in repr(value).splitlines())
+    except Exception:  # such as an int of thousands of digits
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> ConvAwareError:
     """The error for a name that does not exist, with the nearest one that does."""
-    names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
+    names, text = sorted(known), name if isinstance(name, str) else shown(name)
+    near = difflib.get_close_matches(text, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    shown = names if len(names) <= 20 else [*difflib.get_close_matches(str(name), names, n=5, cutoff=0.4), "..."]
-    return ConvAwareError(f"unknown {kind} {name!r}; {hint}known: {', '.join(shown)}")
+    some = names if len(names) <= 20 else [*difflib.get_close_matches(text, names, n=5, cutoff=0.4), "..."]
+    return ConvAwareError(f"unknown {kind} {shown(name)}; {hint}known: {', '.join(some)}")
 
 
 def renamed(old: str, new: str, depth: int = 0) -> None:

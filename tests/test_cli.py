@@ -124,7 +124,7 @@ def test_report_says_what_is_wrong(saved: Path, tmp_path: Path) -> None:
     assert "no such file: nothing.pt" in call("report", "nothing.pt", code=2)
     assert "path must end in" in call("report", saved, "--out", "run.pdf", code=2)
     torch.save({"weight": torch.ones(2)}, other := tmp_path / "model.pt")
-    assert "state must be one of Session.state_dict()" in call("report", other, code=2)
+    assert "state_dict must be one of Session.state_dict()" in call("report", other, code=2)
     (text := tmp_path / "notes.txt").write_text("nothing to load")
     assert "cannot be read" in call("report", text, code=2)
 

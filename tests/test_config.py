@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import fx, nn
@@ -13,7 +15,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import cacompile
 from cacompile import Config, ConvAwareError
-from cacompile.backend import MODES
+from cacompile.errors import shown
+from cacompile.settings import MODES
 
 LIMITS = {  # option -> values allowed at the edges, values just beyond
     "tolerance": ([0, 0.0, 1.0], [-0.01, 1.01, float("nan")]),
@@ -21,7 +24,7 @@ LIMITS = {  # option -> values allowed at the edges, values just beyond
     "warmup_steps": ([0, 10**9], [-1]),
     "monitor_every": ([1], [0]),
     "max_age": ([1], [0]),
-    "block_rows": ([1, 4096], [0, -128]),
+    "block_rows": ([1, 65536], [0, -128, 65537]),
     "seed": ([0, 2**63], [-1]),
 }
 
@@ -60,6 +63,77 @@ def test_every_option_has_limits_and_a_description():
 def test_types(option: str, value: Any, kind: str):
     with pytest.raises(ConvAwareError, match=f"'{option}' must be of type {kind}, got {value!r}"):
         Config(**{option: value})
+
+
+@pytest.mark.parametrize("option", [option.name for option in fields(Config) if option.metadata["low"] is not None])
+@pytest.mark.parametrize(
+    "value", [2**70, 10**400, 10**5000, np.inf, -np.inf, np.nan, np.True_, 1j, torch.ones(2)], ids=shown
+)
+def test_numbers_beyond_all_ranges(option: str, value: Any):
+    with pytest.raises(ConvAwareError, match=rf"convaware option '{option}' must be (of type|between|>=) .*, got "):
+        Config(**{option: value})
+
+
+def test_the_largest_is_named_where_a_number_is_too_large():
+    with pytest.raises(ConvAwareError, match=f"'seed' must be between 0 and {2**64 - 1}, got {2**70}"):
+        Config(seed=2**70)
+    with pytest.raises(ConvAwareError, match=f"'max_age' must be between 1 and {2**63 - 1}, got {2**63}"):
+        Config(max_age=2**63)
+
+
+def test_numbers_of_other_libraries_become_pythons_own():
+    config = Config(seed=np.int64(3), tolerance=np.float32(0.5), max_skip=Fraction(1, 2))
+    assert config == Config(seed=3, tolerance=0.5, max_skip=0.5)
+    assert (type(config.seed), type(config.tolerance), type(config.max_skip)) == (int, float, float)
+
+
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+def test_the_largest_numbers_train(inner: str, caplog: pytest.LogCaptureFixture):
+    steps = {**dict.fromkeys(["warmup_steps", "monitor_every", "max_age"], 2**63 - 1), "block_rows": 65536}
+    for options in (steps, {**steps, "warmup_steps": 0, "monitor_every": 1}, {"seed": 2**64 - 1, "warmup_steps": 0}):
+        torch._dynamo.reset()
+        model = nn.Linear(32, 32)
+        optimizer = torch.optim.AdamW(model.parameters())
+        run = torch.compile(model, backend="convaware", options={"block_rows": 16, **options, "inner": inner})
+        for _ in range(3):
+            run(torch.ones(2, 32)).sum().backward()
+            optimizer.step()
+        cacompile.session(model).load_state_dict(cacompile.session(model).state_dict())
+        assert cacompile.session(model).bindings and model.weight.isfinite().all()
+        assert "Traceback" not in caplog.text and "failed" not in caplog.text
+
+
+WRONG_OPTIONS = [
+    (["tolerance"], ["options must be a dict", "['tolerance']"]),
+    ("tolerance", ["options must be a dict", "'tolerance'"]),
+    (3, ["options must be a dict", "got 3"]),
+    ([("seed", 1)], ["options must be a dict", "('seed', 1)"]),
+    ({1: 2}, ["names of options", "str", "got 1"]),
+    ({"toleranse": 1}, ["'toleranse'", "did you mean 'tolerance'?"]),
+    ({"seed": 10**400}, ["'seed'", "between 0 and"]),
+    ({"max_autotune": "yes"}, ["max_autotune", "bool", "str"]),
+    ({"max_autotune": True, "inner": "aot_eager"}, ["'max_autotune'", "Inductor's", "allowed"]),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), WRONG_OPTIONS, ids=shown)
+@pytest.mark.parametrize("front", ["compile", "explain", "explain what has run", "broken torch"])
+def test_wrong_options_are_one_clear_error_everywhere(
+    front: str, options: Any, words: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    model, x = nn.Linear(4, 4), torch.ones(1, 4)
+    if front == "broken torch":
+        if "autotun" in str(options) or "toleranse" in str(options):
+            pytest.skip("Inductor's own, which is asked")
+        monkeypatch.setattr("cacompile.backend.broken_contracts", lambda _: ["something"])
+    if front == "explain what has run":
+        torch.compile(model, backend="convaware", options={"inner": "aot_eager"})(x)
+    with pytest.raises(ConvAwareError) as error:
+        if front in ("compile", "broken torch"):
+            torch.compile(model, backend="convaware", options=options)(x)
+        else:
+            cacompile.explain(model, *([] if "run" in front else [x]), options=options)
+    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_a_choice_that_does_not_exist():

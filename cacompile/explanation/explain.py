@@ -17,6 +17,7 @@ from cacompile.pages.html import render
 from cacompile.passes.kinds import kind_called
 from cacompile.passes.plan import Plan, SharedAxis, WeightGrad
 from cacompile.sessions.session import named_parameters, session
+from cacompile.settings import settings
 
 from . import code as annotated
 from .document import text as document
@@ -132,10 +133,11 @@ def explain(
     Without, the graphs are explained that the model was already compiled to and has run with.
     `options` as for `torch.compile`; of a model that has run, its own are taken by default.
     """
+    asked, _ = settings(options)
     view = session(model)
     model = getattr(model, "_orig_mod", model)
     if example_inputs or example_kwargs:
-        config = Config.from_options(options)[0] if options is not None else view.config or Config()
+        config = asked if options is not None else view.config or Config()
         return _explanation(trace(model, config, example_inputs, example_kwargs), model)
     runs = running(view.bindings)
     if not runs:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from cacompile.config import Config
 from cacompile.errors import ConvAwareError
 from cacompile.sessions.session import session
+from cacompile.settings import settings
 
 from .shared import BACKEND, is_compiled, missing, numbers
 
@@ -54,7 +54,7 @@ class ConvAwareCallback(TrainerCallback):
     """
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
-        Config.from_options(options)  # mistakes show up here, not when training begins
+        settings(options)  # mistakes show up here, not when training begins
         self.options = dict(options or {})
         self._handed_on = False
 

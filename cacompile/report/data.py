@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from cacompile.controller.policy import STEP
-from cacompile.errors import ConvAwareError
 from cacompile.pages.numbers import count, percent
-from cacompile.sessions.checkpoint import check_history
-from cacompile.sessions.formats import FORMAT, upgraded
+from cacompile.sessions.checkpoint import checked_run
 from cacompile.state.history import History
 
 
@@ -82,13 +80,7 @@ class RunData:
     @classmethod
     def of(cls, state: Any) -> RunData:
         """Raises ConvAwareError for anything but a state of `Session.state_dict()`."""
-        state = upgraded(state)
-        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
-            got = state.get("format") if isinstance(state, Mapping) else type(state).__name__
-            raise ConvAwareError(f"state must be one of Session.state_dict() with format {FORMAT}, got {got!r}")
-        if lost := {"history", "flops", "backwards", "parameters", "about"} - state.keys():
-            raise ConvAwareError(f"state lacks {', '.join(sorted(lost))}")
-        check_history(state["history"])
+        state = checked_run(state)
         params = state["parameters"].values()
         return cls(
             history=History.of(state["history"]),
@@ -97,7 +89,7 @@ class RunData:
             saved=state["flops"][1],
             backwards=state["backwards"][0],
             masked=state["backwards"][1],
-            pinned=any(entry["pin"] is not None for entry in params),
+            pinned=state["pin"] is not None or any(entry["pin"] is not None for entry in params),
             about=state["about"],
         )
 

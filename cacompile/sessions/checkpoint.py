@@ -3,49 +3,112 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 
-from cacompile.errors import ConvAwareError, unknown
+from cacompile.config import LARGEST_SEED
+from cacompile.errors import ConvAwareError, shown, unknown
 from cacompile.layout import Partition
 from cacompile.state.history import BY_GROUP, BY_STEP, History
 from cacompile.state.params import ParamState
 from cacompile.state.table import COLUMNS, SAVED
 
-from .formats import FORMAT, upgraded
+from .formats import FORMAT, format_of, upgraded
+from .pinning import ModelPin
 
 ENTRY = "state_dict entry "
 
+LARGEST = 2**62
+"""Of counts: what has been counted, and some more, is to fit into int64."""
+
+COUNT = f"an int >= 0 and <= {LARGEST}"
+
+
+VALUES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "keep": (lambda x: (x >= 0) & (x <= 1), "between 0 and 1"),
+    "phase": (lambda x: (x == -1) | ((x >= 0) & (x <= 1)), "between 0 and 1, or -1"),
+    "score": (lambda x: ~x.isinf(), "finite or NaN"),
+    "mean_descent": (lambda x: ~x.isinf(), "finite or NaN"),
+    "update_ratio": (lambda x: ~(x < 0), ">= 0 or NaN"),
+    "age": (lambda x: (x >= 0) & (x <= LARGEST), f"from 0 to {LARGEST}"),
+}
+"""What the saved columns of a parameter's blocks may hold."""
+
 
 def checked(state: Any, params: Mapping[str, ParamState]) -> Mapping[str, Any]:
-    """The state in the format of this version, of which nothing can fail later.
+    """A copy of the state in the format of this version, of which nothing can fail later, whatever becomes of its own.
 
     Raises a ConvAwareError that names what is wrong, its value and what is allowed.
     """
-    state = upgraded(state)
-    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
-        got = state.get("format") if isinstance(state, Mapping) else type(state).__name__
-        raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {FORMAT}, got {got!r}")
-    _keys(state, {"flops", "backwards", "groups", "history", "about", "parameters"}, "state_dict")
-    flops, groups, saved = state["flops"], state["groups"], state["parameters"]
-    _must(_is_row(groups) and all(isinstance(g, str) for g in groups), "groups", groups, "a list of names")
-    _must(_is_row(flops) and len(flops) == 2 and all(map(_is_number, flops)), "flops", flops, "two finite numbers")
-    counts = state["backwards"]
-    _must(_is_row(counts) and len(counts) == 2 and all(map(_is_count, counts)), "backwards", counts, "two ints >= 0")
-    _must(isinstance(state["about"], Mapping), "about", state["about"], "a mapping")
-    check_history(state["history"])
-    _must(isinstance(saved, Mapping), "parameters", saved, "a mapping of names to entries")
+    state = checked_run(state, params)
+    saved = state["parameters"]
     for name, entry in saved.items():
-        if name not in params:
-            raise unknown("parameter in state_dict:", name, params)
         _keys(entry, params[name].to_dict().keys(), f"{ENTRY}{name!r}")
         _check_entry(name, entry, params[name])
     if missing := [name for name in params if name not in saved]:
         raise ConvAwareError(f"state_dict lacks {len(missing)} of the model's parameters, first {missing[0]!r}")
+    return _copied(state)
+
+
+def checked_run(state: Any, params: Collection[str] | None = None) -> Mapping[str, Any]:
+    """The state in the format of this version, checked as far as it goes without the model; else as `checked`.
+
+    params: the model's, where it is known.
+    """
+    state = upgraded(state)
+    found = format_of(state)
+    if not isinstance(found, int) or found != FORMAT:
+        raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {FORMAT}, got {shown(found)}")
+    wanted = {"format", "flops", "backwards", "groups", "history", "about", "pin", "parameters"}
+    _keys(state, wanted, "state_dict")
+    flops, groups, saved, counts = (state[key] for key in ("flops", "groups", "parameters", "backwards"))
+    _must(_is_row(groups) and all(isinstance(g, str) for g in groups), "groups", groups, "a list of names")
+    ok = _is_row(flops) and len(flops) == 2 and all(_is_number(each) and each >= 0 for each in flops)
+    _must(ok, "flops", flops, "two finite numbers >= 0")
+    ok = _is_row(counts) and len(counts) == 2 and all(map(_is_count, counts))
+    _must(ok, "backwards", counts, f"two ints >= 0 and <= {LARGEST}")
+    _check_about(state["about"])
+    check_history(state["history"])
+    _check_model_pin(state["pin"])
+    _must(isinstance(saved, Mapping), "parameters", saved, "a mapping of names to entries")
+    for name, entry in saved.items():
+        _must(isinstance(name, str), "parameters", name, "a mapping of names to entries")
+        if params is not None and name not in params:
+            raise unknown("parameter in state_dict:", name, params)
+        where = f"{ENTRY}{name!r}"
+        _keys(entry, {"step", "pin"}, where, others=True)
+        _must(_is_count(entry["step"]), f"{name!r}: step", entry["step"], COUNT)
     return state
+
+
+def _check_about(about: Any) -> None:
+    """Of `describe`, or empty."""
+
+    def must(ok: bool, field: str, value: Any, allowed: str) -> None:
+        _must(ok, f"about: {field}", value, allowed)
+
+    _must(isinstance(about, Mapping), "about", about, "a mapping")
+    if not about:
+        return
+    _keys(about, {"options", "versions", "graphs", "parameters"}, f"{ENTRY}about")
+    for field in ("options", "versions", "parameters"):
+        ok = isinstance(about[field], Mapping) and all(isinstance(name, str) for name in about[field])
+        must(ok, field, about[field], "a mapping of names")
+    for name, value in about["options"].items():
+        must(isinstance(value, str) or _is_number(value), f"options[{name!r}]", value, "a number or a str")
+    for name, value in about["versions"].items():
+        must(isinstance(value, str), f"versions[{name!r}]", value, "a str")
+    must(_is_count(about["graphs"]), "graphs", about["graphs"], COUNT)
+    for name, value in about["parameters"].items():
+        where = f"parameters[{name!r}]"
+        _keys(value, {"flops", "reason"}, f"{ENTRY}about: {where}")
+        must(_is_number(value["flops"]) and value["flops"] >= 0, f"{where}: flops", value["flops"], "a number >= 0")
+        must(isinstance(value["reason"], str), f"{where}: reason", value["reason"], "a str")
 
 
 def check_history(history: Any) -> None:
@@ -68,24 +131,29 @@ def check_history(history: Any) -> None:
             shape = tuple(sizes.get(field, (len(history["groups"]),)))
             allowed = f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)} on the host"
             must(_is_array(history[field], tensor.dtype, shape), field, history[field], allowed)
-    must(bool((step.diff() > 0).all()), "step", step.tolist(), "rising")
+    must(bool((step.diff() > 0).all() and (step >= 0).all()), "step", step.tolist(), "rising from 0 or more")
+    must(bool((step <= LARGEST).all()), "step", step.tolist(), f"up to {LARGEST}")
+    for field in ("seconds", "total", "saved", "backwards", "masked", "skipped", "flops"):
+        values = history[field]
+        must(bool((values.isfinite() & (values >= 0)).all()), field, values.tolist(), "finite and >= 0")
+    keep = history["keep"]
+    must(bool((keep.isnan() | ((keep >= 0) & (keep <= 1))).all()), "keep", keep.tolist(), "between 0 and 1 or NaN")
     family, stride = history["family"], history["stride"]
     must(bool(((family >= 0) & (family < families)).all()), "family", family.tolist(), f"from 0 to {families - 1}")
-    must(_is_count(stride) and stride > 0, "stride", stride, "an int >= 1")
+    must(_is_count(stride) and stride > 0, "stride", stride, f"an int >= 1 and <= {LARGEST}")
 
 
 def _check_entry(name: str, entry: Mapping[str, Any], param: ParamState) -> None:
     def must(ok: bool, field: str, value: Any, allowed: str) -> None:
         _must(ok, f"{name!r}: {field}", value, allowed)
 
-    shape, key, step, pin = entry["shape"], entry["key"], entry["step"], entry["pin"]
+    shape, key, pin = entry["shape"], entry["key"], entry["pin"]
     must(_is_row(shape) and all(map(_is_count, shape)), "shape", shape, "a tuple of sizes")
     if tuple(shape) != param.shape:
         raise ConvAwareError(f"{ENTRY}{name!r} is for shape {tuple(shape)}, the model's parameter has {param.shape}")
-    must(key is None or _is_count(key), "key", key, "an int >= 0 or None")
-    must(_is_count(step), "step", step, "an int >= 0")
+    must(key is None or _is_count(key), "key", key, f"{COUNT}, or None")
     since = entry["counted_from"]
-    must(_is_count(since) and since <= step, "counted_from", since, f"an int from 0 to {step}, the entry's step")
+    must(_is_count(since) and since <= entry["step"], "counted_from", since, f"{COUNT}, and no later than step")
     blocks = _check_partition(entry["partition"], param.shape, must)
     must(_is_array(entry["skipped"], torch.bool, blocks), "skipped", entry["skipped"], f"bool [{blocks}] on the host")
     ok = _is_array(entry["counted"], torch.int64, blocks) and bool((entry["counted"] >= 0).all())
@@ -95,20 +163,23 @@ def _check_entry(name: str, entry: Mapping[str, Any], param: ParamState) -> None
         dtype = torch.from_numpy(np.empty(0, COLUMNS[field].dtype)).dtype
         array, allowed = entry["blocks"][field], f"{str(dtype).removeprefix('torch.')} [{blocks}] on the host"
         must(_is_array(array, dtype, blocks), f"blocks[{field!r}]", array, allowed)
-    keep = entry["blocks"]["keep"]
-    must(bool(((keep >= 0) & (keep <= 1)).all()), "blocks['keep']", keep.tolist(), "between 0 and 1")
+    for field, (right, allowed) in VALUES.items():
+        array = entry["blocks"][field]
+        must(bool(right(array).all()), f"blocks[{field!r}]", array.tolist(), allowed)
     _check_pin(pin, blocks, must)
     if (norm_shares := entry["norm_shares"]) is not None:
         _keys(norm_shares, {"order", "values", "known"}, f"{ENTRY}{name!r}: norm_shares")
-        must(isinstance(norm_shares["order"], float), "norm_shares['order']", norm_shares["order"], "a float")
+        order = norm_shares["order"]
+        must(isinstance(order, float) and order > 0.0, "norm_shares['order']", order, "a float > 0")
         for field, dtype in (("values", torch.float32), ("known", torch.bool)):
             allowed = f"{str(dtype).removeprefix('torch.')} [{blocks}] on the host"
             must(_is_array(norm_shares[field], dtype, blocks), f"norm_shares[{field!r}]", norm_shares[field], allowed)
+        shares = norm_shares["values"]
+        must(not bool((shares < 0).any()), "norm_shares['values']", shares.tolist(), ">= 0 or NaN")
     if (in_flight := entry["in_flight"]) is not None:
         _keys(in_flight, {"values", "sampled"}, f"{ENTRY}{name!r}: in_flight")
         values, sampled = in_flight["values"], in_flight["sampled"]
-        ok = isinstance(values, torch.Tensor) and values.is_floating_point() and values.dim() == 2
-        ok = ok and len(values) == 2 and all(_is_array(each, values.dtype, blocks) for each in values)
+        ok = any(_is_array(values, dtype, (2, blocks)) for dtype in (torch.float64, torch.float32))
         must(ok, "in_flight['values']", values, f"floats [2, {blocks}] on the host")
         ok = sampled is None or _is_array(sampled, torch.bool, blocks)
         must(ok, "in_flight['sampled']", sampled, f"bool [{blocks}] on the host or None")
@@ -134,34 +205,69 @@ def _check_pin(pin: Any, blocks: int, must: Callable[..., None]) -> None:
     ok = mask is None or (_is_row(mask) and len(mask) == blocks and all(isinstance(on, bool) for on in mask))
     must(ok, "pin's mask", mask, f"{blocks} bools or None")
     must(_is_number(keep) and 0.0 <= keep <= 1.0, "pin's keep", keep, "between 0 and 1")
-    must(_is_count(seed), "pin's seed", seed, "an int >= 0")
+    must(_is_seed(seed), "pin's seed", seed, f"an int from 0 to {LARGEST_SEED}")
+
+
+def _check_model_pin(pin: Any) -> None:
+    if pin is None:
+        return
+    _keys(pin, {field.name for field in fields(ModelPin)}, f"{ENTRY}pin")
+    keep, seed, blocks, params = pin["keep"], pin["seed"], pin["blocks"], pin["params"]
+    ok = keep is None or (_is_number(keep) and 0.0 <= keep <= 1.0)
+    _must(ok, "pin: keep", keep, "between 0 and 1, or None")
+    _must(_is_seed(seed), "pin: seed", seed, f"an int from 0 to {LARGEST_SEED}")
+    for what, said in (("blocks", blocks), ("params", params)):
+        _must(isinstance(said, Mapping), f"pin: {what}", said, "a mapping of parameters' names")
+        _must(all(isinstance(name, str) for name in said), f"pin: {what}", list(said), "names of parameters")
+    for name, row in blocks.items():
+        ok = _is_row(row) and all(on is None or isinstance(on, bool) for on in row)
+        _must(ok, f"pin: blocks[{name!r}]", row, "a tuple of bools and Nones")
+    for name, on in params.items():
+        _must(isinstance(on, bool), f"pin: params[{name!r}]", on, "a bool")
 
 
 def _must(ok: bool, what: str, value: Any, allowed: str) -> None:
     if ok:
         return
     if isinstance(value, torch.Tensor):
-        value = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    raise ConvAwareError(f"{ENTRY}{what} must be {allowed}, got {value!r}")
+        got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    else:
+        got = shown(value)
+    raise ConvAwareError(f"{ENTRY}{what} must be {allowed}, got {got}")
 
 
-def _keys(value: Any, wanted: Any, where: str) -> None:
+def _keys(value: Any, wanted: Collection[str], where: str, *, others: bool = False) -> None:
+    """others: whether there may be other keys."""
     if not isinstance(value, Mapping):
         raise ConvAwareError(f"{where} must be a mapping, got {type(value).__name__}")
     if lost := set(wanted) - value.keys():
         raise ConvAwareError(f"{where} lacks {', '.join(sorted(lost))}")
+    if not others and (more := [key for key in value if key not in wanted]):
+        raise unknown(f"key of {where}:", more[0], wanted)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= sys.float_info.max
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SEED
 
 
 def _is_array(value: Any, dtype: torch.dtype, shape: int | tuple[int, ...]) -> bool:

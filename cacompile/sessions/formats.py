@@ -15,19 +15,57 @@ _COLUMNS_4 = {"due": "phase", "usual": "mean_descent", "speed": "update_ratio"}
 _HISTORY_4 = {"guarded": "masked", "speed": "update_ratio"}
 
 
+def format_of(state: Any) -> Any:
+    """A number; of what is no state at all, what it has or is instead."""
+    return state.get("format") if isinstance(state, Mapping) else type(state).__name__
+
+
+def _is(state: Any, number: int) -> bool:
+    return isinstance(found := format_of(state), int) and found == number
+
+
 def upgraded(state: Any) -> Any:
     """The same state in the format of this version; as it is where it has another format, or is no state at all."""
-    if isinstance(state, Mapping) and state.get("format") == 4:
+    if _is(state, 4):
         history = _renamed(state.get("history"), _HISTORY_4)
         state = {**state, "format": 5, "history": history, "parameters": _each(state, _entry_of_4)}
-    if isinstance(state, Mapping) and state.get("format") == 5:
-        state = {**state, "format": 6, "parameters": _each(state, _entry_of_5)}
+    if _is(state, 5):
+        pin, entries = _model_pin(state.get("parameters")), _each(state, _entry_of_5)
+        state = {**state, "format": FORMAT, "pin": pin, "parameters": entries}
     return state
 
 
 def _each(state: Mapping[str, Any], upgrade: Callable[[Any], Any]) -> Any:
     entries = state.get("parameters")
     return {name: upgrade(entry) for name, entry in entries.items()} if isinstance(entries, Mapping) else entries
+
+
+def _model_pin(entries: Any) -> dict[str, Any] | None:
+    """What `Session.pin` was given, as far as the pins of single parameters tell; None: not the whole model was pinned.
+
+    Nothing is refused here: the entries are checked afterwards.
+    """
+    if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
+        return None
+    if any(entry.get("pin") is None and entry.get("partition") is not None for entry in entries.values()):
+        return None
+    pins = {name: entry["pin"] for name, entry in entries.items() if entry.get("pin") is not None}
+    if not pins or not all(map(_is_pin, pins.values())):
+        return None
+    (mask, keep, seed), *others = pins.values()
+    if mask is None and all(pin == (mask, keep, seed) for pin in map(tuple, others)):
+        return {"keep": keep, "seed": seed, "blocks": {}, "params": {}}
+    whole = {name: pin[1] for name, pin in pins.items() if pin[0] is None}
+    if not all(keep in (0.0, 1.0) for keep in whole.values()):
+        return None
+    blocks = {name: pin[0] for name, pin in pins.items() if pin[0] is not None}
+    return {"keep": None, "seed": 0, "blocks": blocks, "params": {name: bool(keep) for name, keep in whole.items()}}
+
+
+def _is_pin(pin: Any) -> bool:
+    """Whether its parts are of types that can be compared."""
+    kinds: tuple[Any, ...] = ((tuple, list, type(None)), (int, float), int)
+    return isinstance(pin, (tuple, list)) and len(pin) == 3 and all(isinstance(*pair) for pair in zip(pin, kinds))
 
 
 def _entry_of_5(entry: Any) -> Any:

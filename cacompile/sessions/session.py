@@ -9,23 +9,22 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from cacompile.config import Config
-from cacompile.errors import ConvAwareError, renamed, unknown
+from cacompile.errors import ConvAwareError, renamed
 from cacompile.hooks.steps import Controllers, follow_optimizers
 from cacompile.state.binding import GraphBinding, bindings_of
 from cacompile.state.groups import GroupIndex
 from cacompile.state.history import History, collect, forget, most_points
 from cacompile.state.params import ParamState, registry
-from cacompile.state.pins import Pin
+from cacompile.state.pins import Pin, hold_pins, next_pin
 from cacompile.state.spent import Totals, add
 
 from .about import describe
 from .checkpoint import FORMAT, checked
+from .pinning import ModelPin, Names, checked_seed, drawn, every_name, listed, named
 
-_TOO_EARLY = " (groups are known after the first forward pass)"
 _RENAMED = {"instances": "bindings", "tracked": "params", "units": "index"}
 _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
 
@@ -43,9 +42,9 @@ def session(model: torch.nn.Module) -> Session:
     return _sessions[model]
 
 
-def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """As the module has them, without what torch.compile adds to the names."""
-    for name, param in model.named_parameters():
+def named_parameters(model: torch.nn.Module, **settings: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """As the module has them, without what torch.compile adds to the names; settings: as the module's own."""
+    for name, param in model.named_parameters(**settings):
         yield name.replace("_orig_mod.", ""), param
 
 
@@ -54,6 +53,11 @@ class Session:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
+        self._pin: ModelPin | None = None
+        self.pinned_at = 0
+        """When `pin`, `unpin` or `load_state_dict` was last called, among those of all sessions; 0: never."""
+        self._held: weakref.WeakSet[ParamState] = weakref.WeakSet()
+        """Parameters that it has pinned, also such as have left the model."""
         self._claim()
         self._controllers = Controllers()
         self._carried = Totals()
@@ -161,59 +165,32 @@ class Session:
     ) -> None:
         """Hold the mask fixed until `unpin`, for experiments, benchmarks and debugging.
 
-        Change pins between steps: what a pin skipped gets its estimate in the next step unless gradients are None.
+        It holds for the model, and is saved with it: also for parameters that come later, as when a layer is unfrozen,
+        put in or tied, or weights are loaded with `assign=True`. Of sessions that share a parameter the last one to pin
+        or unpin decides. Change pins between steps: what a pin skipped gets its estimate in the next step unless
+        gradients are None.
 
-        mask: bool for each of `groups`; or {name of a group, family or parameter: bool} with all others on, where the
-        narrower name decides and a parameter's leaves the rest of its groups on; or
-        keep, seed: draw it once, every group kept with probability `keep`.
+        mask: bool for each of `groups` (numbers are refused, they may be indices); or {name of a group, family or
+        parameter: bool}, where the narrower name decides and a parameter's leaves the rest of its groups on. All others
+        are on, and so is what comes later unless it has one of these names or comes into one of these groups; or
+        keep, seed: draw it once, every group kept with probability `keep`, later ones as well.
         """
         params = self._claim()
         if (mask is None) == (keep is None):
             raise ConvAwareError("pin takes either mask or keep, got " + ("neither" if mask is None else "both"))
+        seed = checked_seed(seed)
         if mask is None:
-            pins: dict[str, Pin | None] = dict.fromkeys(params, _drawn(keep, seed))
+            pin = drawn(keep, seed)
         elif isinstance(mask, Mapping):
-            pins = self._named(mask)
+            pin = named(mask, params, self._names)
         else:
-            pins = self._listed(mask)
-        for name, param in params.items():
-            param.set_pin(pins[name])
-
-    def _listed(self, mask: torch.Tensor | Sequence[bool]) -> dict[str, Pin | None]:
-        if not isinstance(mask, (torch.Tensor, np.ndarray, Sequence)) or isinstance(mask, str):
-            raise ConvAwareError(f"mask must be a sequence or a tensor of bool, or a dict, got {mask!r}")
-        values = mask.reshape(-1).tolist() if isinstance(mask, (torch.Tensor, np.ndarray)) else list(mask)
-        index = self.index
-        if len(values) != len(index.all):
-            hint = "" if index.all else _TOO_EARLY
-            wanted = f"one entry for each of the {len(index.all)} groups{hint}"
-            raise ConvAwareError(f"mask must have {wanted}, got {len(values)}")
-        split = index.split(np.array(values, bool))
-        pins = {id(param): Pin(mask=tuple(map(bool, each))) for param, each in zip(index.params, split)}
-        return {name: pins.get(id(param)) for name, param in self.params.items()}
-
-    def _named(self, mask: Mapping[str, bool]) -> dict[str, Pin | None]:
-        index, params = self.index, self.params
-        families, groups = self.names()
-        known = {*params, *families, *groups}
-        for name in mask:
-            if name not in known:
-                hint = "" if groups else _TOO_EARLY
-                raise unknown(f"group, family or parameter in mask{hint}:", name, known)
-        chosen = [mask.get(name, mask.get(families[f])) for name, f in zip(groups, index.family)]
-        pins: dict[int, Pin] = {}
-        for name, param in params.items():
-            # a parameter whose groups are not known yet can only be pinned as a whole
-            pins[id(param)] = Pin(keep=float(bool(mask.get(name, True))))
-        for param, each in zip(index.params, index.split(np.arange(len(groups)))):
-            otherwise = bool(pins[id(param)].keep)
-            pins[id(param)] = Pin(mask=tuple(otherwise if chosen[i] is None else bool(chosen[i]) for i in each))
-        return {name: pins[id(param)] for name, param in params.items()}
+            pin = listed(mask, params, self._names)
+        self._decide(pin)
 
     def unpin(self) -> None:
-        """End `pin`: all groups are on until scores are read and a mask is drawn again."""
-        for param in self.params.values():
-            param.set_pin(None)
+        """End `pin`, for all: all groups are on until scores are read and a mask is drawn again."""
+        self._claim()
+        self._decide(None)
 
     def step(self) -> None:
         """Draw the next mask; only for optimizers that are not `torch.optim.Optimizer`s: those do it themselves."""
@@ -230,6 +207,7 @@ class Session:
             "groups": self.groups or self._loaded_groups,
             "history": self.history.to_dict(),
             "about": self.about,
+            "pin": None if self._pin is None else self._pin.to_dict(),
             "parameters": {name: param.to_dict() for name, param in params.items()},
         }
 
@@ -241,8 +219,11 @@ class Session:
         params = self._claim()
         state = checked(state, params)
         follow_optimizers()  # the first step may begin before the first forward pass
+        self._change(None if state["pin"] is None else ModelPin(**state["pin"]), params)
         for name, entry in state["parameters"].items():
+            self._note(params[name], parted=entry["partition"] is not None)
             params[name].load(entry)
+        hold_pins()
         forget(list(params.values()))
         self._past = History.of(state["history"])
         self._began = time.perf_counter() - self._past.seconds[-1:].sum()
@@ -260,12 +241,54 @@ class Session:
         model = self._model()
         return named_parameters(model) if model is not None else iter(())
 
+    @property
+    def _names(self) -> Names:
+        model = self._model()
+        return every_name(named_parameters(model, remove_duplicate=False) if model is not None else ())
+
     def _claim(self) -> dict[str, ParamState]:
-        """`params`, after all that the model trains now have come under our care."""
+        """`params`, after all that the model trains now have come under our care, and under its pin."""
         for name, param in self._trained():
             if param.requires_grad:
                 registry.track(param, name)
+        hold_pins()
         return self.params
+
+    def _decide(self, pin: ModelPin | None) -> None:
+        """Pin all parameters, and those that come later; None: let go of all."""
+        params = self.params
+        self._change(pin, params)
+        for param, own in self._pins(params):
+            param.set_pin(own)
+            self._note(param, parted=bool(param.blocks))
+
+    def _change(self, pin: ModelPin | None, params: Mapping[str, ParamState]) -> None:
+        """Another pin from now on; parameters that the last one held, and that have left the model, are let go."""
+        for param in set(self._held) - set(params.values()):
+            if param.pinned_at in (0, self.pinned_at):
+                param.set_pin(None)
+        self._pin, self.pinned_at = pin, next_pin(self)
+        self._held.clear()
+
+    def hold_pin(self) -> None:
+        """Pin what has come since `pin`, or has blocks only since then; let go of what has come since `unpin`."""
+        params = self.params
+        if all(param.pinned_at >= self.pinned_at for param in params.values()):
+            return
+        for param, own in self._pins(params):
+            if param.pinned_at < self.pinned_at:
+                if param.pin != own:
+                    param.set_pin(own)
+                self._note(param, parted=bool(param.blocks))
+
+    def _pins(self, params: Mapping[str, ParamState]) -> list[tuple[ParamState, Pin | None]]:
+        pins = dict.fromkeys(params) if self._pin is None else self._pin.of(params, self._names)
+        return [(param, pins[name]) for name, param in params.items()]
+
+    def _note(self, param: ParamState, *, parted: bool) -> None:
+        """A parameter is pinned, or let go, as this session says."""
+        param.pinned_at = self.pinned_at if self._pin is None or self._pin.is_final(parted) else 0
+        self._held.add(param)
 
     def report(self, path: str | os.PathLike[str] = "-", format: str | None = None) -> None:
         """Write what the run did, as `cacompile.report_state` does of a saved state; "-" prints it.
@@ -273,13 +296,4 @@ class Session:
         path: `run.html`, `run.csv`, `run.txt`, a folder for TensorBoard, or "-". Raises ConvAwareError for any other
         that `format` (html, csv, terminal, tensorboard) does not explain.
         """
-        # found when it is asked for: reports are above
-        importlib.import_module("cacompile").report_state(self.state_dict(), path, format)
-
-
-def _drawn(keep: Any, seed: Any) -> Pin:
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0.0 <= keep <= 1.0:
-        raise ConvAwareError(f"keep must be between 0 and 1, got {keep!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConvAwareError(f"seed must be an int >= 0, got {seed!r}")
-    return Pin(keep=float(keep), seed=seed)
+        importlib.import_module("cacompile").report_state(self.state_dict(), path, format)  # reports are above

@@ -19,6 +19,7 @@ from cacompile.torch_internals import warning_once
 from .groups import GroupMembers, Member, tie
 from .identity import identity_of
 from .params import ParamState, registry
+from .pins import hold_pins, newest_pin
 from .spent import Spent
 from .table import BlockTable
 
@@ -44,6 +45,8 @@ class GraphBinding:
         self._inputs = {name: identity_of(inputs[index]) for name, index in layout.params}
         self._params = _together(layout, [_part(grad, inputs[grad.index], config) for grad in layout.grads])
         _tie(layout, self._params)
+        self._pins = newest_pin()
+        hold_pins()
         for param in self.params:
             param.spent.append(self.spent)
         self._any_off = False
@@ -108,6 +111,8 @@ class GraphBinding:
 
     def wants_masked(self) -> bool:
         """Whether some group of this graph is off in the current step."""
+        if self._pins != newest_pin():
+            self._look_for_pins()
         table = self._table
         if table is not None and self._mask_version != table.mask_version:
             self._gather(table)
@@ -197,6 +202,12 @@ class GraphBinding:
                 self._has_row[grad.flags] = True
                 rows[grad.flags] = np.arange(len(table))[param.rows]
         self._rows, self._structure = rows[self._has_row], table.structure
+
+    def _look_for_pins(self) -> None:
+        """Pins were made since: maybe while the model had other parameters in the place of these."""
+        self._pins = newest_pin()
+        if any(param.pinned_at < self._pins for param in self.params):
+            hold_pins()
 
     def _look_for_steps(self) -> None:
         """Say once if nothing steps these parameters: masks are drawn after the steps of their optimizer."""

@@ -116,13 +116,17 @@ class History:
         return cls(none, row, row, row, row, row, none, table, table, table, row, none, [], [], [], 1)
 
     def then(self, later: History, *, every: int, limit: int) -> History:
-        """This run and what came after it, thinned as if it were one; groups are those that `later` has."""
+        """This run and what came after it, thinned as if it were one; groups are those that `later` has.
+
+        As in a `Series`, what is of an earlier step is dropped: new parameters count theirs from 0.
+        """
+        new = later.step > self.step.max(initial=-1)
         place = {name: i for i, name in enumerate(self.groups)}
         columns = [place.get(name, len(place)) for name in later.groups]
-        joined = {name: np.concatenate([getattr(self, name), getattr(later, name)]) for name in BY_STEP}
+        joined = {name: np.concatenate([getattr(self, name), getattr(later, name)[new]]) for name in BY_STEP}
         for name in BY_GROUP:
             before = np.pad(getattr(self, name), ((0, 0), (0, 1)), constant_values=np.nan)[:, columns]
-            joined[name] = np.concatenate([before, getattr(later, name)])
+            joined[name] = np.concatenate([before, getattr(later, name)[new]])
         stride, kept = thin(joined["step"], max(self.stride, later.stride), every=every, limit=limit)
         return replace(later, **{name: values[kept] for name, values in joined.items()}, stride=stride)
 

@@ -57,6 +57,8 @@ class ParamState:
         self.stepped = 0
         """When the last of them was, in the order of this process's steps."""
         self.pin: Pin | None = None
+        self.pinned_at = 0
+        """When a holder of pins has decided that, see `pins`; 0: none has, or none could for good."""
         self._pinned: tuple[Pin, int, np.ndarray] | None = None
         self.in_flight: Measurement | None = None
         """Taken over at the next measurement, when its copy from the device is surely complete."""
@@ -220,7 +222,7 @@ class ParamState:
                     "%s: saved for blocks of %d rows, now parted into blocks of %d; its groups start anew",
                     self.name, saved["partition"][1], self.partition.block)  # fmt: skip
             if self.pin is not None and self.pin.mask is not None:
-                self.pin = None
+                self.pin, self.pinned_at = None, 0
 
 
 class _Registry:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -40,3 +41,36 @@ class Pin:
         keep = np.full(len(family.groups), self.keep)
         chosen = draw(keep, np.zeros(len(keep), int), generator(self.seed, *family.key))
         return dict(zip(map(id, family.groups), map(bool, chosen)))
+
+
+class PinHolder(Protocol):
+    """Who pins parameters, those that come later as well: a session."""
+
+    pinned_at: int
+    """When it last said what is pinned, or that nothing is, in the order of all holders."""
+
+    def hold_pin(self) -> None:
+        """Pin what has come under the holder since, and has not been pinned later by another."""
+
+
+_holders: weakref.WeakSet[PinHolder] = weakref.WeakSet()
+_newest = 0
+
+
+def next_pin(holder: PinHolder) -> int:
+    """The moment of what this holder says now; `hold_pins` asks it from now on."""
+    global _newest
+    _holders.add(holder)
+    _newest += 1
+    return _newest
+
+
+def newest_pin() -> int:
+    """A number that grows whenever some holder says what is pinned."""
+    return _newest
+
+
+def hold_pins() -> None:
+    """Have every parameter that has come to a holder pinned as the newest of its holders says."""
+    for holder in sorted(_holders, key=lambda holder: holder.pinned_at):
+        holder.hold_pin()

@@ -70,6 +70,38 @@ def test_a_report_of_an_old_state(saved: tuple[tuple[Any, ...], list[Tensor]], c
     assert "0.neurons" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mask", [None, {}, {"0.neurons[4:8]": False, "2.bias": False}, [True, False] * 4])
+def test_a_pin_of_format_5_holds_for_the_model(mask: Any):
+    """There each parameter had its own."""
+    run = Run()
+    run.train(0, 1)
+    run.session.pin(mask, keep=0.25 if mask is None else None, seed=0)
+    state = run.session.state_dict()
+    del state["pin"]
+    other = Run()
+    other.session.load_state_dict({**state, "format": 5})
+    other.model.load_state_dict(copy.deepcopy(run.model.state_dict()), assign=True)
+    other.train(0, 1)
+    if mask is None:  # new parameters are drawn anew
+        assert other.session.mask.sum() == run.session.mask.sum() == 2
+    else:
+        assert other.session.mask.tolist() == run.session.mask.tolist()
+    assert all(param.pin is not None for param in other.session.params.values())
+
+
+def test_where_only_a_part_was_pinned_format_5_holds_just_that():
+    run = Run()
+    run.train(0, 1)
+    cacompile.session(run.model[2]).pin(keep=0.0)
+    state = run.session.state_dict()
+    assert state.pop("pin") is None
+    other = Run()
+    other.session.load_state_dict({**state, "format": 5})
+    other.train(0, 1)
+    pinned = {name for name, param in other.session.params.items() if param.pin is not None}
+    assert pinned == {"2.weight", "2.bias"}
+
+
 @pytest.mark.parametrize("format", [1, 3, FORMAT + 1, None, "4"])
 def test_what_cannot_be_read_says_so(saved: tuple[tuple[Any, ...], list[Tensor]], format: Any):
     session = cacompile.session(nn.Linear(2, 2))
@@ -77,7 +109,16 @@ def test_what_cannot_be_read_says_so(saved: tuple[tuple[Any, ...], list[Tensor]]
         session.load_state_dict({**saved[0][2], "format": format})
 
 
-@pytest.mark.parametrize("broken", [{"format": 4}, {"format": 4, "history": 3, "parameters": [1]}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"format": 4},
+        {"format": 4, "history": 3, "parameters": [1]},
+        {"format": 5, "parameters": {"weight": {"pin": 3}}},
+        {"format": 5, "parameters": {"weight": {"pin": (None, [], 0)}, "bias": {"pin": ([], [], [])}}},
+        {"format": 5, "parameters": {"weight": {"pin": (None, torch.ones(2), 0)}, "bias": {"pin": (None, 1.0, 0)}}},
+    ],
+)
 def test_a_broken_old_state_is_refused_as_a_new_one_is(broken: dict[str, Any]):
     assert upgraded(broken)["format"] == FORMAT
     with pytest.raises(ConvAwareError, match="state_dict"):

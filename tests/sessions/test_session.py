@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn, optim
 
 import cacompile
+from cacompile.errors import ConvAwareError, shown
 from cacompile.sessions.session import Session
 
 OPTIONS = {"block_rows": 16, "warmup_steps": 5, "monitor_every": 2, "tolerance": 0.5, "max_age": 6}
@@ -161,7 +164,9 @@ def test_the_session_is_the_same_for_the_model_and_what_was_compiled_of_it(run: 
         ({"0.neurons[16:32]": False, "0.neurons[64:80]": False}, [1, 0, 1, 1, 0, 1]),
         ({"0.neurons": False, "0.neurons[16:32]": True}, [0, 1, 0, 0, 0, 0]),
         ({"2.weight": False, "0.neurons[0:16]": True}, [1, 0, 0, 0, 0, 0]),
-        ([1, 0, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0]),
+        ([True, False] * 3, [1, 0, 1, 0, 1, 0]),
+        (np.array([True, False] * 3), [1, 0, 1, 0, 1, 0]),
+        ({"0.weight": np.False_}, [0] * 6),
         (torch.tensor([[1, 0, 0], [0, 1, 1]]).bool(), [1, 0, 0, 0, 1, 1]),
     ],
 )
@@ -207,7 +212,7 @@ def test_a_pin_made_after_loading_wins_over_the_saved_one(run: Run):
     ("arguments", "words"),
     [
         (([True] * 5,), ["6 groups", "got 5"]),
-        ((torch.ones(7),), ["6 groups", "got 7"]),
+        ((torch.ones(7).bool(),), ["6 groups", "got 7"]),
         ((3,), ["sequence", "got 3"]),
         (("0.weight",), ["sequence", "got '0.weight'"]),
         (({"0.wieght": False},), ["unknown", "'0.wieght'", "did you mean '0.weight'"]),
@@ -215,17 +220,38 @@ def test_a_pin_made_after_loading_wins_over_the_saved_one(run: Run):
         ((None, 1.5), ["keep", "between 0 and 1", "1.5"]),
         ((None, float("nan")), ["keep", "nan"]),
         ((None, True), ["keep", "True"]),
+        ((None, "0.5"), ["keep", "'0.5'"]),
+        ((None, np.float32("inf")), ["keep", "inf"]),
+        ((None, 10**5000), ["keep", "between 0 and 1", "of type int"]),
+        ((None, torch.ones(2)), ["keep", "tensor([1., 1.])"]),
+        ((None, 0.5, 1.0), ["seed", "1.0"]),
+        ((None, 0.5, 2**70), ["seed", str(2**70), str(2**64 - 1)]),
+        (([True] * 6, None, "1"), ["seed", "'1'"]),
+        ((torch.full((6,), 0.3),), ["mask", "of bool", "float32", "0.3"]),
+        ((torch.arange(6),), ["mask", "of bool", "int64", "[0, 1, 2, 3, 4, 5]"]),
+        ((np.arange(6),), ["mask", "of bool", "int64"]),
+        ((torch.ones(6, dtype=torch.bool, device="meta"),), ["mask", "meta"]),
+        (([math.nan] * 6,), ["mask", "of bool", "nan as entry 0"]),
+        ((["False"] * 6,), ["mask", "of bool", "'False' as entry 0"]),
+        (([True] * 5 + [None],), ["mask", "None as entry 5"]),
+        (([1, 0] * 3,), ["mask", "of bool", "1 as entry 0"]),
+        ((b"010101",), ["mask", "b'010101'"]),
+        (({True, False},), ["mask", "{False, True}"]),
+        (({"0.weight": "no"},), ["mask['0.weight']", "True or False", "'no'"]),
+        (({"0.weight": True, "0.neurons": 0.3},), ["mask['0.neurons']", "True or False", "0.3"]),
+        (({"0.weight": torch.tensor(True)},), ["mask['0.weight']", "tensor(True)"]),
+        (({3: True},), ["unknown", "3", "known"]),
         ((None, 0.5, -1), ["seed", ">= 0", "-1"]),
         ((None,), ["mask or keep", "neither"]),
         (([True] * 6, 0.5), ["mask or keep", "both"]),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_a_wrong_pin_is_one_clear_error_and_changes_nothing(run: Run, arguments: tuple, words: list[str]):
     run.session.pin([True, False, True, True, False, True])
     before = run.session.state_dict()
     mask, keep, seed = (*arguments, *(None, None, 0)[len(arguments) :])
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ConvAwareError) as error:
         run.session.pin(mask, keep=keep, seed=seed)
     assert all(word in str(error.value) for word in words), error.value
     assert same(run.session.state_dict(), before)
@@ -241,6 +267,27 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
         (lambda s: None, ["format 6", "NoneType"]),
         (lambda s: {**s, "format": 7}, ["format 6", "got 7"]),
         (lambda s: {"weight": torch.ones(2)}, ["format 6", "got None"]),
+        (lambda s: {**s, "format": torch.ones(2)}, ["format 6", "tensor([1., 1.])"]),
+        (lambda s: [s], ["format 6", "list"]),
+        (lambda s: {**s, "more": 1}, ["unknown key of state_dict: 'more'", "flops"]),
+        (lambda s: {**s, "flops": (10**400, 0)}, ["flops", "two finite numbers >= 0", "1000"]),
+        (lambda s: {**s, "flops": (math.nan, 0.0)}, ["flops", "nan"]),
+        (lambda s: {**s, "flops": (-1.0, 0.0)}, ["flops", ">= 0", "-1.0"]),
+        (lambda s: {**s, "backwards": (10**25, 0)}, ["backwards", f"<= {2**62}", "10000"]),
+        (lambda s: {**s, "groups": b"all"}, ["groups", "list of names", "b'all'"]),
+        (lambda s: {**s, "about": {"options": {}}}, ["about", "lacks graphs"]),
+        (lambda s: {**s, "about": {**s["about"], "options": {"seed": None}}}, ["about: options['seed']", "None"]),
+        (lambda s: {**s, "pin": True}, ["pin", "mapping", "bool"]),
+        (lambda s: {**s, "pin": {**s["pin"], "keep": math.nan}}, ["pin: keep", "between 0 and 1", "nan"]),
+        (lambda s: {**s, "pin": {**s["pin"], "seed": -1}}, ["pin: seed", "-1"]),
+        (
+            lambda s: {**s, "pin": {**s["pin"], "blocks": {"0.weight": [1]}}},
+            ["pin: blocks['0.weight']", "bools", "[1]"],
+        ),
+        (
+            lambda s: {**s, "pin": {**s["pin"], "params": {"0.weight": "no"}}},
+            ["pin: params['0.weight']", "bool", "'no'"],
+        ),
         (lambda s: without(s, "flops"), ["lacks flops"]),
         (lambda s: {**s, "flops": None}, ["flops", "two finite numbers", "got None"]),
         (lambda s: {**s, "flops": (1.0, "2")}, ["flops", "two finite numbers", "'2'"]),
