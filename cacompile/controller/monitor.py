@@ -111,7 +111,7 @@ def _fetch(sums: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
     host = torch.empty(sums.shape, dtype=sums.dtype, device="cpu", pin_memory=True)
     host.copy_(sums, non_blocking=True)
     event = torch.cuda.Event()
-    event.state(torch.cuda.current_stream(sums.device))
+    event.record(torch.cuda.current_stream(sums.device))
     return host, event
 
 
