@@ -46,7 +46,8 @@ def sample(state: ParamState) -> torch.Tensor | None:
 def moved(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     """Share of its own size that each block has moved: float32 [blocks], from samples [blocks, SAMPLES].
 
-    A block of zeros that starts to move is infinitely fast; of one with a NaN nothing is known.
+    A block of zeros that starts to move is infinitely fast; of one with a NaN or inf nothing is known.
     """
     way = (now - before).norm(dim=1)
+    way = torch.where(way.isfinite(), way, torch.nan)
     return torch.where(way == 0.0, 0.0, way / before.norm(dim=1))
