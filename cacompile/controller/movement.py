@@ -32,7 +32,7 @@ def coordinates(partition: Partition, shape: Sequence[int]) -> tuple[np.ndarray,
 def sample(state: ParamState) -> torch.Tensor | None:
     """Some weights of each block, float32 [blocks, SAMPLES] on the parameter's device; None where none can be read."""
     param = state.param
-    if param is None or state.partition is None or type(param) is not torch.nn.Parameter or param.is_complex():
+    if param is None or state.partition is None or type(param) is not torch.nn.Parameter:
         return None
     if param.numel() == 0 or tuple(param.shape) != state.shape:
         return None
