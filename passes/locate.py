@@ -111,16 +111,27 @@ def _chain(param: Param, owners: Mapping[fx.Node, Param]) -> tuple[tuple[WeightG
 def _remove_unmaskable(found: _Found, graphs: bool) -> None:
     """Leave dense what no masked operation would save work for, and what follows it."""
     home: torch.device | None = None
+    grads = [grad for grad in found.values() if isinstance(grad, WeightGrad)]
+    # what one product makes is skipped together or not at all
+    unmeasured = {g.follows or g.param.name: reason for g in grads if (reason := _no_measure(g.param))}
     for name, grad in found.items():
         if isinstance(grad, WeightGrad) and grad.products:
             device = grad.param.placeholder.meta["val"].device
-            if reason := _no_operation(grad, device, home or device, graphs):
+            if reason := unmeasured.get(name) or _no_operation(grad, device, home or device, graphs):
                 found[name] = StaysDense(name, grad.kind, reason, grad.flops)
             else:
                 home = home or device
     for name, grad in found.items():
         if isinstance(grad, WeightGrad) and isinstance(found.get(grad.follows), StaysDense):
             found[name] = StaysDense(name, grad.kind, follows_dense(grad))
+
+
+def _no_measure(param: Param) -> str | None:
+    """Why nobody could tell whether this parameter has converged, or what its skipped gradient would be."""
+    dtype = param.placeholder.meta["val"].dtype
+    if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize < 2):
+        return f"{str(dtype).removeprefix('torch.')}, of which no descent can be measured"
+    return None
 
 
 def _no_operation(grad: WeightGrad, device: torch.device, home: torch.device, graphs: bool) -> str | None:

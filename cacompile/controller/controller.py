@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from .monitor import learn, measure, measure_together, settings_by_param
 from .movement import moved, sample
 from .optimizers import adapter_of, statistic_of
 from .policy import keep_probabilities, mean_descent
+from .spikes import EARLY, believed_ratio, was_spike
 from .turns import first_turns, take_turns
 
 log = logging.getLogger(__name__)
@@ -186,30 +187,34 @@ class Controller:
         """Use each last measurement, or this one if it needs no waiting: always the same one, so that ranks agree."""
         near, far = self._by_device()
         ratios = self._update_ratios(optimizer)
+        settings = settings_by_param(optimizer)
+        last = self.column("score").copy(), self.column("update_ratio").copy()
         found, left = measure_together(near, optimizer, self._segments, ratios)
         for param, taken in found + measure(far + left, optimizer, ratios):
             known, param.in_flight = (taken, None) if taken.event is None else (param.in_flight, taken)
             if known is not None:
-                learn(param, known)
-        self._decide(optimizer)
+                learn(param, known, _rate(settings.get(id(param.param), {})))
+        self._decide(optimizer, *last)
 
-    def _decide(self, optimizer: Optimizer | None) -> None:
-        """How often each group is computed from here on, by what has been measured."""
+    def _decide(self, optimizer: Optimizer | None, last_score: np.ndarray, last_ratio: np.ndarray) -> None:
+        """How often each group is computed from here on, by what has been measured now and, for comparison, before."""
         for param in self.params:
             param.count()
         index, flops, settings = self._index, self.column("flops"), settings_by_param(optimizer)
-        rate = [_rate(settings.get(id(param.param), {}).get("lr", 1.0)) for param in self.params]
-        descent = self.column("score") * np.repeat(rate, self._blocks)
-        measurements = np.array([param.step for param in self.params]) / self.config.monitor_every
-        means = mean_descent(self.column("mean_descent"), descent, np.repeat(measurements, self._blocks))
-        self.table.mean_descent[self.rows] = means
+        rate = np.repeat([_rate(settings.get(id(param.param), {})) for param in self.params], self._blocks)
+        descent, last = self.column("score") * rate, last_score * rate
+        measurements = np.repeat([param.step for param in self.params], self._blocks) / self.config.monitor_every
+        usual = self.column("mean_descent")
+        spike = was_spike(usual, descent, last, early=self._step <= EARLY * self.config.monitor_every)
+        movement = believed_ratio(self.column("update_ratio"), last_ratio, spike=spike)
+        self.table.mean_descent[self.rows] = means = mean_descent(usual, descent, measurements, last)
         # what costs nothing need not be known, nor what has had no gradient yet while the rest of its group has
         known = np.isfinite(descent)
         some = index.sum(known & (flops > 0.0))[index.of_block] > 0.0
         descent = np.where(~known & ((flops == 0.0) | some), 0.0, descent)
         counted = np.where(known, flops, 0.0)
         with np.errstate(invalid="ignore"):
-            moving = np.where(counted > 0.0, self.column("update_ratio") * counted, 0.0)
+            moving = np.where(counted > 0.0, movement * counted, 0.0)
             ratio = index.sum(moving) / index.sum(counted)
         descent = index.sum(descent)
         keep = keep_probabilities(descent, ratio, index.sum(flops), index.sum(np.nan_to_num(means)), self.config)
@@ -228,8 +233,9 @@ def _captured() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _rate(lr: Any) -> float:
-    """Learning rate as a number; one that lives on a device is not waited for, and some optimizers have none."""
+def _rate(settings: Mapping[str, Any]) -> float:
+    """A group's learning rate as a number; one that lives on a device is not waited for, and some have none."""
+    lr = settings.get("lr", 1.0)
     if isinstance(lr, torch.Tensor):
         return float(lr) if lr.device.type == "cpu" else 1.0
     return float(lr) if isinstance(lr, (int, float)) else 1.0

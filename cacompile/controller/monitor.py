@@ -18,6 +18,7 @@ from cacompile.torch_internals import warning_once
 
 from .estimate import partition_of
 from .optimizers import Statistic, descent, gradient_statistic, statistic_of
+from .spikes import EARLY, was_spike
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def _fetch(sums: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
     host = torch.empty(sums.shape, dtype=sums.dtype, device="cpu", pin_memory=True)
     host.copy_(sums, non_blocking=True)
     event = torch.cuda.Event()
-    event.state(torch.cuda.current_stream(sums.device))
+    event.record(torch.cuda.current_stream(sums.device))
     return host, event
 
 
@@ -176,16 +177,23 @@ def sum_groups(values: torch.Tensor, state: ParamState) -> torch.Tensor:
     return torch.nn.functional.pad(by_row, (0, state.blocks * block - rows)).view(-1, block).sum(1)
 
 
-def learn(param: ParamState, measurement: Measurement) -> None:
-    """Take a measurement over into the parameter's rows of the table."""
+def learn(param: ParamState, measurement: Measurement, rate: float = 1.0) -> None:
+    """Take a measurement over into the parameter's rows of the table. rate: learning rate, 1 for what has none."""
     (fresh, ratio), sampled = measurement.values(), measurement.sampled
     score, known = param.column("score"), param.column("update_ratio")
     if sampled is not None:
         # one noisy sample; an output that is not used gives a gradient of zeros, which says nothing
         before = np.where(np.isfinite(score), score, fresh)
-        mixed = SMOOTHING * fresh + (1.0 - SMOOTHING) * before
+        weight = 1.0 if _was_spike(param, fresh, rate) else SMOOTHING
+        mixed = weight * fresh + (1.0 - weight) * before
         fresh = np.where(sampled & fresh.any(), mixed, score)
     score[:] = np.where(np.isfinite(fresh), fresh, score)
     if sampled is not None:  # without a mean of gradients, what is skipped stands still
         ratio = np.where(sampled, ratio, np.nan)
     known[:] = np.where(np.isnan(ratio), known, ratio)
+
+
+def _was_spike(param: ParamState, fresh: np.ndarray, rate: float) -> bool:
+    """Whether a parameter's scores are those of a jump, which the next measurement should not be averaged with."""
+    early = param.step <= EARLY * param.config.monitor_every
+    return was_spike(param.column("mean_descent"), fresh * rate, param.column("score") * rate, early=early)

@@ -32,7 +32,7 @@ def coordinates(partition: Partition, shape: Sequence[int]) -> tuple[np.ndarray,
 def sample(state: ParamState) -> torch.Tensor | None:
     """Some weights of each block, float32 [blocks, SAMPLES] on the parameter's device; None where none can be read."""
     param = state.param
-    if param is None or state.partition is None or type(param) is not torch.nn.Parameter or param.is_complex():
+    if param is None or state.partition is None or type(param) is not torch.nn.Parameter:
         return None
     if param.numel() == 0 or tuple(param.shape) != state.shape:
         return None
@@ -46,7 +46,8 @@ def sample(state: ParamState) -> torch.Tensor | None:
 def moved(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     """Share of its own size that each block has moved: float32 [blocks], from samples [blocks, SAMPLES].
 
-    A block of zeros that starts to move is infinitely fast; of one with a NaN nothing is known.
+    A block of zeros that starts to move is infinitely fast; of one with a NaN or inf nothing is known.
     """
     way = (now - before).norm(dim=1)
+    way = torch.where(way.isfinite(), way, torch.nan)
     return torch.where(way == 0.0, 0.0, way / before.norm(dim=1))

@@ -6,6 +6,8 @@ import numpy as np
 
 from cacompile.config import Config
 
+from .spikes import EARLY, JUMP, totals, was_spike
+
 NOISE = 0.01
 """Share of its expected descent that a group gives up when it is computed in every second step, however slowly it
 moves: half as many gradients tell half as much."""
@@ -19,17 +21,30 @@ STEP = 3.0
 MARGIN = 2.0
 """How many times its price in descent a saved FLOP must be worth: all this is measured roughly (`docs/policy.md`)."""
 
-
 USUAL = 2.0
 """The n-th measurement counts n - 1 times in what a step usually wins, for which it has this over n as its weight."""
 
 
-def mean_descent(mean: np.ndarray, descent: np.ndarray, measurements: np.ndarray) -> np.ndarray:
+def mean_descent(
+    mean: np.ndarray, descent: np.ndarray, measurements: np.ndarray, last: np.ndarray | None = None
+) -> np.ndarray:
     """The running mean of a group's descent after one more measurement, float [G]; late ones count more, NaN nothing.
 
-    mean: float [G], so far, NaN before the first; measurements: float [G], how many it is of then.
+    Where all groups together jump up, nothing is taken of it; if they had jumped at the last measurement too, JUMP
+    times what is usual, or all of it among the first few. If those come down from a jump, it is forgotten.
+
+    mean: float [G], so far, NaN before the first; measurements: float [G], how many it is of then;
+    last: float [G], what was measured before, NaN where nothing was; None: nothing anywhere.
     """
+    last = np.full(len(mean), np.nan) if last is None else last
     weight = np.minimum(1.0, USUAL / np.maximum(measurements, 1.0))
+    then, now, usual = totals(mean, descent, last)
+    again = then > JUMP * usual
+    if now > JUMP * usual > 0.0 and (again or now > JUMP * then):
+        as_it_is = np.isnan(mean) | np.isnan(descent) | (again & (measurements < EARLY))
+        descent = np.where(as_it_is, descent, mean * (JUMP if again else 1.0))
+    elif was_spike(mean, descent, last, early=True):
+        weight = np.where(measurements <= EARLY, 1.0, weight)
     mixed = np.where(np.isnan(mean), descent, mean + weight * (descent - mean))
     return np.where(np.isnan(descent), mean, mixed)
 

@@ -113,6 +113,8 @@ class Explanation(Facts):
             f"{self.semantic:.1%} of those in groups with a meaning, "
             f"{self.graphs} graph{'s' if self.graphs != 1 else ''}"
         )
+        if not self.rows:
+            foot += "\nnothing is trained: no parameter requires a gradient"
         if self.untraced:
             foot += "\ngroups end at: " + ", ".join(f"{reason} ({count}x)" for reason, count in self.untraced.items())
         return f"{tabulate(table, headers=heads, disable_numparse=True)}\n{foot}"
@@ -132,18 +134,21 @@ def explain(
     With example inputs the model runs forward once, without Inductor; its buffers and the random state are put back.
     Without, the graphs are explained that the model was already compiled to and has run with.
     `options` as for `torch.compile`; of a model that has run, its own are taken by default.
+    Raises ConvAwareError without example inputs for a model that has not run, or with gradients disabled only.
     """
     asked, _ = settings(options)
     view = session(model)
     model = getattr(model, "_orig_mod", model)
+    trained = [param for _, param in named_parameters(model) if param.requires_grad]
+    runs = running(trained)
     if example_inputs or example_kwargs:
-        config = asked if options is not None else view.config or Config()
+        own = view.config or next((run.graph.config for run in runs if run.graph is not None), Config())
+        config = asked if options is not None else own
         return _explanation(trace(model, config, example_inputs, example_kwargs), model)
-    runs = running(view.bindings)
-    if not runs:
+    if trained and not runs:
         raise ConvAwareError(
-            "explain(model) needs a model that has run forward with backend='convaware'; "
-            "for any other give example inputs: explain(model, *inputs)"
+            "explain(model) needs a model that has run forward with backend='convaware', and not only under "
+            "torch.no_grad(), where no graph has a backward; for any other give example inputs: explain(model, *inputs)"
         )
     return _explanation(runs, model)
 

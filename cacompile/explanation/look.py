@@ -17,7 +17,6 @@ from cacompile.graph.compiled import CompiledGraph, compile_graph, compiled_grap
 from cacompile.passes.joint import has_trainable
 from cacompile.passes.lower import at_mean_sizes
 from cacompile.passes.plan import Plan
-from cacompile.state.binding import GraphBinding
 from cacompile.torch_internals import (
     detect_fake_mode,
     dynamo_config,
@@ -78,13 +77,15 @@ def trace(model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: M
     return found
 
 
-def running(bindings: Iterable[GraphBinding]) -> list[RanGraph]:
-    """The compiled graphs of a model as they are; of several over the same parameters, as after a recompilation for
-    other sizes, the newest."""
-    graph_of = {id(binding): graph for graph in compiled_graphs() for binding in list(graph.bindings.values())}
+def running(params: Iterable[torch.Tensor]) -> list[RanGraph]:
+    """The compiled graphs that have run with any of these parameters, as they are; of several over the same ones, as
+    after a recompilation for other sizes, the newest."""
+    wanted = {id(param) for param in params}
+    found = [(binding, graph) for graph in compiled_graphs() for binding in list(graph.bindings.values())]
+    found.sort(key=lambda pair: int(pair[0].handle))
     runs = []
-    for binding in bindings:
-        if (graph := graph_of.get(id(binding))) is not None:
+    for binding, graph in found:
+        if wanted.intersection(map(id, binding.inputs.values())):
             plan = at_mean_sizes(graph.plan, sizes) if (sizes := binding.mean_sizes) else graph.plan
             runs.append(RanGraph(plan, binding.inputs, graph))
     return list({frozenset(map(id, run.params.values())): run for run in runs}.values())

@@ -174,7 +174,8 @@ class CompiledGraph:
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The callable for Dynamo: adds the handle of the binding whose parameters it is called with."""
-        positions = [grad.index for grad in self.layout.grads]
+        # where nothing can be skipped the binding only tells what has run
+        positions = [grad.index for grad in self.layout.grads] or [index for _, index in self.layout.params]
         bindings = self.bindings
 
         def run(*args: Any) -> Any:

@@ -234,7 +234,7 @@ def test_what_follows_a_weight_without_kernel_stays_dense_too(dtype: torch.dtype
     tiny = Tiny()
     grads = scaled(tiny, dtype=dtype)
     placeholder = tiny.input("w_of_params", 48, 32)
-    placeholder.meta["val"] = SimpleNamespace(device=torch.device("cuda:0"))
+    placeholder.meta["val"] = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
     tiny.returns(*grads)
     params = (replace(param(grad, name=f"w{i}"), placeholder=placeholder) for i, grad in enumerate(grads))
     plan = locate(Plan(params=tuple(params)), graphs=True)

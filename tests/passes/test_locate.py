@@ -179,7 +179,7 @@ def test_weight_on_another_device_stays_dense(second: str, why: str) -> None:
     for index, device in enumerate(["cuda:0", second]):
         dw = tiny.mm(tiny.input(f"a{index}", 48, 8), tiny.input(f"b{index}", 8, 32))
         placeholder = tiny.input(f"w{index}", 48, 32)
-        placeholder.meta["val"] = SimpleNamespace(device=torch.device(device))
+        placeholder.meta["val"] = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
         params.append(Param(f"w{index}", index, (48, 32), placeholder, dw))
     tiny.returns(*(param.grad for param in params))
     plan = locate(Plan(params=tuple(params)))
@@ -195,7 +195,7 @@ def test_what_has_no_kernel_stays_dense_under_cuda_graphs(dtype: torch.dtype, gr
     tiny = Tiny()
     dw = tiny.mm(tiny.input("a", 48, 8, dtype=dtype), tiny.input("b", 8, 32, dtype=dtype))
     placeholder = tiny.input("w", 48, 32)
-    placeholder.meta["val"] = SimpleNamespace(device=torch.device("cuda:0"))
+    placeholder.meta["val"] = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
     tiny.returns(dw)
     plan = locate(Plan(params=(Param("w", 0, (48, 32), placeholder, dw),)), graphs=graphs)
     assert bool(plan.grads) != dense

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Kept, OptimizerAdapter, Statistic, Term, norm
+from .base import Kept, OptimizerAdapter, Statistic, Term, norm, wide
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AdamaxAdapter(OptimizerAdapter):
         if mean is None or greatest is None:
             return None
         bias = 1.0 - kept.settings["betas"][0] ** kept.step
-        return Statistic((), rule=lambda: (mean / bias).square() / greatest)
+        return Statistic((), rule=lambda: (wide(mean) / bias).square() / greatest)
 
 
 class LambAdapter(AdamAdapter):
@@ -74,7 +74,7 @@ class LambAdapter(AdamAdapter):
         bias = 1.0 - kept.settings["betas"][0] ** kept.step
 
         def rule() -> torch.Tensor:
-            update = mean / (square.sqrt() + kept.settings["eps"])
+            update = wide(mean) / (wide(square).sqrt() + kept.settings["eps"])
             trust = kept.state.get("trust_ratio", norm(kept.param).clamp(max=10.0) / norm(update))
             return mean * update * (factor / bias**2) * (1.0 if kept.settings.get("adam") else trust)
 
@@ -103,8 +103,8 @@ class AdaBoundAdapter(AdamAdapter):
 
         def rule() -> torch.Tensor:
             bias1, bias2 = 1.0 - beta1**step, 1.0 - beta2**step
-            rate = (math.sqrt(bias2) / bias1 / (square.sqrt() + settings["eps"])).clamp(*bounds)
-            return mean.square() * rate / bias1
+            rate = (math.sqrt(bias2) / bias1 / (wide(square).sqrt() + settings["eps"])).clamp(*bounds)
+            return wide(mean).square() * rate / bias1
 
         return Statistic((), rule=rule)
 
@@ -119,9 +119,9 @@ class AdanAdapter(AdamAdapter):
         (beta1, beta2, beta3), step = kept.settings["betas"], kept.step
 
         def rule() -> torch.Tensor:
-            expected = mean / (1.0 - beta1**step)
+            expected = wide(mean) / (1.0 - beta1**step)
             update = expected + beta2 / (1.0 - beta2**step) * differences
-            return expected * update / ((square / (1.0 - beta3**step)).sqrt() + kept.settings["eps"])
+            return expected * update / ((wide(square) / (1.0 - beta3**step)).sqrt() + kept.settings["eps"])
 
         return Statistic((), rule=rule)
 

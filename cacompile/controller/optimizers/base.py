@@ -42,10 +42,16 @@ class Kept(NamedTuple):
         return cls(param, optimizer.state.get(param, {}), settings, seen, bool(maximize))
 
     def tensor(self, name: str) -> torch.Tensor | None:
-        """A state of the parameter's shape; None where there is none, or it has another form."""
+        """A state of the parameter's shape; None where there is none, or it has another form.
+
+        Raises TypeError for one of 8 bits, which is read with a scale that only its optimizer knows.
+        """
         value = self.state.get(name)
-        fits = isinstance(value, torch.Tensor) and value.shape == self.param.shape and value.is_floating_point()
-        return value if fits else None
+        if not isinstance(value, torch.Tensor) or value.shape != self.param.shape or not value.is_floating_point():
+            return None
+        if value.dtype.itemsize < 2:
+            raise TypeError(f"{name} is kept in {value.dtype}, and its scale is not known")
+        return value
 
     @property
     def step(self) -> Any:
@@ -111,10 +117,16 @@ def descent(statistic: Statistic) -> torch.Tensor:
     if statistic.rule is not None:
         return statistic.rule()
     if len(statistic.tensors) == 1:
-        return statistic.tensors[0].square() * statistic.factors[0]
+        return wide(statistic.tensors[0]).square() * statistic.factors[0]
     (mean, square), (beta1, beta2, eps), step = statistic.tensors, statistic.factors, statistic.step
+    mean, square = wide(mean), wide(square)
     rms = (square / (1.0 - beta2**step)).sqrt()
     return (mean / (1.0 - beta1**step)).square() / (rms + eps)
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: in float16 the square of a usual gradient is zero, and so is Adam's eps."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def norm(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .base import Kept, OptimizerAdapter, Statistic, Term
+from .base import Kept, OptimizerAdapter, Statistic, Term, wide
 
 
 class SGDAdapter(OptimizerAdapter):
@@ -56,12 +56,12 @@ class RMSpropAdapter(OptimizerAdapter):
         buffer = kept.tensor("momentum_buffer") if settings["momentum"] > 0 else None
         if buffer is not None:
             momentum = settings["momentum"]
-            return Statistic((), rule=lambda: buffer.square() * rms_of(state, settings) * (1.0 - momentum))
+            return Statistic((), rule=lambda: wide(buffer).square() * rms_of(state, settings) * (1.0 - momentum))
         # zeros stand in for what is skipped and pull this mean down, so it tells of the computed groups only
         gradient = state["grad_avg"] if settings["centered"] else kept.param.grad
         if gradient is None:
             return None
-        return Statistic((), averaged=False, rule=lambda: gradient.square() / rms_of(state, settings))
+        return Statistic((), averaged=False, rule=lambda: wide(gradient).square() / rms_of(state, settings))
 
 
 def mean_of_sum(settings: Mapping[str, Any]) -> float:
@@ -73,7 +73,8 @@ def mean_of_sum(settings: Mapping[str, Any]) -> float:
 
 def rms_of(state: Mapping[str, Any], settings: Mapping[str, Any]) -> torch.Tensor:
     """What RMSprop divides gradients by: the root of its mean square, or of its variance if centered, plus eps."""
-    square = state["square_avg"]
+    square = wide(state["square_avg"])
     if settings["centered"]:
-        square = square.addcmul(state["grad_avg"], state["grad_avg"], value=-1).clamp_(min=0.0)
+        mean = wide(state["grad_avg"])
+        square = square.addcmul(mean, mean, value=-1).clamp_(min=0.0)
     return square.sqrt().add_(settings["eps"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import Kept, OptimizerAdapter, Statistic, rms
+from .base import Kept, OptimizerAdapter, Statistic, rms, wide
 
 
 class AdagradAdapter(OptimizerAdapter):
@@ -16,7 +16,9 @@ class AdagradAdapter(OptimizerAdapter):
         gradient, total = kept.param.grad, kept.tensor("sum")
         if gradient is None or total is None:
             return None
-        return Statistic((), averaged=False, rule=lambda: gradient.square() / (total.sqrt() + kept.settings["eps"]))
+        return Statistic(
+            (), averaged=False, rule=lambda: wide(gradient).square() / (wide(total).sqrt() + kept.settings["eps"])
+        )
 
 
 class AdafactorAdapter(OptimizerAdapter):
@@ -37,7 +39,7 @@ class AdafactorAdapter(OptimizerAdapter):
                 variance = (row @ state["col_var"]).div_(row.mean(dim=-2, keepdim=True).clamp_(min=small))
             else:
                 variance = state["variance"]
-            update = variance.clamp(min=small * small).rsqrt_() * gradient
+            update = wide(variance).clamp(min=small * small).rsqrt_() * gradient
             clipped = (rms(update) / kept.settings["d"]).clamp(min=1.0)
             return gradient * update * (rms(param).clamp(min=least) / clipped)
 
