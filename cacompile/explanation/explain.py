@@ -31,6 +31,8 @@ from .picture import picture
 
 Text = TypeVar("Text", bound=str)
 
+_UNSEEN = "in no compiled graph that has run"
+
 _GUARDED = "guarded"
 """What version `masked` was called."""
 
@@ -99,7 +101,7 @@ class Explanation(Facts):
                 row.param,
                 "x".join(map(str, row.shape)),
                 ", ".join(row.nodes) or row.kind,
-                f"{row.share:.1%}",
+                row.share_text,
                 f"{row.blocks} x {row.block} {row.along}" if row.blocks else "",
                 ", ".join(row.families),
                 row.fate,
@@ -108,10 +110,11 @@ class Explanation(Facts):
         ]
         masked = sum(bool(row.operation) for row in self.rows)
         foot = (
-            f"{masked} of {len(self.rows)} parameters masked, {self.coverage:.1%} of dW FLOPs (counted), "
+            f"{masked} of {len(self.rows)} parameters masked, {self.coverage:.1%} of {self.counted_of} (counted), "
             f"{self.semantic:.1%} of those in groups with a meaning, "
             f"{self.graphs} graph{'s' if self.graphs != 1 else ''}"
         )
+        foot += "".join(f"\n{text}" for text in self.beyond)
         if self.untraced:
             foot += "\ngroups end at: " + ", ".join(f"{reason} ({count}x)" for reason, count in self.untraced.items())
         return f"{tabulate(table, headers=heads, disable_numparse=True)}\n{foot}"
@@ -129,7 +132,8 @@ def explain(
     """What can be skipped in `model`, and why the rest cannot.
 
     With example inputs the model runs forward once, without Inductor; its buffers and the random state are put back.
-    Without, the graphs are explained that the model was already compiled to and has run with.
+    Without, the graphs are explained that the model was already compiled to and has run with. Weights that are in none
+    of them are listed as well: they run in eager mode, or have not run yet.
     `options` as for `torch.compile`; of a model that has run, its own are taken by default.
     """
     view = session(model)
@@ -138,10 +142,11 @@ def explain(
         config = Config.from_options(options)[0] if options is not None else view.config or Config()
         return _explanation(trace(model, config, example_inputs, example_kwargs), model)
     runs = running(view.bindings)
-    if not runs:
+    # gradients without a graph of ours: torch.compile left all of the model to eager mode
+    if not runs and all(param.grad is None for param in model.parameters()):
         raise ConvAwareError(
-            "explain(model) needs a model that has run forward with backend='convaware'; "
-            "for any other give example inputs: explain(model, *inputs)"
+            "explain(model) needs a model that has run forward with backend='convaware', and not all of it in eager "
+            "mode; for any other give example inputs: explain(model, *inputs)"
         )
     return _explanation(runs, model)
 
@@ -173,6 +178,7 @@ def _explanation(runs: Sequence[RanGraph], model: torch.nn.Module) -> Explanatio
                     nodes=tuple(product.node.name for product in grad.products) if grad else (),
                     flops=source.flops,
                     share=source.flops / total,
+                    counted=param.name not in plan.uncounted,
                     blocks=grad.blocks if grad else 0,
                     block=min(grad.block, param.shape[grad.dim]) if grad else 0,
                     along=along(grad) if grad else "",
@@ -183,9 +189,7 @@ def _explanation(runs: Sequence[RanGraph], model: torch.nn.Module) -> Explanatio
             )
     seen = {row.param for row in rows}
     rows += [
-        ExplainedParam(
-            -1, name, tuple(param.shape), "other", (), 0, 0.0, 0, 0, "", (), "", "in no compiled graph that has run"
-        )
+        ExplainedParam(-1, name, tuple(param.shape), "other", (), 0, 0.0, False, 0, 0, "", (), "", _UNSEEN)
         for name, param in named_parameters(model)
         if param.requires_grad and name not in seen
     ]
