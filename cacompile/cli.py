@@ -65,10 +65,12 @@ def explain(
     _console().print(_parameters(found))
     _console().print(
         f"{sum(bool(row.operation) for row in found.rows)} of {len(found.rows)} parameters masked, "
-        f"{found.coverage:.1%} of dW FLOPs, {len(found.families)} families of groups, "
+        f"{found.coverage:.1%} of {found.counted_of}, {len(found.families)} families of groups, "
         f"{found.graphs} graph{'s' if found.graphs != 1 else ''}",
         highlight=False,
     )
+    for text in found.beyond:
+        _console().print(escape(text), highlight=False)
     for reason, count in found.untraced.items():
         _console().print(f"groups end at: {escape(reason)} ({count}x)", highlight=False)
     if out is not None:
@@ -90,7 +92,7 @@ def _parameters(found: Any) -> Table:
         cells = (
             row.param,
             "x".join(map(str, row.shape)),
-            f"{row.share:.1%}",
+            row.share_text,
             blocks,
             ", ".join(row.families),
             row.fate,

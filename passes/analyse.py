@@ -10,6 +10,7 @@ from torch import fx
 
 from .coupling.couple import couple
 from .group import group
+from .inside import count_inside
 from .locate import locate
 from .plan import Param, Plan
 
@@ -21,12 +22,12 @@ def make_plan(
     graphs: bool = False,
     frozen: Mapping[fx.Node, str] | None = None,
 ) -> Plan:
-    """What can be skipped in one joint graph: locate -> couple -> group. Changes nothing.
+    """What can be skipped in one joint graph: locate -> count_inside -> couple -> group. Changes nothing.
 
     graphs: see `locate`; frozen: the placeholders of parameters that are not trained, and their names.
     """
     start = time.perf_counter()
-    plan = locate(Plan(params=params), graphs=graphs)
+    plan = count_inside(locate(Plan(params=params), graphs=graphs))
     if plan.grads:
         graph = plan.grads[0].param.placeholder.graph
         coupling = couple(

@@ -17,7 +17,7 @@ from .coupling.components import THINNEST, Components, Owner, Part, stretch
 from .coupling.walk import Coupling
 from .families import name_families, shared_axes
 from .kinds import kind_called
-from .owned import Owned, edges_of, inner_of, is_batch
+from .owned import Owned, edges_of, inner_of, is_batch, run_lengths
 from .plan import Plan, StaysDense, WeightGrad
 
 TARGETS = {"filters": 0.5, "tokens": 4.0, "outputs": 4.0}
@@ -57,8 +57,28 @@ def _owners(grad: WeightGrad, components: Components, followed: bool) -> list[Ow
     """From the best way to cut a weight to the plainest; one that others follow is cut along the rows they share."""
     candidates = (grad,) if followed else (grad, *grad.others)
     ranked = [o for o in components.owners(candidates) if o.grad is grad or not o.standalone]
+    ranked = [way for owner in ranked for way in (owner, _without_thin(owner)) if way is not None]
     rows = np.arange(grad.param.shape[grad.dim])
     return [*ranked, Owner(grad, (Part(Axis(len(rows)), rows),), standalone=True)]
+
+
+def _without_thin(owner: Owner) -> Owner | None:
+    """The same, but where a unit has far fewer rows than elsewhere in the weight, these are rows of their own.
+
+    Such as the one time step for each head beside its many channels: no block of a useful size ends between them.
+    """
+    inner = inner_of(owner.grad)
+    aside = np.zeros(owner.grad.param.shape[owner.grad.dim], dtype=bool)
+    parts: list[Part] = []
+    for part in owner.parts:
+        inside, length = part.units >= 0, run_lengths(part.units)
+        thin = inside & (length * inner < THINNEST) & (length < length[inside].max())
+        parts.append(Part(part.leaf, np.where(thin, -1, part.units)))
+        aside |= thin
+    if not aside.any():
+        return None
+    units = np.where(aside, np.cumsum(aside) - 1, -1)
+    return replace(owner, parts=(*parts, Part(Axis(int(aside.sum())), units)))
 
 
 Parts = dict[tuple[Axis, str | None], Owned]

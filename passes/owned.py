@@ -56,6 +56,12 @@ def run(units: np.ndarray) -> int:
     return int(np.argmax(np.append(units[start:], -2) != units[start]))
 
 
+def run_lengths(units: np.ndarray) -> np.ndarray:
+    """For each row, the length of the stretch of rows of one unit that it lies in."""
+    lengths = np.diff(np.flatnonzero(np.concatenate(([True], np.diff(units) != 0, [True]))))
+    return np.repeat(lengths, lengths)
+
+
 def inner_of(grad: WeightGrad) -> int:
     """Rows or columns of the product that one row of the weight is; of an expert, those of its matrix."""
     return grad.param.shape[1] if is_batch(grad) else min(p.inner for p in grad.products)

@@ -123,6 +123,8 @@ class Plan:
     axes: tuple[SharedAxis, ...] = ()
     """The coupling of the parameters' dimensions, from which the groups were made."""
     dense: tuple[StaysDense, ...] = ()
+    uncounted: tuple[str, ...] = ()
+    """Parameters of whose dW FLOPs some are inside operations that nobody can look into; those found are counted."""
     untraced: tuple[tuple[str, int], ...] = ()
     """What the search for groups could not follow, and how often."""
     nodes: int = 0

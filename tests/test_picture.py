@@ -16,7 +16,8 @@ import cacompile
 from cacompile.explanation.drawing import Box, Drawing, Line, dot
 from cacompile.explanation.explain import Explanation
 from cacompile.explanation.facts import ExplainedGroup, ExplainedParam
-from cacompile.explanation.families import families_of, fold, fold_name, pattern
+from cacompile.explanation.families import families_of
+from cacompile.explanation.fold import fold, fold_name, pattern
 from cacompile.explanation.picture import picture
 from cacompile.passes.plan import SharedAxis, Slice
 
@@ -65,7 +66,7 @@ def family(
 
 def row(param: str, *shape: int, reason: str = "") -> ExplainedParam:
     operation = "" if reason else "masked_mm"
-    return ExplainedParam(0, param, shape, "linear", (), 100, 0.1, 2, 16, "rows", (), operation, reason)
+    return ExplainedParam(0, param, shape, "linear", (), 100, 0.1, True, 2, 16, "rows", (), operation, reason)
 
 
 def explanation(

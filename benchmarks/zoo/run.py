@@ -207,7 +207,7 @@ def describe(result: Result, model: nn.Module, explanation: Explanation) -> None
     row.nodes = getattr(explanation, "nodes", None)
     seconds: Any = getattr(explanation, "analysis_s", None)
     row.analysis_s = sum(seconds) if isinstance(seconds, (tuple, list)) else seconds
-    seen = {found.param for found in explanation.rows}
+    seen = {found.param for found in explanation.rows if getattr(found, "graph", 0) >= 0}
     if outside := [name for name, p in model.named_parameters() if p.requires_grad and name not in seen]:
         result.notes.append(f"in no compiled graph: {len(outside)} parameters, as {outside[0]}")
     tables = _scattered(model)

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from cacompile.errors import ConvAwareError
 from cacompile.passes.plan import SharedAxis
 
-from .facts import ExplainedGroup, ExplainedParam, Facts
+from .facts import ExplainedGroup, ExplainedParam, Facts, Uncounted
 from .graphs import VERSIONS, Graphs
 from .products import ExplainedProduct, Version
 
-VERSION: Literal[2] = 2
+VERSION: Literal[3] = 3
 """Rises whenever a field comes, goes or changes its meaning."""
 
 
@@ -51,7 +51,7 @@ class Document:
     """What `cacompile.explain(model).to_json()` writes; `python -m cacompile.explanation.schema` makes its schema."""
 
     format: Literal["cacompile.explain"]
-    version: Literal[2]
+    version: Literal[3]
     """Rises whenever a field comes, goes or changes its meaning."""
     made_by: MadeBy
     graphs: int
@@ -59,9 +59,13 @@ class Document:
     nodes: int
     """Nodes of the joint graphs."""
     coverage: float
-    """Share of dW FLOPs that masked operations compute, 0 to 1."""
+    """Share of the compiled graphs' dW FLOPs that masked operations compute, 0 to 1."""
     semantic: float
     """Share of masked dW FLOPs in groups that mean something, 0 to 1."""
+    outside: Uncounted
+    """Weights in no compiled graph that has run: coverage knows nothing of them."""
+    uncounted: Uncounted
+    """Weights made, all or in part, inside operations that nobody can look into: coverage is too high by them."""
     untraced: dict[str, int]
     """Operations through which the meaning of dimensions could not be followed, and how often."""
     rows: tuple[ExplainedParam, ...]
@@ -93,6 +97,8 @@ def text(found: Facts) -> str:
         nodes=found.nodes,
         coverage=found.coverage,
         semantic=found.semantic,
+        outside=found.outside,
+        uncounted=found.uncounted,
         untraced=dict(found.untraced),
         rows=found.rows,
         groups=found.groups,

@@ -32,6 +32,8 @@ from .picture import picture
 
 Text = TypeVar("Text", bound=str)
 
+_UNSEEN = "in no compiled graph that has run"
+
 _GUARDED = "guarded"
 """What version `masked` was called."""
 
@@ -100,7 +102,7 @@ class Explanation(Facts):
                 row.param,
                 "x".join(map(str, row.shape)),
                 ", ".join(row.nodes) or row.kind,
-                f"{row.share:.1%}",
+                row.share_text,
                 f"{row.blocks} x {row.block} {row.along}" if row.blocks else "",
                 ", ".join(row.families),
                 row.fate,
@@ -109,12 +111,13 @@ class Explanation(Facts):
         ]
         masked = sum(bool(row.operation) for row in self.rows)
         foot = (
-            f"{masked} of {len(self.rows)} parameters masked, {self.coverage:.1%} of dW FLOPs (counted), "
+            f"{masked} of {len(self.rows)} parameters masked, {self.coverage:.1%} of {self.counted_of} (counted), "
             f"{self.semantic:.1%} of those in groups with a meaning, "
             f"{self.graphs} graph{'s' if self.graphs != 1 else ''}"
         )
         if not self.rows:
             foot += "\nnothing is trained: no parameter requires a gradient"
+        foot += "".join(f"\n{text}" for text in self.beyond)
         if self.untraced:
             foot += "\ngroups end at: " + ", ".join(f"{reason} ({count}x)" for reason, count in self.untraced.items())
         return f"{tabulate(table, headers=heads, disable_numparse=True)}\n{foot}"
@@ -132,7 +135,8 @@ def explain(
     """What can be skipped in `model`, and why the rest cannot.
 
     With example inputs the model runs forward once, without Inductor; its buffers and the random state are put back.
-    Without, the graphs are explained that the model was already compiled to and has run with.
+    Without, the graphs are explained that the model was already compiled to and has run with. Weights that are in none
+    of them are listed as well: they run in eager mode, or have not run yet.
     `options` as for `torch.compile`; of a model that has run, its own are taken by default.
     Raises ConvAwareError without example inputs for a model that has not run, or with gradients disabled only.
     """
@@ -145,10 +149,12 @@ def explain(
         own = view.config or next((run.graph.config for run in runs if run.graph is not None), Config())
         config = asked if options is not None else own
         return _explanation(trace(model, config, example_inputs, example_kwargs), model)
-    if trained and not runs:
+    # gradients without a graph of ours: torch.compile left all of the model to eager mode
+    if trained and not runs and all(param.grad is None for param in trained):
         raise ConvAwareError(
-            "explain(model) needs a model that has run forward with backend='convaware', and not only under "
-            "torch.no_grad(), where no graph has a backward; for any other give example inputs: explain(model, *inputs)"
+            "explain(model) needs a model that has run forward with backend='convaware', not all of it in eager mode or "
+            "under torch.no_grad(), where no graph has a backward; for any other give example inputs: "
+            "explain(model, *inputs)"
         )
     return _explanation(runs, model)
 
@@ -180,6 +186,7 @@ def _explanation(runs: Sequence[RanGraph], model: torch.nn.Module) -> Explanatio
                     nodes=tuple(product.node.name for product in grad.products) if grad else (),
                     flops=source.flops,
                     share=source.flops / total,
+                    counted=param.name not in plan.uncounted,
                     blocks=grad.blocks if grad else 0,
                     block=min(grad.block, param.shape[grad.dim]) if grad else 0,
                     along=along(grad) if grad else "",
@@ -190,9 +197,7 @@ def _explanation(runs: Sequence[RanGraph], model: torch.nn.Module) -> Explanatio
             )
     seen = {row.param for row in rows}
     rows += [
-        ExplainedParam(
-            -1, name, tuple(param.shape), "other", (), 0, 0.0, 0, 0, "", (), "", "in no compiled graph that has run"
-        )
+        ExplainedParam(-1, name, tuple(param.shape), "other", (), 0, 0.0, False, 0, 0, "", (), "", _UNSEEN)
         for name, param in named_parameters(model)
         if param.requires_grad and name not in seen
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from cacompile.errors import ConvAwareError, renamed
 from cacompile.passes.plan import SharedAxis, Slice
 
+from .fold import fold, fold_name, pattern
 from .graphs import Graphs
 
 Kind = Literal["neurons", "heads", "filters", "experts", "tokens", "outputs", "rows"]
@@ -32,6 +33,8 @@ class ExplainedParam:
     """dW FLOPs of one backward; counted."""
     share: float
     """Of all dW FLOPs, 0 to 1."""
+    counted: bool
+    """Whether these FLOPs are all of its own; false in no compiled graph, and for products that nobody can look at."""
     blocks: int
     block: int
     """Rows a block."""
@@ -48,6 +51,34 @@ class ExplainedParam:
     def fate(self) -> str:
         """What becomes of its gradient: the masked operation, or why it stays dense."""
         return self.operation or f"dense: {self.reason}"
+
+    @property
+    def share_text(self) -> str:
+        """`12.5%`, `at least 12.5%`, or `?`."""
+        if not self.counted:
+            return f"at least {self.share:.1%}" if self.flops else "?"
+        return f"{self.share:.1%}"
+
+
+@dataclass(frozen=True, slots=True)
+class Uncounted:
+    """Weights whose FLOPs are in no total, as far as they are unknown."""
+
+    params: tuple[str, ...]
+    elements: int
+    """Entries of all of them."""
+
+    @classmethod
+    def of(cls, rows: Iterable[ExplainedParam]) -> Uncounted:
+        shapes = {row.param: row.shape for row in rows}
+        return cls(tuple(shapes), sum(map(math.prod, shapes.values())))
+
+    @property
+    def text(self) -> str:
+        """`2 weights with 4,160 parameters (b.weight, b.bias)`, layers that repeat named once."""
+        names = ", ".join(map(fold_name, fold(self.params, pattern)))
+        weights = f"{len(self.params)} weight{'s' if len(self.params) != 1 else ''}"
+        return f"{weights} with {self.elements:,} parameters ({names})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +148,39 @@ class Facts:
 
     @property
     def coverage(self) -> float:
-        """Share of dW FLOPs that masked operations compute, 0 to 1."""
+        """Share of the compiled graphs' dW FLOPs that masked operations compute, 0 to 1; see `outside`, `uncounted`."""
         return min(1.0, math.fsum(row.share for row in self.rows if row.operation))
+
+    @property
+    def counted_of(self) -> str:
+        """What coverage is a share of: `dW FLOPs`, where there are no others."""
+        return "the compiled graphs' dW FLOPs" if self.outside.params else "dW FLOPs"
+
+    @property
+    def outside(self) -> Uncounted:
+        """What is in no compiled graph that has run: `coverage` knows nothing of it."""
+        return Uncounted.of(row for row in self.rows if row.graph < 0)
+
+    @property
+    def uncounted(self) -> Uncounted:
+        """What is made, all or in part, inside operations that nobody can look into: `coverage` is too high by it."""
+        return Uncounted.of(row for row in self.rows if row.graph >= 0 and not row.counted)
+
+    @property
+    def beyond(self) -> list[str]:
+        """What coverage does not count, in words; empty where it counts everything."""
+        texts = []
+        if self.outside.params:
+            texts.append(
+                f"outside of compiled graphs: {self.outside.text}; "
+                "they run in eager mode, or have not run yet, and their share of dW FLOPs is not known"
+            )
+        if self.uncounted.params:
+            texts.append(
+                f"not counted: at least {self.uncounted.text}, made inside operations that nobody can look into; "
+                "coverage is lower by their share"
+            )
+        return texts
 
     @property
     def semantic(self) -> float:
@@ -134,6 +196,8 @@ class Facts:
             "nodes": self.nodes,
             "coverage": self.coverage,
             "semantic": self.semantic,
+            "outside": asdict(self.outside),
+            "uncounted": asdict(self.uncounted),
             "untraced": dict(self.untraced),
             "rows": [asdict(row) for row in self.rows],
             "groups": [asdict(group) for group in self.groups],

@@ -9,7 +9,8 @@ from cacompile.pages.html import kind_class
 
 from .drawing import Box, Cluster, Drawing, Edge, Word, facts, title
 from .facts import ExplainedParam, Facts
-from .families import ExplainedFamily, families_of, fold, fold_name, pattern, slice_text
+from .families import ExplainedFamily, families_of, slice_text
+from .fold import fold, fold_name, pattern
 
 STREAMS = 5
 """Colours of streams."""

@@ -15,10 +15,10 @@ from torch import fx
 from cacompile.torch_internals import inductor_prims  # noqa: F401 - operations of its own, which rules are for
 
 from ..nodes import sizes
-from .axes import size_of
+from .rules_lookups import LOOKUPS
 from .rules_products import BY_NAME, PRODUCTS
 from .rules_shapes import SHAPES
-from .walk import Dims, Walk, leaf_set, outputs, packets, tie_shapes
+from .walk import Dims, Walk, ends, outputs, packets, tie_shapes
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -30,6 +30,7 @@ def _tensors(walk: Walk, node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
+@ends
 def _pointwise(walk: Walk, node: fx.Node) -> list[Dims]:
     """Entry by entry: what broadcasts together is one.
 
@@ -37,7 +38,7 @@ def _pointwise(walk: Walk, node: fx.Node) -> list[Dims]:
     biases, do not tie the layers that share them.
     """
     operands = _tensors(walk, node)
-    aside = [n for n in operands if _shared(walk, n)]
+    aside = [n for n in operands if walk.shared(n)]
     if len(aside) == len(operands) or not any(walk.is_activation(n) for n in operands):
         aside = []
     result = walk.dims(node)
@@ -49,16 +50,8 @@ def _pointwise(walk: Walk, node: fx.Node) -> list[Dims]:
                 walk.found.origins[name] = walk.found.origins.get(name, origin) | origin
     activations = [n for n in operands if walk.is_activation(n)]
     if getattr(node.target, "overloadpacket", None) in (aten.add, aten.sub) and len(activations) == 2:
-        first, second = map(walk.origin, activations)
-        if first.follows(second) or second.follows(first):
-            walk.found.streams += [dim for dim in result if dim]
+        walk.added(result, *activations)
     return [result]
-
-
-def _shared(walk: Walk, node: fx.Node) -> bool:
-    if walk.has_layers(node) or any(leaf.layered for leaf in leaf_set(walk.dims(node))):
-        return False
-    return walk.reused(node) or not walk.has_params(node)
 
 
 def _same(walk: Walk, node: fx.Node) -> list[Dims]:
@@ -67,11 +60,20 @@ def _same(walk: Walk, node: fx.Node) -> list[Dims]:
     return [dims] * outputs(node)
 
 
+@ends
 def _made(walk: Walk, node: fx.Node) -> list[None]:
-    """Out of nothing: constants, random numbers."""
+    """Out of nothing, or of the shape of something: constants, random numbers."""
+    walk.constant(node)
     return [None] * outputs(node)
 
 
+@ends
+def _counted(walk: Walk, node: fx.Node) -> list[None]:
+    """Whole numbers of what values are; no gradient comes back through them."""
+    return [None] * outputs(node)
+
+
+@ends
 def _reduce(walk: Walk, node: fx.Node) -> list[Dims]:
     """Sums, means, maxima: what is left keeps its meaning."""
     source = walk.dims(node.args[0])
@@ -84,50 +86,12 @@ def _reduce(walk: Walk, node: fx.Node) -> list[Dims]:
     return [kept] * outputs(node)
 
 
+@ends
 def _pool(walk: Walk, node: fx.Node) -> list[Dims]:
     """Pooling and resizing: batch and channels stay, pixels are new."""
     source = walk.dims(node.args[0])
     kept = len(source) - (3 if "3d" in str(node.target) else 2)
     return [[*source[:kept], *walk.dims(node, output)[kept:]] for output in range(outputs(node))]
-
-
-def _along(walk: Walk, node: fx.Node) -> list[Dims]:
-    """Sorted, looked up or turned along one dimension, which is new; the others stay."""
-    source = walk.dims(node.args[0])
-    places = [a for a in node.args[1:] if isinstance(a, (int, list))]
-    given = places[-1 if "roll" in str(node.target) else 0] if places else node.kwargs.get("dim", -1)
-    gone = {d % len(source) for d in (given if isinstance(given, list) else [given])}
-    result = []
-    for output in range(outputs(node)):
-        own = walk.dims(node, output)
-        result.append([own[d] if d in gone else dim for d, dim in enumerate(source)])
-    return result
-
-
-def _topk(walk: Walk, node: fx.Node) -> list[Dims]:
-    source = walk.dims(node.args[0])
-    dim = (node.args[2] if len(node.args) > 2 else -1) % len(source)
-    return [[walk.dims(node, o)[d] if d == dim else kept for d, kept in enumerate(source)] for o in (0, 1)]
-
-
-def _gather(walk: Walk, node: fx.Node) -> list[Dims]:
-    """Dimensions other than the one gathered along stay where they are whole."""
-    source, dim = walk.dims(node.args[0]), node.args[1]
-    own = walk.dims(node)
-    whole = [size_of(kept) == size_of(new) for kept, new in zip(source, own)]
-    whole[dim] = False
-    return [[kept if keep else new for kept, new, keep in zip(source, own, whole)]]
-
-
-def _index(walk: Walk, node: fx.Node) -> list[Dims]:
-    """Looked up by tensors: what is not indexed stays."""
-    source, indices = walk.dims(node.args[0]), node.args[1]
-    indexed = [d for d, index in enumerate(indices) if index is not None]
-    own = walk.dims(node)
-    looked_up = len(own) - (len(source) - len(indexed))
-    at = indexed[0] if indexed == list(range(indexed[0], indexed[-1] + 1)) else 0
-    kept = [dim for d, dim in enumerate(source) if d not in indexed]
-    return [[*kept[:at], *own[at : at + looked_up], *kept[at:]]]
 
 
 def _norm(walk: Walk, node: fx.Node) -> list[Dims | None]:
@@ -146,6 +110,7 @@ def _norm(walk: Walk, node: fx.Node) -> list[Dims | None]:
 
 _FAMILIES: list[tuple[Rule, list[Any]]] = [
     *SHAPES,
+    *LOOKUPS,
     (_reduce, packets(aten, "sum mean amax amin max min var var_mean prod any all argmax argmin logsumexp norm std")),
     (_reduce, packets(aten, "linalg_vector_norm")),
     (_same, packets(aten, "_softmax _log_softmax softmax log_softmax cumsum cumprod logcumsumexp native_dropout")),
@@ -153,20 +118,13 @@ _FAMILIES: list[tuple[Rule, list[Any]]] = [
     (_same, [*packets(prims, "convert_element_type device_put")]),
     (_made, packets(aten, "full zeros ones empty arange scalar_tensor rand randn randint eye randperm")),
     (_made, packets(aten, "new_full new_zeros new_ones new_empty full_like zeros_like ones_like empty_like")),
-    (_same, packets(aten, "index_put _unsafe_index_put _unsafe_masked_index_put_accumulate masked_scatter")),
-    (_made, packets(aten, "histc bincount searchsorted")),
-    (_made, packets(aten, "rand_like randn_like one_hot linspace tril_indices triu_indices bucketize")),
+    (_made, packets(aten, "rand_like randn_like linspace tril_indices triu_indices")),
+    (_counted, packets(aten, "histc bincount searchsorted bucketize one_hot")),
     (_made, packets(prims, "iota inductor_seed inductor_seeds inductor_lookup_seed inductor_random rand")),
     (_pool, packets(aten, "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d")),
     (_pool, packets(aten, "max_pool3d_with_indices avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d")),
     (_pool, packets(aten, "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d")),
     (_pool, packets(prims, "_low_memory_max_pool_with_offsets")),
-    (_along, packets(aten, "sort flip roll index_select argsort scatter scatter_add scatter_reduce index_add")),
-    (_along, packets(aten, "index_copy slice_scatter select_scatter")),
-    (_along, packets(prims, "rev")),
-    (_topk, packets(aten, "topk")),
-    (_gather, packets(aten, "gather")),
-    (_index, packets(aten, "index _unsafe_index")),
     (_norm, packets(aten, "native_layer_norm native_group_norm _fused_rms_norm native_batch_norm")),
     (_norm, packets(aten, "_native_batch_norm_legit _native_batch_norm_legit_functional cudnn_batch_norm")),
 ]

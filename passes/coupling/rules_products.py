@@ -10,11 +10,12 @@ from torch import fx
 
 from ..nodes import hint, sizes
 from .axes import Dim, reshape, size_of, tie
-from .walk import Dims, Walk, packets, tie_shapes
+from .walk import Dims, Walk, ends, packets, tie_shapes
 
 aten = torch.ops.aten
 
 
+@ends
 def _matmul(walk: Walk, node: fx.Node) -> list[Dims]:
     """[..., n, k] @ [..., k, m] -> [..., n, m]; for addmm and baddbmm something is added before."""
     a, b = node.args[-2:]
@@ -40,6 +41,7 @@ def _matmul(walk: Walk, node: fx.Node) -> list[Dims]:
     return [result]
 
 
+@ends
 def _vector_product(walk: Walk, node: fx.Node) -> list[Dims]:
     """Matrix times vector, vector times vector."""
     a, b = node.args[-2:]
@@ -52,6 +54,7 @@ def _all(dims: Sequence[Dim]) -> Dim:
     return tuple(axis for dim in dims for axis in dim)
 
 
+@ends
 def _convolution(walk: Walk, node: fx.Node) -> list[Dims]:
     x, weight, bias, *_, transposed, _output_padding, groups = node.args
     image, filters = walk.dims(x), walk.dims(weight)
@@ -92,6 +95,7 @@ def _convolution(walk: Walk, node: fx.Node) -> list[Dims]:
     return [[image[0], made, *pixels]]
 
 
+@ends
 def _embedding(walk: Walk, node: fx.Node) -> list[Dims]:
     table, indices = node.args[:2]
     entries, width = walk.dims(table)
@@ -100,6 +104,7 @@ def _embedding(walk: Walk, node: fx.Node) -> list[Dims]:
     return [[*walk.dims(indices), width]]
 
 
+@ends
 def _attention(walk: Walk, node: fx.Node) -> list[Dims | None]:
     """Scaled dot product attention, fused: query, key and value [B, H, T, E]; fewer key heads serve several queries."""
     query, key, value = (walk.dims(arg) for arg in node.args[:3])
@@ -121,6 +126,7 @@ def _attention(walk: Walk, node: fx.Node) -> list[Dims | None]:
     return [result, *rest]
 
 
+@ends
 def _grouped_matmul(walk: Walk, node: fx.Node) -> list[Dims]:
     """Tokens sorted by expert [T, K] times each expert's matrix [E, K, N] -> [T, N]."""
     a, b, borders = node.args[:3]

@@ -10,12 +10,13 @@ import torch
 from torch import fx
 
 from ..nodes import hint, sizes
-from .axes import Uncoupled, cut_out, fresh, join, reshape, size_of, tie
-from .walk import Dims, Walk, outputs, packets, tie_shapes
+from .axes import MOST_PARTS, Dim, Uncoupled, cut_out, fresh, join, reshape, size_of, tie
+from .walk import Dims, Walk, ends, outputs, packets, tie_shapes
 
 aten = torch.ops.aten
 
 
+@ends
 def _getitem(walk: Walk, node: fx.Node) -> list[Dims]:
     source, index = node.args
     return [walk.dims(source, index)]
@@ -74,14 +75,21 @@ def _repeat(walk: Walk, node: fx.Node) -> list[Dims]:
     result, dims = walk.dims(node), walk.dims(node.args[0])
     times = node.args[1]
     offset = len(result) - len(dims)
-    kept = [i >= offset and hint(n) == 1 for i, n in enumerate(times)]
-    return [[dims[i - offset] if kept[i] else dim for i, dim in enumerate(result)]]
+    before = [dims[i - offset] if i >= offset else () for i in range(len(result))]
+    return [[_times(dim, hint(n)) if dim else new for dim, n, new in zip(before, times, result)]]
+
+
+def _times(dim: Dim, times: int) -> Dim:
+    if not 0 < times <= MOST_PARTS:
+        raise Uncoupled(f"repeated {times} times")
+    return join([dim] * times)
 
 
 def _copy(walk: Walk, node: fx.Node) -> list[Dims]:
     return [walk.dims(node.args[1])]
 
 
+@ends
 def _slice(walk: Walk, node: fx.Node) -> list[Dims]:
     given: list[Any] = [*node.args, *(0, None, None, 1)[len(node.args) - 1 :]]
     source, dim, start, stop, step = given
@@ -96,6 +104,7 @@ def _slice(walk: Walk, node: fx.Node) -> list[Dims]:
     return [dims]
 
 
+@ends
 def _select(walk: Walk, node: fx.Node) -> list[Dims]:
     source, dim, _ = node.args
     dims = list(walk.dims(source))
@@ -103,6 +112,7 @@ def _select(walk: Walk, node: fx.Node) -> list[Dims]:
     return [dims]
 
 
+@ends
 def _split(walk: Walk, node: fx.Node) -> list[Dims]:
     source = node.args[0]
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
@@ -118,6 +128,7 @@ def _split(walk: Walk, node: fx.Node) -> list[Dims]:
     return made
 
 
+@ends
 def _unbind(walk: Walk, node: fx.Node) -> list[Dims]:
     dims = list(walk.dims(node.args[0]))
     del dims[node.args[1] if len(node.args) > 1 else 0]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -15,6 +15,19 @@ from .axes import Axis, Dim, Uncoupled, fresh, leaves, mark_layered, tie
 
 Dims = list[Dim]
 """Of one tensor."""
+
+AnyRule = TypeVar("AnyRule", bound=Callable[..., Any])
+
+_ENDING: set[Callable[..., Any]] = set()
+
+
+def ends(rule: AnyRule) -> AnyRule:
+    """Mark a rule whose outputs need not have all axes of its inputs: it sums over some, or takes a part of them.
+
+    What any other rule leaves out is `untraced`.
+    """
+    _ENDING.add(rule)
+    return rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +136,24 @@ class Walk:
         """Whether a value, or one that it was made from, is read in several places of the forward pass."""
         return node in self._reused
 
+    def constant(self, node: fx.Node) -> None:
+        """Note that no value that it is given has a part in what a node makes."""
+        self._weights[node] = frozenset()
+        self._origin[node] = Origin()
+        self._with_params.discard(node)
+
+    def shared(self, node: fx.Node) -> bool:
+        """Whether a value is common to layers, with no layer's part in it: a mask, rotary angles, zeros to add to."""
+        if self.has_layers(node) or any(leaf.layered for leaf in leaf_set(self.dims(node))):
+            return False
+        return self.reused(node) or not self.has_params(node)
+
+    def added(self, dims: Sequence[Dim], a: Any, b: Any) -> None:
+        """Note that two values are added: along a stream where one was computed from the other."""
+        first, second = self.origin(a), self.origin(b)
+        if first.follows(second) or second.follows(first):
+            self.found.streams += [dim for dim in dims if dim]
+
     def _bit(self, past: int = 0) -> Origin:
         self._bits += 1
         return Origin(1 << (self._bits - 1), past)
@@ -164,6 +195,23 @@ class Walk:
             for output, dims in enumerate(made):
                 if dims is not None and (node, output) in self._dims:
                     self._dims[node, output] = list(dims)
+            if rule not in _ENDING:
+                self._check(node, inputs, shapes)
+
+    def _check(self, node: fx.Node, inputs: Iterable[fx.Node], outputs: Iterable[int]) -> None:
+        """Name an operation that lets axes of layers and weights fall, though it has a rule."""
+        if not _is_differentiable(node):
+            return
+        left = leaf_set([dim for output in outputs for dim in self._dims[node, output]])
+        for source in filter(_is_differentiable, inputs):
+            for output in _shapes(source):
+                if gone := [dim for dim in self._dims[source, output] if self.matters(source, dim, left)]:
+                    self.found.untraced[f"{node.target}: entries are others afterwards"] += 1
+                    self.found.lost += gone
+
+    def matters(self, source: fx.Node, dim: Dim, left: Set[Axis] = frozenset()) -> bool:
+        """Whether a dimension of `source` has axes that layers or weights have, besides those that are left."""
+        return any((leaf.layered or self.weights(source)) and leaf not in left for leaf in leaves(dim))
 
     def lose(self, node: fx.Node, reason: Uncoupled, dim: Dim) -> None:
         """Nothing is known of one dimension of a node, which was made from `dim`."""
@@ -216,6 +264,12 @@ def _shapes(node: fx.Node) -> dict[int, tuple[int, ...]]:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else (value,)
     return {i: tuple(map(hint, v.shape)) for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
+
+
+def _is_differentiable(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
 
 
 def outputs(node: fx.Node) -> int:

@@ -91,6 +91,7 @@ JOINED: dict[str, Case] = {
     "pairs turned": between(turned_pairs, "4: a.1 b.0"),
     "unequal parts": between(lambda x: torch.cat([p * 2 for p in x.split((6, 2), -1)], -1), "2: a.1 b.0 | 6: a.1 b.0"),
     "after themselves": between(lambda x: torch.cat((x, x), -1), "8: a.1 b.0", 16),
+    "repeated": between(lambda x: x.repeat(1, 1, 2), "8: a.1 b.0", 16),
     "each twice": between(lambda x: x[..., None].expand(-1, -1, -1, 2).flatten(-2), "8: a.1 b.0", 16),
     "repeat_interleave": between(lambda x: x.repeat_interleave(2, -1), "8: a.1 b.0", 16),
     "with the time": between(lambda x: x.flatten(1), "8: a.1 b.0", 8 * T),

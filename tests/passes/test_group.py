@@ -1,11 +1,15 @@
 """group: how the rows of a gradient are cut into blocks."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
+from coupled import Case, Function
 from tiny import Tiny, aten, located, reason
-from torch import fx
+from torch import Tensor, fx
 
+import cacompile
 from cacompile.passes import group
 from cacompile.passes.plan import Plan
 
@@ -58,6 +62,20 @@ def test_parts_that_meet_at_odd_rows_stay_dense() -> None:
     plan = cut(tiny.call(aten.cat.default, [product(tiny, 37), product(tiny, 43)]), 16)
     assert plan.groups == () and "meet at rows 37" in reason(plan)
     assert plan.dense[0].flops == 2 * 80 * 8 * 32
+
+
+def steps_beside_entries(m: Any, x: Tensor) -> Tensor:
+    """For each of 4 heads 16 entries and one step, made by one weight."""
+    entries, steps = (x @ m.both).split((64, 4), -1)
+    return (entries.unflatten(-1, (4, 16)) * steps[..., None]).flatten(-2) @ m.out
+
+
+def test_units_of_few_rows_beside_many_are_rows_of_their_own() -> None:
+    model = Function(Case(steps_beside_entries, {"both": (32, 68), "out": (64, 32)}, ""))
+    found = cacompile.explain(model, torch.rand(2, 32), options={"block_rows": 16})
+    groups = [(g.kind, [(s.param, s.dim, s.start, s.stop) for s in g.slices]) for g in found.groups]
+    entries = [[("both", 1, 16 * i, 16 * i + 16), ("out", 0, 16 * i, 16 * i + 16)] for i in range(4)]
+    assert groups == [*(("neurons", slices) for slices in entries), ("rows", [("both", 1, 64, 68)])]
 
 
 def test_each_expert_is_a_block() -> None:
