@@ -152,8 +152,8 @@ def explain(
     # gradients without a graph of ours: torch.compile left all of the model to eager mode
     if trained and not runs and all(param.grad is None for param in trained):
         raise ConvAwareError(
-            "explain(model) needs a model that has run forward with backend='convaware', not all of it in eager mode or "
-            "under torch.no_grad(), where no graph has a backward; for any other give example inputs: "
+            "explain(model) needs a model that has run forward with backend='convaware', not all of it in eager mode "
+            "or under torch.no_grad(), where no graph has a backward; for any other give example inputs: "
             "explain(model, *inputs)"
         )
     return _explanation(runs, model)
