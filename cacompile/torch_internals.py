@@ -20,6 +20,7 @@ from torch import fx
 
 if TYPE_CHECKING:
     from torch._C import _DisableAutocast as DisableAutocast
+    from torch._C import _will_engine_execute_node as will_engine_execute_node
     from torch._C._dynamo import eval_frame as eval_frame
     from torch._C._profiler import _RecordFunctionFast as Range
     from torch._dynamo import config as dynamo_config
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensor as FakeTensor
     from torch._subclasses import FakeTensorMode as FakeTensorMode
     from torch.autograd import profiler as autograd_profiler
+    from torch.autograd.graph import get_gradient_edge as get_gradient_edge
     from torch.nn.utils import clip_grad as clip_grad
     from torch.utils import swap_tensors as swap_tensors
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -164,6 +166,8 @@ CONTRACTS = (
     Contract("tree_leaves", "torch.utils._pytree:tree_leaves"),
     Contract("tree_map_only", "torch.utils._pytree:tree_map_only", purpose=LOOK),
     Contract("has_triton", "torch.utils._triton:has_triton", purpose=SEE),
+    Contract("will_engine_execute_node", "torch._C:_will_engine_execute_node"),
+    Contract("get_gradient_edge", "torch.autograd.graph:get_gradient_edge", parameters=("tensor",)),
     Contract("swap_tensors", "torch.utils:swap_tensors", parameters=("t1", "t2")),
 )
 

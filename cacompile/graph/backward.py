@@ -14,17 +14,27 @@ from torch import fx
 from cacompile.layout import MaskLayout
 from cacompile.passes.plan import Plan
 from cacompile.state.binding import GraphBinding
-from cacompile.torch_internals import TracingContext, autograd_profiler, compile_lock, donated_inputs, donating
+from cacompile.torch_internals import (
+    TracingContext,
+    autograd_profiler,
+    compile_lock,
+    donated_inputs,
+    donating,
+    warning_once,
+)
 
 from .fallback import warn_of_fault
 from .handle import erase_handle, without, without_input
 from .inner import Compile
 from .log import CompileLog, profiled
 from .masked import MaskedMaker, MaskedVersion
+from .reading import reads_gradients
 
 log = logging.getLogger(__name__)
 
 Run = Callable[[list[Any]], Any]
+
+KEEP_OUT = "cacompile.session(model).pin({name: True})"
 
 
 class BackwardVersions:
@@ -110,7 +120,7 @@ class BackwardVersions:
             if binding is not None:
                 sizes = self._sizes(args)
                 binding.count_backward(sizes)
-                version = self.masked_version() if binding.wants_masked() else None
+                version = self.masked_version() if binding.wants_masked() and not self._is_read(binding) else None
                 self._note_switch(binding, version)
                 if version is not None:
                     flags = binding.leave_out(sizes)
@@ -120,6 +130,18 @@ class BackwardVersions:
             del args[count:]
             warn_of_fault(log, "choosing the version of a backward", "this backward computes all weight gradients")
         return self._dense, frozenset(), None
+
+    def _is_read(self, binding: GraphBinding) -> bool:
+        """Whether the user gets these gradients in hand: then all are computed."""
+        if not reads_gradients(binding.live_inputs()):
+            return False
+        warning_once(
+            log,
+            "torch.autograd.grad asks for gradients of parameters of which some are skipped in this step: such a "
+            "backward computes all of them. Weights that are often read so can be kept out: %s",
+            KEEP_OUT,
+        )
+        return True
 
     def _sizes(self, args: list[Any]) -> Sequence[int]:
         """What the monomials that FLOPs are multiples of are in this call."""

@@ -6,7 +6,7 @@ import itertools
 import logging
 import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,10 @@ class GraphBinding:
     def inputs(self) -> dict[str, torch.Tensor]:
         """The graph's name of a parameter -> the one that this binding runs with, if it is alive."""
         return {name: param for name, one in self._inputs.items() if (param := one.tensor) is not None}
+
+    def live_inputs(self) -> Iterator[torch.Tensor]:
+        """Its parameters, one by one."""
+        return (param for one in self._inputs.values() if (param := one.tensor) is not None)
 
     @property
     def masked_backwards(self) -> int:

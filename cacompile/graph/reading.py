@@ -1,0 +1,23 @@
+"""Whether a backward's gradients go into `.grad`, or to the caller of `torch.autograd.grad`, who wants them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from cacompile.torch_internals import get_gradient_edge, will_engine_execute_node
+
+
+def reads_gradients(params: Iterable[torch.Tensor]) -> bool:
+    """Whether the backward that is running hands the gradient of any of these parameters to its caller.
+
+    One question where it accumulates, as training does: torch accumulates all that it computes, or nothing.
+    """
+    for param in params:
+        try:
+            if will_engine_execute_node(get_gradient_edge(param).node):
+                return False
+        except RuntimeError:  # raised for a leaf whose gradient is not accumulated but returned
+            return True
+    return False
