@@ -91,7 +91,7 @@ def separate(m: Any, x: Tensor) -> Tensor:
 
 
 def fused_chunk(m: Any, x: Tensor) -> Tensor:
-    return attention(*(heads(part, 4) for part in (x @ m.qkv).chunk(3, -1))) @ m.o
+    return attention(*[heads(part, 4) for part in (x @ m.qkv).chunk(3, -1)]) @ m.o
 
 
 def fused_reshape(m: Any, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def fused_reshape(m: Any, x: Tensor) -> Tensor:
 
 
 def fused_heads_first(m: Any, x: Tensor) -> Tensor:
-    return attention(*(part.transpose(1, 2) for part in (x @ m.qkv).view(B, T, 4, 9).chunk(3, -1))) @ m.o
+    return attention(*[part.transpose(1, 2) for part in (x @ m.qkv).view(B, T, 4, 9).chunk(3, -1)]) @ m.o
 
 
 def grouped(m: Any, x: Tensor) -> Tensor:
