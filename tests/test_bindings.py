@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 from helpers import OPTIONS, Block, assert_bits, assert_masked, assert_same, compile_all, masks, mlp, train_step
 from torch import nn
 
@@ -316,3 +317,21 @@ def test_a_graph_that_is_never_trained_keeps_nothing_on() -> None:
         optimizer.zero_grad()
         kept.append(float(cacompile.session(model).mask.float().mean()))
     assert min(kept[:8]) < 1.0 and max(kept[9:]) < 1.0, kept
+
+
+def test_what_else_is_traced_meanwhile_is_not_ours() -> None:
+    """On some releases Inductor traces its patterns, joint graphs as well, while it compiles the first graph."""
+    traced = []
+
+    def other(*inputs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x @ x.T for x in inputs]).sum()
+
+    def trace_another(graph: torch.fx.Graph) -> None:
+        if not traced:
+            traced.append(graph)
+            aot_function(other, nop)(*[torch.randn(4, 4, requires_grad=True) for _ in range(8)])
+
+    model = Block()
+    with torch._inductor.config.patch(joint_custom_pre_pass=trace_another):
+        train_step((model, compile_all(model, "convaware")), [torch.randn(8, 32)])
+    assert traced and cacompile.session(model).families == ["up.neurons"]

@@ -26,7 +26,7 @@ from cacompile.torch_internals import FakeTensor, captured_backwards, functorch_
 
 from .backward import BackwardVersions
 from .fallback import warn_of_fault
-from .handle import compile_without_handle, find_handle, save_handle, with_handle
+from .handle import compile_without_handle, find_handle, has_handle, save_handle, with_handle
 from .inner import Compile, Inner, inner_of
 from .log import CompileLog
 
@@ -97,12 +97,19 @@ class CompiledGraph:
         self.bindings: dict[tuple[int, ...], GraphBinding] = {}
         """By the ids of the parameters that they run with."""
         self._numbered: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
+        self._analysed = False
         self._inner = inner
         self._log = compile_log
         _alive.add(self)
 
     def joint_pass(self, gm: fx.GraphModule, joint_inputs: Any) -> fx.GraphModule:
-        """Hook 1, on the joint graph before the partitioner: find the weight gradients, have the handle saved."""
+        """Hook 1, on the joint graph before the partitioner: find the weight gradients, have the handle saved.
+
+        Called for what else is traced meanwhile too, such as patterns that Inductor looks for: those are not ours.
+        """
+        if self._analysed or not has_handle(gm.graph, self.inputs):
+            return gm
+        self._analysed = True
         try:
             plan = make_plan(
                 find_params(gm.graph, self.inputs),
@@ -126,7 +133,7 @@ class CompiledGraph:
         handle = find_handle(gm.graph, self.inputs)
         is_backward = settings.get("is_backward", False)
         if handle is None:
-            if is_backward and self.plan.grads:
+            if is_backward and (self.plan.grads or not self._analysed):
                 warn_of_fault(log, "finding the handle in a backward graph", DENSE, trace=False)
             return self._inner.compile(gm, inputs, **settings)
         without = functools.partial(compile_without_handle, handle=handle, compile_inner=self._inner.compile)

@@ -48,6 +48,14 @@ def find_handle(graph: fx.Graph, inputs: GraphInputs) -> int | None:
     return None
 
 
+def has_handle(graph: fx.Graph, inputs: GraphInputs) -> bool:
+    """Whether the input in the handle's place is one: other graphs may have something else there."""
+    if (position := find_handle(graph, inputs)) is None:
+        return False
+    value = graph.find_nodes(op="placeholder")[position].meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.dim() == 0
+
+
 def save_handle(gm: fx.GraphModule, inputs: GraphInputs) -> None:
     """Return the handle as "its own gradient", so that the partitioner saves it for the backward.
 
