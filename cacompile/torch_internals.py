@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch._dynamo.convert_frame import compile_lock as compile_lock
     from torch._dynamo.convert_frame import register_bytecode_hook as register_bytecode_hook
     from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
+    from torch._dynamo.source import ConstantSource as ConstantSource
     from torch._dynamo.utils import counters as counters
     from torch._functorch import config as functorch_config
     from torch._functorch._aot_autograd.descriptors import GradAOTOutput as GradAOTOutput
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode as FakeTensorMode
     from torch.autograd import profiler as autograd_profiler
     from torch.autograd.graph import get_gradient_edge as get_gradient_edge
+    from torch.fx.experimental.symbolic_shapes import DimDynamic as DimDynamic
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
     from torch.nn.utils import clip_grad as clip_grad
     from torch.utils import swap_tensors as swap_tensors
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -160,6 +163,13 @@ CONTRACTS = (
     Contract("trace_structured", "torch._logging:trace_structured", parameters=("metadata_fn", "payload_fn")),
     Contract("warning_once", "torch._logging:warning_once"),
     Contract("autograd_profiler", "torch.autograd.profiler", ("_is_profiler_enabled",)),
+    Contract("ConstantSource", "torch._dynamo.source:ConstantSource"),
+    Contract("DimDynamic", "torch.fx.experimental.symbolic_shapes:DimDynamic", ("DYNAMIC",)),
+    Contract(
+        "ShapeEnv",
+        "torch.fx.experimental.symbolic_shapes:ShapeEnv",
+        ("create_unspecified_symbol", "create_symintnode"),
+    ),
     Contract("clip_grad", "torch.nn.utils.clip_grad", ("clip_grad_norm_",)),
     Contract("disable_current_modes", "torch.utils._python_dispatch:_disable_current_modes", purpose=LOOK),
     Contract("is_traceable_subclass", "torch.utils._python_dispatch:is_traceable_wrapper_subclass"),
@@ -235,10 +245,6 @@ def source_text(source: Any) -> str | None:
     return name() if callable(name) else name  # a method before torch 2.12, a property since
 
 
-NO_SAVED_TENSOR_HOOKS = "saved_tensor_with_no_vc_check"
-"""Set in a node's meta: what is saved of it for the backward lies on the autograd node, past saved-tensor hooks."""
-
-
 def root(desc: Any) -> Any:
     """What AOTAutograd's description of an inner tensor, size or stride of a subclass is a part of; else itself."""
     while hasattr(desc, "base"):
@@ -262,6 +268,17 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for node in made.graph.find_nodes(op="placeholder"):
         node.meta.pop("grapharg", None)  # a weak reference to the input, which Dynamo takes out of its own graph too
     return made
+
+
+def symbolic_int(example: int, name: str, fake_mode: Any) -> Any:
+    """An int that graphs take for any: a size of its own. The example itself where nothing is symbolic yet."""
+    shape_env = getattr(fake_mode, "shape_env", None)
+    if shape_env is None:
+        return example
+    source = __getattr__("ConstantSource")(name)
+    # dynamic: equal to no other size, whatever the example
+    symbol = shape_env.create_unspecified_symbol(example, source, dynamic_dim=__getattr__("DimDynamic").DYNAMIC)
+    return shape_env.create_symintnode(symbol, hint=example, source=source)
 
 
 def name_input(node: fx.Node, example: Any) -> None:

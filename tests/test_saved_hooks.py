@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -88,8 +87,9 @@ def test_offloading_to_the_cpu() -> None:
     assert not model.up.weight.grad.any() and model.up.bias.grad.any()
 
 
-def test_hooks_that_torch_compiles_into_the_graph(caplog: pytest.LogCaptureFixture) -> None:
-    """By default they get what only the graph sees; told to pack all, they would get our handle: then we stay out."""
+@pytest.mark.parametrize("packed", ["donated", "no_static", "all"])
+def test_hooks_that_torch_compiles_into_the_graph(packed: str) -> None:
+    """By default they get what only the graph sees, but they can be given everything that is saved."""
 
     def pack(tensor: Tensor) -> Tensor:
         return tensor.to(torch.bfloat16)
@@ -98,19 +98,16 @@ def test_hooks_that_torch_compiles_into_the_graph(caplog: pytest.LogCaptureFixtu
         return tensor.to(torch.float32)
 
     hooks = torch.fx.symbolic_trace(pack), torch.fx.symbolic_trace(unpack)
-    for mode, skipped in (("donated", True), ("all", False)):
-        torch._dynamo.reset()
-        model = Block()
-        call = compile_all(model, "convaware")
-        with torch._functorch.config.patch(saved_tensors_hooks_filtering_mode=mode), caplog.at_level(logging.WARNING):
-            for _ in range(2):
-                cacompile.session(model).pin(keep=0.0)
-                with saved_tensors_hooks(*hooks):
-                    out = call(torch.randn(8, 32))
-                model.zero_grad()
-                out.sum().backward()
-        assert model.up.weight.grad.any().item() is not skipped
-        assert ("pack our handle as well" in caplog.text) is not skipped
+    model = Block()
+    call = compile_all(model, "convaware")
+    with torch._functorch.config.patch(saved_tensors_hooks_filtering_mode=packed):
+        for keep in (1.0, 0.0):
+            cacompile.session(model).pin(keep=keep)
+            with saved_tensors_hooks(*hooks):
+                out = call(torch.randn(8, 32))
+            model.zero_grad()
+            out.sum().backward()
+            assert model.up.weight.grad.any() == (keep == 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,7 @@ def test_flags_given_to_a_backward_never_change() -> None:
     (binding,) = session.bindings
     pin_mixed(session)
     assert binding.wants_masked()
-    flags, host = binding.leave_out(), binding.host_flags
+    flags, host = binding.leave_out((1,)), binding.host_flags
     before = host.clone()
     assert torch.equal(flags, host) and not host.all() and host.any()
     session.pin(keep=0.0)

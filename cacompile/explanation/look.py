@@ -14,6 +14,7 @@ from torch import fx
 
 from cacompile.config import Config
 from cacompile.graph.compiled import CompiledGraph, compile_graph, compiled_graphs
+from cacompile.graph.handle import NOWHERE
 from cacompile.passes.joint import has_trainable
 from cacompile.passes.lower import at_mean_sizes
 from cacompile.passes.plan import Plan
@@ -54,7 +55,7 @@ def trace(model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: M
             params = {param.name: args[param.index] for param in graph.plan.params}
             runs[id(graph), *map(id, params.values())] = graph, params
             # a handle that leads nowhere: looking must not leave an binding behind
-            return compiled(*args, torch.tensor(0, device="cpu"))
+            return compiled(*args, NOWHERE)
 
         return run
 
@@ -82,7 +83,7 @@ def running(params: Iterable[torch.Tensor]) -> list[RanGraph]:
     after a recompilation for other sizes, the newest."""
     wanted = {id(param) for param in params}
     found = [(binding, graph) for graph in compiled_graphs() for binding in list(graph.bindings.values())]
-    found.sort(key=lambda pair: int(pair[0].handle))
+    found.sort(key=lambda pair: pair[0].handle)
     runs = []
     for binding, graph in found:
         if wanted.intersection(map(id, binding.inputs.values())):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from cacompile.config import Config
@@ -26,7 +25,7 @@ from cacompile.torch_internals import FakeTensor, captured_backwards, functorch_
 
 from .backward import BackwardVersions
 from .fallback import warn_of_fault
-from .handle import compile_without_handle, find_handle, has_handle, save_handle, with_handle
+from .handle import NOWHERE, compile_without_handle, find_handle, has_handle, save_handle, with_handle
 from .inner import Compile, Inner, inner_of
 from .log import CompileLog
 
@@ -175,9 +174,7 @@ class CompiledGraph:
 
     def find_binding(self, handle: Any) -> GraphBinding | None:
         """The binding of this graph that a handle names; None for one that leads nowhere, such as a traced one."""
-        if type(handle) is not torch.Tensor or handle.dtype != torch.int64 or handle.dim():
-            return None
-        return self._numbered.get(int(handle))
+        return self._numbered.get(handle) if type(handle) is int else None
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The callable for Dynamo: adds the handle of the binding whose parameters it is called with."""
@@ -195,24 +192,22 @@ class CompiledGraph:
 
         return run
 
-    def _new_handle(self, args: Sequence[Any], positions: list[int]) -> torch.Tensor:
+    def _new_handle(self, args: Sequence[Any], positions: list[int]) -> int:
         """The handle of a new binding for these inputs; one that leads nowhere for traced inputs, or if it fails."""
-        fake = next((arg for arg in args if isinstance(arg, FakeTensor)), None)
-        if fake is not None:
-            with fake.fake_mode:
-                return torch.tensor(0, device="cpu")
+        if any(isinstance(arg, FakeTensor) for arg in args):
+            return NOWHERE
         try:
             follow_optimizers()
             key = tuple(id(args[i]) for i in positions)
             binding = self.bindings[key] = GraphBinding(self.layout, args, self.config)
-            self._numbered[int(binding.handle)] = binding
+            self._numbered[binding.handle] = binding
             forget = functools.partial(_forget, weakref.ref(self), key)
             for i in positions:
                 identity_of(args[i]).at_end(forget)
             return binding.handle
         except Exception:
             warn_of_fault(log, "binding a graph to its parameters", DENSE)
-            return torch.tensor(0, device="cpu")
+            return NOWHERE
 
 
 def _forget(graph: weakref.ref[CompiledGraph], key: tuple[int, ...]) -> None:

@@ -10,7 +10,6 @@ from torch import fx
 
 from cacompile.passes.joint import GraphInputs
 from cacompile.torch_internals import (
-    NO_SAVED_TENSOR_HOOKS,
     GradAOTOutput,
     PlainAOTInput,
     TracingContext,
@@ -19,6 +18,7 @@ from cacompile.torch_internals import (
     insert_output_stride,
     name_input,
     root,
+    symbolic_int,
 )
 
 from .inner import Compile
@@ -26,16 +26,21 @@ from .inner import Compile
 HANDLE = "convaware_handle"
 """Name of the input."""
 
+NOWHERE = 0
+"""A handle that no binding has."""
 
-def with_handle(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, torch.Tensor]:
+EXAMPLE = 1_000_003
+"""Compiled with; like no size of a tensor, of which torch might take it for one."""
+
+
+def with_handle(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
     """A copy of Dynamo's graph with one more input, the handle, and an example of it."""
     graph = copy_dynamo_graph(gm)
     placeholders = graph.graph.find_nodes(op="placeholder")
     with graph.graph.inserting_after(placeholders[-1]):
         node = graph.graph.placeholder(HANDLE)
-    handle = torch.tensor(0, device="cpu")  # whatever the default device is
-    fake_mode = detect_fake_mode(example_inputs)
-    name_input(node, fake_mode.from_tensor(handle) if fake_mode is not None else handle)
+    handle = symbolic_int(EXAMPLE, HANDLE, detect_fake_mode(example_inputs))
+    name_input(node, handle)
     graph.recompile()
     return graph, handle
 
@@ -53,16 +58,16 @@ def has_handle(graph: fx.Graph, inputs: GraphInputs) -> bool:
     if (position := find_handle(graph, inputs)) is None:
         return False
     value = graph.find_nodes(op="placeholder")[position].meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.dim() == 0
+    return isinstance(value, torch.SymInt) and value.node.hint == EXAMPLE
 
 
 def save_handle(gm: fx.GraphModule, inputs: GraphInputs) -> None:
     """Return the handle as "its own gradient", so that the partitioner saves it for the backward.
 
     Costs no operation: an input that is an output of the backward is simply saved. The slot is empty otherwise
-    (integers have no gradient), and the compiled versions never see it: it is erased from them. It is stashed on the
-    autograd node and not by `save_for_backward`, whose hooks are the user's, and may pack activations with a loss.
-    Raises ValueError where the slot cannot be found.
+    (integers have no gradient), and the compiled versions never see it: it is erased from them. It is a number, and
+    no tensor: hooks for saved tensors are the user's, and may pack activations with a loss. Raises ValueError where
+    the slot cannot be found.
     """
     handle = gm.graph.find_nodes(op="placeholder")[_position(gm.graph, inputs)]
     slot = _grad_slot(gm.graph, inputs)
@@ -70,7 +75,6 @@ def save_handle(gm: fx.GraphModule, inputs: GraphInputs) -> None:
     outputs = list(output.args[0])
     outputs[slot] = handle
     output.args = (tuple(outputs),)
-    handle.meta[NO_SAVED_TENSOR_HOOKS] = True
     gm.recompile()
 
 
@@ -106,10 +110,7 @@ def erase_handle(gm: fx.GraphModule, handle: int) -> int | None:
     node = gm.graph.find_nodes(op="placeholder")[handle]
     output = gm.graph.output_node()
     if any(user is not output for user in node.users):
-        raise ValueError(
-            "hooks for saved tensors are compiled into the graph and pack our handle as well; "
-            "with saved_tensors_hooks_filtering_mode='donated', torch's default, they would not"
-        )
+        raise ValueError(f"something else reads the handle: {', '.join(map(str, node.users))}")
     outputs = list(output.args[0])
     slot = outputs.index(node) if node in outputs else None
     if slot is not None:

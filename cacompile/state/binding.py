@@ -37,7 +37,7 @@ class GraphBinding:
 
     def __init__(self, layout: MaskLayout, inputs: Sequence[Any], config: Config) -> None:
         self._layout = layout
-        self.handle = torch.tensor(next(_numbers), device="cpu")
+        self.handle = next(_numbers)
         self.spent = Spent()
         self.ran_masked = False
         """Whether the last backward ran the masked version."""
@@ -63,7 +63,7 @@ class GraphBinding:
         self._device = None if device.type == "cpu" else torch.ones_like(self._host, device=device)
         self._captured: list[torch.Tensor] = []
         """Host flags that a CUDA graph of the user's copies to the device in every replay."""
-        _alive[int(self.handle)] = self
+        _alive[self.handle] = self
 
     @property
     def layout(self) -> MaskLayout:
@@ -90,8 +90,8 @@ class GraphBinding:
         return {name: param for name, one in self._inputs.items() if (param := one.tensor) is not None}
 
     def live_inputs(self) -> Iterator[torch.Tensor]:
-        """Its parameters, one by one."""
-        return (param for one in self._inputs.values() if (param := one.tensor) is not None)
+        """Its parameters that have blocks in this graph, one by one."""
+        return (param for state in self._params if state is not None and (param := state.param) is not None)
 
     @property
     def masked_backwards(self) -> int:
