@@ -324,12 +324,14 @@ def test_what_else_is_traced_meanwhile_is_not_ours() -> None:
     traced = []
 
     def other(*inputs: torch.Tensor) -> torch.Tensor:
-        return torch.stack([x @ x.T for x in inputs]).sum()
+        return torch.stack([x @ x.T for x in inputs if x.dim()]).sum()
 
     def trace_another(graph: torch.fx.Graph) -> None:
         if not traced:
             traced.append(graph)
-            aot_function(other, nop)(*[torch.randn(4, 4, requires_grad=True) for _ in range(8)])
+            with torch.enable_grad():
+                count = torch.tensor(0)  # where the handle is among our graph's inputs
+                aot_function(other, nop)(*[torch.randn(4, 4, requires_grad=True) for _ in range(5)], count)
 
     model = Block()
     with torch._inductor.config.patch(joint_custom_pre_pass=trace_another):
