@@ -70,6 +70,58 @@ def test_lengths_that_vary(order: list[int]) -> None:
     assert rows["up.weight"] == pytest.approx(expected, rel=1e-6)
 
 
+def conv(size: int, kernel: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+class Strided(nn.Module):
+    """Pictures of any size behind strides; of the frozen layer the backward has neither input nor output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, stride=2, padding=1).requires_grad_(False)
+        self.b, self.c = nn.Conv2d(8, 16, 3, stride=2), nn.Conv2d(16, 16, 3, stride=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x))).mean((2, 3))
+
+    def true_flops(self, batch: int, height: int, width: int) -> int:
+        b = [conv(conv(n, 3, 2, 1), 3, 2, 0) for n in (height, width)]
+        c = [conv(n, 3, 3, 1) for n in b]
+        return 2 * batch * (b[0] * b[1] * 16 * 8 * 9 + c[0] * c[1] * 16 * 16 * 9)
+
+
+class Padded(nn.Module):
+    """Length is padded to a multiple of 8, as windows are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x[:, 0], (0, 0, 0, (8 - x.shape[2] % 8) % 8))
+        return self.b(self.a(x.view(x.shape[0], -1, 8, 8)).mean(2))
+
+    def true_flops(self, batch: int, _: int, length: int) -> int:
+        windows = -(-length // 8)
+        return 2 * batch * (8 * windows + windows) * 8 * 16
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["found", "asked for"])
+@pytest.mark.parametrize("kind", [Strided, Padded])
+def test_sizes_that_are_computed_of_others(kind: type[Strided | Padded], dynamic: bool | None) -> None:
+    """No input of the backward has (s - 1) // 2 as a size, but some have (s - 1) // 2 + 1, or s."""
+    model = kind()
+    run = torch.compile(model, backend="convaware", options=EAGER, dynamic=dynamic)
+    channels, width = (3, None) if kind is Strided else (1, 8)
+    session = cacompile.session(model)
+    for batch, height, length in [(2, 32, 32), (3, 40, 33), (2, 65, 64), (4, 100, 31)]:
+        before = session.flops[0]
+        x = torch.randn(batch, channels, length if width else height, width or length)
+        run(x).square().mean().backward()
+        assert session.flops[0] - before == model.true_flops(batch, height, length)
+
+
 @pytest.fixture(scope="module")
 def dynamic() -> tuple[Pooled, Any]:
     model = Pooled()
