@@ -141,19 +141,31 @@ def test_any_sizes(dynamic: tuple[Pooled, Any], sizes: list[tuple[int, int]], se
     counted_right(model, run, sizes)
 
 
+class Picks(nn.Module):
+    """An expert that sees the tokens whose first entry is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.out = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = torch.nonzero(x[:, 0] > 0).squeeze(-1)
+        hidden = x.new_zeros(len(x), 64).index_add(0, chosen, self.expert(x[chosen]))
+        return self.out(hidden)
+
+
+@pytest.mark.parametrize("picked", [0, 1, 6, 16])
+def test_explain_counts_the_sizes_of_its_example(picked: int) -> None:
+    x = torch.randn(16, 32)
+    x[:, 0] = torch.where(torch.arange(16) < picked, 1.0, -1.0)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        rows = {row.param: row.flops for row in cacompile.explain(Picks(), x).rows}
+    assert rows["expert.weight"] == 2 * picked * 32 * 64
+    assert rows["out.weight"] == 2 * 16 * 64 * 32
+
+
 def test_sizes_that_depend_on_data() -> None:
     """Tokens picked by nonzero() count as many as there were."""
-
-    class Picks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.expert, self.out = nn.Linear(32, 64), nn.Linear(64, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            chosen = torch.nonzero(x[:, 0] > 0).squeeze(-1)
-            hidden = x.new_zeros(len(x), 64).index_add(0, chosen, self.expert(x[chosen]))
-            return self.out(hidden)
-
     model = Picks()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         run = torch.compile(model, backend="convaware", options=EAGER, fullgraph=True)
