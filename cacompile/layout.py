@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import CodeType
+from typing import Any
 
 import numpy as np
 
@@ -102,6 +106,31 @@ class SizeSource:
     position: int
     dim: int | None
 
+    def read(self, args: Sequence[Any]) -> int:
+        value = args[self.position]
+        return int(value if self.dim is None else value.shape[self.dim])
+
+
+FUNCTIONS: Mapping[str, Any] = {"Mod": operator.mod, "PythonMod": operator.mod, "Max": max, "Min": min}
+"""What may be called in the formula of a size."""
+
+
+@dataclass(frozen=True, slots=True)
+class DerivedSize:
+    """A size that no input has, such as the height behind a stride: a formula of sizes that some have."""
+
+    formula: str
+    """In Python, with the names of `of` and of `FUNCTIONS`."""
+    of: tuple[tuple[str, SizeSource | DerivedSize], ...]
+
+    def read(self, args: Sequence[Any]) -> int:
+        return int(eval(_compiled(self.formula), {**FUNCTIONS}, {name: source.read(args) for name, source in self.of}))
+
+
+@functools.cache
+def _compiled(formula: str) -> CodeType:
+    return compile(formula, "<size>", "eval")
+
 
 @dataclass(frozen=True, slots=True)
 class GradLayout:
@@ -148,7 +177,7 @@ class MaskLayout:
     """What FLOPs are multiples of in the sizes of a call."""
     coefficients_by_param: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """How many dW FLOPs there are to one of each monomial, masked or not."""
-    sources: tuple[tuple[SizeSource, ...], ...] = ()
+    sources: tuple[tuple[SizeSource | DerivedSize, ...], ...] = ()
     """For each monomial, where a backward finds its factors; empty where no size is symbolic."""
     masked: frozenset[str] | None = None
     """Parameters whose products the masked version masks; None until that version was made."""

@@ -80,7 +80,8 @@ def _locate_chains(params: Iterable[Param], found: _Found) -> None:
     unshared = {
         param.grad: param
         for param in params
-        if param.grad is not None and not param.subclass and isinstance(found[param.name], StaysDense)
+        if param.grad is not None and not param.subclass and 0 not in param.shape
+        if isinstance(found[param.name], StaysDense)
     }
     if not unshared:
         return

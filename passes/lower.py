@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import SymInt, Tensor, fx
+from torch import SymInt, fx
 
-from cacompile.layout import GradLayout, MaskLayout, Monomial, Partition, SizeSource
+from cacompile.layout import FUNCTIONS, DerivedSize, GradLayout, MaskLayout, Monomial, Partition, SizeSource
 
 from .flops import at_sizes, split
 from .plan import Plan, WeightGrad
@@ -40,28 +41,48 @@ def with_sources(layout: MaskLayout, backward: fx.Graph, handle: int) -> MaskLay
     """
     if not any(monomial.atoms for monomial in layout.monomials):
         return layout
-    known: dict[str, SizeSource] = {}
     inputs = backward.find_nodes(op="placeholder")
-    for position, node in enumerate([*inputs[:handle], *inputs[handle + 1 :]]):
-        value = node.meta.get("val")
-        if isinstance(value, SymInt):
-            known.setdefault(str(value.node.expr), SizeSource(position, None))
-        elif isinstance(value, Tensor):
-            for dim, size in enumerate(value.shape):
-                if isinstance(size, SymInt):
-                    known.setdefault(str(size.node.expr), SizeSource(position, dim))
+    known = _sizes_of([*inputs[:handle], *inputs[handle + 1 :]])
     sources = []
     for monomial in layout.monomials:
         atoms = (monomial.text,) if monomial.atoms and monomial.text in known else monomial.atoms
-        if not all(atom in known for atom in atoms):
+        found = [known.get(atom) or _derived(atom, known) for atom in atoms]
+        if None in found:
             return replace(
                 layout,
                 monomials=(Monomial("1", ()),),
                 grads=tuple(replace(grad, coefficients=(grad.block_flops,)) for grad in layout.grads),
                 coefficients_by_param=tuple((name, (flops,)) for name, flops in layout.flops_by_param),
             )
-        sources.append(tuple(known[atom] for atom in atoms))
+        sources.append(tuple(source for source in found if source is not None))
     return replace(layout, sources=tuple(sources))
+
+
+def _sizes_of(inputs: Sequence[fx.Node]) -> dict[str, SizeSource | DerivedSize]:
+    """Every expression in symbolic sizes that an input of the backward has as a size, and what is a step from it."""
+    known: dict[str, SizeSource | DerivedSize] = {}
+    steps = []
+    for position, node in enumerate(inputs):
+        value = node.meta.get("val")
+        found = [(None, value)] if isinstance(value, SymInt) else enumerate(getattr(value, "shape", ()))
+        for dim, size in found:
+            if isinstance(size, SymInt) and (text := str(size.node.expr)) not in known:
+                source = known[text] = SizeSource(position, dim)
+                steps.append((size.node.expr, source))
+    for expression, source in steps:  # 2 * s0 + 1 has s0
+        plus, product = expression.as_coeff_Add()
+        times, factor = product.as_coeff_Mul()
+        if plus.is_Integer and times.is_Integer:
+            known.setdefault(str(factor), DerivedSize(f"(size - {plus}) // {times}", (("size", source),)))
+    return known
+
+
+def _derived(atom: str, known: Mapping[str, SizeSource | DerivedSize]) -> DerivedSize | None:
+    """A size by its formula, where all that is in it is known."""
+    names = set(re.findall(r"[A-Za-z_]\w*", atom)) - FUNCTIONS.keys()
+    if not names <= known.keys() or "/" in atom.replace("//", ""):
+        return None
+    return DerivedSize(atom, tuple((name, known[name]) for name in sorted(names)))
 
 
 def at_mean_sizes(plan: Plan, sizes: Mapping[Monomial, float]) -> Plan:

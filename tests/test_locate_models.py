@@ -207,6 +207,16 @@ def test_slices_where_no_block_ends_are_cut_the_other_way() -> None:
     assert masks(found)["w0"][0] == 1
 
 
+def test_empty_weights_beside_others() -> None:
+    """No classes yet, or a branch of no width: empty by itself, and part of a product that others share."""
+
+    def function(x: Tensor, w: Tensor, none: Tensor, thin: Tensor, back: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, w), F.linear(x, none)], 1) + F.linear(F.linear(x, thin), back)
+
+    model = lambda: Function(function, (64, 32), (0, 32), (0, 32), (64, 0))  # noqa: E731
+    compare(model, normal(8, 32), grouped=["w0"], stays=dict.fromkeys(["w1", "w2", "w3"], "empty"))
+
+
 def test_weight_used_twice() -> None:
     compare(lambda: Function(lambda x, w: F.linear(F.linear(x, w).relu(), w), (32, 32)), normal(8, 32), grouped=["w0"])
     # once as it is and once transposed: its rows are rows of one product and columns of the other

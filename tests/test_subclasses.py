@@ -197,3 +197,45 @@ def test_contents_can_be_swapped(convert: str, monkeypatch: pytest.MonkeyPatch) 
     optimizer.step()
     off = masks(model)["up.weight"][1]
     assert not model.up.weight.grad[~off].any() and model.up.weight.grad[off].any()
+
+
+@pytest.mark.parametrize("way", ["swap_tensors", "data"])
+def test_contents_of_another_shape_start_anew(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A layer that grows while it trains: its old blocks mean nothing to the new weights, and must not be counted."""
+    model = Block()
+    options = {"warmup_steps": 2, "monitor_every": 2, "block_rows": 16, "inner": "aot_eager"}
+    call = torch.compile(model, backend="convaware", options=options)
+
+    def train(steps: int) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            call(torch.randn(8, 32)).square().mean().backward()
+            optimizer.step()
+
+    train(4)
+    session, old = cacompile.session(model), dict(cacompile.session(model).params)
+    wide, back = (64 + 32, 64)
+    for width in (wide, back):
+        for name, shape in (("up.weight", (width, 32)), ("up.bias", (width,)), ("down.weight", (32, width))):
+            param, new = model.get_parameter(name), torch.randn(shape)
+            if way == "data":
+                param.grad, param.data = None, new
+            else:
+                torch.utils.swap_tensors(param, nn.Parameter(new))
+        caplog.clear()
+        train(4)
+        assert "its groups start anew" in caplog.text
+        state = session.params["up.weight"]
+        assert state is not old["up.weight"] and state.blocks == width // 16 and state.step == 4
+        session.pin(keep=0.5, seed=0)
+        dense = copy.deepcopy(model)
+        x = torch.randn(8, 32)
+        expected = train_step((dense, dense), [x])
+        ours = train_step((model, call), [x])
+        torch.testing.assert_close(ours.loss, expected.loss)
+        for name, (dim, on) in masks(model).items():
+            grad, full = ours.grads[name].movedim(dim, 0), expected.grads[name].movedim(dim, 0)
+            torch.testing.assert_close(grad[on], full[on])
+            assert not grad[~on].any()
+        session.unpin()

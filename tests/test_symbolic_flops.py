@@ -70,6 +70,58 @@ def test_lengths_that_vary(order: list[int]) -> None:
     assert rows["up.weight"] == pytest.approx(expected, rel=1e-6)
 
 
+def conv(size: int, kernel: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+class Strided(nn.Module):
+    """Pictures of any size behind strides; of the frozen layer the backward has neither input nor output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, stride=2, padding=1).requires_grad_(False)
+        self.b, self.c = nn.Conv2d(8, 16, 3, stride=2), nn.Conv2d(16, 16, 3, stride=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x))).mean((2, 3))
+
+    def true_flops(self, batch: int, height: int, width: int) -> int:
+        b = [conv(conv(n, 3, 2, 1), 3, 2, 0) for n in (height, width)]
+        c = [conv(n, 3, 3, 1) for n in b]
+        return 2 * batch * (b[0] * b[1] * 16 * 8 * 9 + c[0] * c[1] * 16 * 16 * 9)
+
+
+class Padded(nn.Module):
+    """Length is padded to a multiple of 8, as windows are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x[:, 0], (0, 0, 0, (8 - x.shape[2] % 8) % 8))
+        return self.b(self.a(x.view(x.shape[0], -1, 8, 8)).mean(2))
+
+    def true_flops(self, batch: int, _: int, length: int) -> int:
+        windows = -(-length // 8)
+        return 2 * batch * (8 * windows + windows) * 8 * 16
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["found", "asked for"])
+@pytest.mark.parametrize("kind", [Strided, Padded])
+def test_sizes_that_are_computed_of_others(kind: type[Strided | Padded], dynamic: bool | None) -> None:
+    """No input of the backward has (s - 1) // 2 as a size, but some have (s - 1) // 2 + 1, or s."""
+    model = kind()
+    run = torch.compile(model, backend="convaware", options=EAGER, dynamic=dynamic)
+    channels, width = (3, None) if kind is Strided else (1, 8)
+    session = cacompile.session(model)
+    for batch, height, length in [(2, 32, 32), (3, 40, 33), (2, 65, 64), (4, 100, 31)]:
+        before = session.flops[0]
+        x = torch.randn(batch, channels, length if width else height, width or length)
+        run(x).square().mean().backward()
+        assert session.flops[0] - before == model.true_flops(batch, height, length)
+
+
 @pytest.fixture(scope="module")
 def dynamic() -> tuple[Pooled, Any]:
     model = Pooled()
@@ -89,19 +141,31 @@ def test_any_sizes(dynamic: tuple[Pooled, Any], sizes: list[tuple[int, int]], se
     counted_right(model, run, sizes)
 
 
+class Picks(nn.Module):
+    """An expert that sees the tokens whose first entry is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.out = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = torch.nonzero(x[:, 0] > 0).squeeze(-1)
+        hidden = x.new_zeros(len(x), 64).index_add(0, chosen, self.expert(x[chosen]))
+        return self.out(hidden)
+
+
+@pytest.mark.parametrize("picked", [0, 1, 6, 16])
+def test_explain_counts_the_sizes_of_its_example(picked: int) -> None:
+    x = torch.randn(16, 32)
+    x[:, 0] = torch.where(torch.arange(16) < picked, 1.0, -1.0)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        rows = {row.param: row.flops for row in cacompile.explain(Picks(), x).rows}
+    assert rows["expert.weight"] == 2 * picked * 32 * 64
+    assert rows["out.weight"] == 2 * 16 * 64 * 32
+
+
 def test_sizes_that_depend_on_data() -> None:
     """Tokens picked by nonzero() count as many as there were."""
-
-    class Picks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.expert, self.out = nn.Linear(32, 64), nn.Linear(64, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            chosen = torch.nonzero(x[:, 0] > 0).squeeze(-1)
-            hidden = x.new_zeros(len(x), 64).index_add(0, chosen, self.expert(x[chosen]))
-            return self.out(hidden)
-
     model = Picks()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         run = torch.compile(model, backend="convaware", options=EAGER, fullgraph=True)

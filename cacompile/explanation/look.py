@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,18 +43,23 @@ class RanGraph(NamedTuple):
 
 def trace(model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RanGraph]:
     """All graphs that `model` would be compiled to, each checked by building its masked backward."""
-    runs: dict[tuple[int, ...], tuple[CompiledGraph, dict[str, torch.Tensor]]] = {}
+    runs: dict[tuple[int, ...], tuple[CompiledGraph, dict[str, torch.Tensor], dict[str, int]]] = {}
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if not has_trainable(inputs):
             return gm.forward
+        sizes: dict[str, int] = {}
+
+        def interpreted(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+            return _interpreted(gm, sizes)
+
         # the backward at once, not when it first runs: nothing runs backward here
         with functorch_config.patch(force_non_lazy_backward_lowering=True):
-            graph, compiled = compile_graph(gm, inputs, config, {}, compile_inner=_interpreted)
+            graph, compiled = compile_graph(gm, inputs, config, {}, compile_inner=interpreted)
 
         def run(*args: Any) -> Any:
             params = {param.name: args[param.index] for param in graph.plan.params}
-            runs[id(graph), *map(id, params.values())] = graph, params
+            runs[id(graph), *map(id, params.values())] = graph, params, sizes
             # a handle that leads nowhere: looking must not leave an binding behind
             return compiled(*args, NOWHERE)
 
@@ -67,12 +73,12 @@ def trace(model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: M
     with faked(model, args, kwargs) as (originals, args, kwargs):
         with _untouched(model), _untouched_dynamo() as options, torch.enable_grad():
             torch.compile(fresh, backend=backend, **options)(*args, **kwargs)
-        for graph, _ in runs.values():
+        for graph, *_ in runs.values():
             if graph.backward is not None:
                 graph.backward.masked_version()
     found = [
-        RanGraph(graph.plan, {name: originals.get(id(param), param) for name, param in params.items()}, graph)
-        for graph, params in runs.values()
+        RanGraph(_at_sizes(graph, sizes), {name: originals.get(id(p), p) for name, p in params.items()}, graph)
+        for graph, params, sizes in runs.values()
     ]
     runs.clear()  # Dynamo may go on holding what it compiled, the backend with it, but no parameters
     return found
@@ -92,14 +98,43 @@ def running(params: Iterable[torch.Tensor]) -> list[RanGraph]:
     return list({frozenset(map(id, run.params.values())): run for run in runs}.values())
 
 
-def _interpreted(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+class _Sizes(fx.Interpreter):
+    """Runs a graph and notes what its symbolic sizes are, those too that depend on data. sizes: by the graph's name."""
+
+    def __init__(self, gm: fx.GraphModule, sizes: dict[str, int]) -> None:
+        super().__init__(gm)
+        self._sizes = sizes
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        value = n.meta.get("val")
+        if isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor):
+            for size, real in zip(value.shape, result.shape):
+                if isinstance(size, torch.SymInt) and type(real) is int:
+                    self._sizes[str(size.node.expr)] = real
+        elif isinstance(value, torch.SymInt) and type(result) is int:
+            self._sizes[str(value.node.expr)] = result
+        return result
+
+
+def _interpreted(gm: fx.GraphModule, sizes: dict[str, int]) -> Any:
     def run(args: list[Any]) -> Any:
         # what the graph makes itself has to be fake where its inputs are
         with detect_fake_mode(args) or contextlib.nullcontext():
-            return torch.fx.Interpreter(gm).boxed_run(args)
+            return _Sizes(gm, sizes).boxed_run(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def _at_sizes(graph: CompiledGraph, sizes: Mapping[str, int]) -> Plan:
+    """The graph's plan with FLOPs of the sizes that it ran with; as compiled where they are not known."""
+    known = {
+        monomial: math.prod(sizes[atom] for atom in monomial.atoms)
+        for monomial in graph.layout.monomials
+        if all(atom in sizes for atom in monomial.atoms)
+    }
+    return at_mean_sizes(graph.plan, known)
 
 
 @contextlib.contextmanager

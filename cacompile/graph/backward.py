@@ -148,7 +148,7 @@ class BackwardVersions:
         sources = self._layout.sources
         if not sources:
             return (1,)
-        return [math.prod(_size(args[of.position], of.dim) for of in factors) for factors in sources]
+        return [math.prod(of.read(args) for of in factors) for factors in sources]
 
     def _note_switch(self, binding: GraphBinding, version: MaskedVersion | None) -> None:
         if binding.ran_masked is not (version is not None):
@@ -173,7 +173,3 @@ class BackwardVersions:
         """The backward graph as it came, without our handle and the tensors of its constants: to be looked at."""
         maker = self._maker
         return copy.deepcopy(maker.source.graph if maker is not None else self._graph)
-
-
-def _size(value: Any, dim: int | None) -> int:
-    return int(value if dim is None else value.shape[dim])

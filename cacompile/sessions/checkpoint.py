@@ -156,8 +156,9 @@ def _check_entry(name: str, entry: Mapping[str, Any], param: ParamState) -> None
     must(_is_count(since) and since <= entry["step"], "counted_from", since, f"{COUNT}, and no later than step")
     blocks = _check_partition(entry["partition"], param.shape, must)
     must(_is_array(entry["skipped"], torch.bool, blocks), "skipped", entry["skipped"], f"bool [{blocks}] on the host")
-    ok = _is_array(entry["counted"], torch.int64, blocks) and bool((entry["counted"] >= 0).all())
-    must(ok, "counted", entry["counted"], f"int64 [{blocks}] >= 0 on the host")
+    counted = entry["counted"]
+    ok = _is_array(counted, torch.int64, blocks) and bool(((counted >= 0) & (counted <= LARGEST)).all())
+    must(ok, "counted", counted, f"int64 [{blocks}] >= 0 and <= {LARGEST} on the host")
     _keys(entry["blocks"], set(SAVED), f"{ENTRY}{name!r}: blocks")
     for field in SAVED:
         dtype = torch.from_numpy(np.empty(0, COLUMNS[field].dtype)).dtype

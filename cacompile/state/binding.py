@@ -42,8 +42,8 @@ class GraphBinding:
         self.ran_masked = False
         """Whether the last backward ran the masked version."""
         self._steps = 0
-        self._inputs = {name: identity_of(inputs[index]) for name, index in layout.params}
         self._params = _together(layout, [_part(grad, inputs[grad.index], config) for grad in layout.grads])
+        self._inputs = {name: identity_of(inputs[index]) for name, index in layout.params}
         _tie(layout, self._params)
         self._pins = newest_pin()
         hold_pins()
@@ -231,6 +231,8 @@ def _part(grad: GradLayout, param: Any, config: Config) -> ParamState | None:
     if not isinstance(param, torch.nn.Parameter):
         return None
     state = registry.track(param, grad.param)
+    if state.partition is not None and state.shape != tuple(param.shape):
+        state = registry.track_anew(param, grad.param)
     if not state.part(grad.partition, config, grad.param):
         log.warning("%s is parted into other groups by another graph; in this one it stays dense", state.name)
         return None

@@ -43,7 +43,11 @@ class Identity:
         """Call this when the tensor is gone, and before another can have its id."""
         self._at_end.append(callback)
 
-    def _end(self, _: weakref.ref[Any], everything: dict[int, Identity] = _all) -> None:
+    def end(self) -> None:
+        """The tensor is taken for another one from now on, as after its contents have changed shape."""
+        self._end()
+
+    def _end(self, _: weakref.ref[Any] | None = None, everything: dict[int, Identity] = _all) -> None:
         everything.pop(self._key, None)  # its own name is gone when the interpreter ends
         self._ref = self.data = None
         for callback in self._at_end:

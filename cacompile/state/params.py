@@ -244,6 +244,14 @@ class _Registry:
             identity.data = ParamState(param, name)
         return identity.data
 
+    def track_anew(self, param: torch.nn.Parameter, name: str) -> ParamState:
+        """A parameter of another shape than before, as after a swap: nothing of its blocks holds any more."""
+        identity = identity_of(param)
+        before = identity.data
+        log.warning("%s was %s and is %s now; its groups start anew", before.name, before.shape, tuple(param.shape))
+        identity.end()
+        return self.track(param, name)
+
     def new_key(self, name: str) -> int:
         """A number for a parameter that a graph calls `name`; identical blocks call theirs alike: they are counted."""
         self._names[name] += 1

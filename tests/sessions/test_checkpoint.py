@@ -66,6 +66,10 @@ ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         lambda e: {**e, "in_flight": {"values": torch.ones(2, 2).half(), "sampled": None}},
         ["in_flight['values']", "floats [2, 2]", "float16"],
     ),
+    "counted leaves no room": (
+        lambda e: {**e, "counted": torch.tensor([0, 2**63 - 1])},
+        ["counted", f"<= {2**62}"],
+    ),
     "step is a bool": (lambda e: {**e, "step": True}, ["step", "True"]),
     "partition": (lambda e: {**e, "partition": (0, 16)}, ["partition", "(0, 16)", "(dim, block, rows)"]),
     "partition of another shape": (lambda e: {**e, "partition": (0, 16, 64)}, ["partition", "(0, 16, 64)", "(32, 64)"]),
