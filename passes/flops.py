@@ -28,6 +28,11 @@ class Flops(int):
         formula = math.prod((_expression(size) for size in sizes), start=2)
         return cls(2 * math.prod(map(hint, sizes)), formula)
 
+    @classmethod
+    def of_count(cls, count: Any) -> Flops:
+        """A count that was computed of sizes, symbolic ones among them."""
+        return cls(hint(count), _expression(count))
+
     def __add__(self, other: int) -> Flops:
         return Flops(int(self) + int(other), self.formula + _formula(other))
 
