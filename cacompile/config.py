@@ -23,13 +23,16 @@ def _option(
     high: float | None = None,
     choices: tuple = (),
     callables: str = "",
+    patterns: bool = False,
     largest: int = LARGEST,
 ) -> Any:
     """callables: what a callable is that may stand in place of a choice; empty where none may.
 
+    patterns: whether it is a tuple of names and patterns.
     largest: the largest int where there is no `high`, too large to be worth a word in the tables of options.
     """
     allowed = {"low": low, "high": high, "choices": choices, "callables": callables, "largest": largest}
+    allowed["patterns"] = patterns
     return field(default=default, metadata={"doc": doc, **allowed})
 
 
@@ -57,6 +60,15 @@ class Config:
         "momentum",
         "Gradient of a skipped group: the optimizer's first moment, or zeros.",
         choices=("momentum", "zeros"),
+    )
+    keep: tuple[str, ...] = _option(
+        (), "What is never skipped: names of parameters, modules, families, groups, or patterns.", patterns=True
+    )
+    frozen: tuple[str, ...] = _option(
+        (), "What is frozen at the start, until `session.thaw`: names or patterns, as of `keep`.", patterns=True
+    )
+    max_truncated: int = _option(
+        8, "Most backwards of a graph, each for other frozen parameters, that are kept compiled; 0 cuts none.", low=0
     )
     seed: int = _option(0, "Seed of the draws; give every data-parallel rank the same.", low=0, largest=LARGEST_SEED)
     inner: str | Callable[..., Any] = _option(  # noqa: RUF009  # a value like any other, for all its type
@@ -90,6 +102,8 @@ def _checked(name: str, value: Any, default: Any, allowed: Mapping[str, Any]) ->
     if allowed["callables"] and callable(value):
         _check_key(name, value)
         return value
+    if allowed["patterns"]:
+        return _checked_patterns(name, value)
     kind = type(default)
     fits = isinstance(value, {float: numbers.Real, int: numbers.Integral}.get(kind, kind))
     if not fits or isinstance(value, bool):
@@ -106,6 +120,12 @@ def _checked(name: str, value: Any, default: Any, allowed: Mapping[str, Any]) ->
         span = f"between {low} and {allowed['largest'] if far else high}" if high is not None or far else f">= {low}"
         raise ConvAwareError(f"convaware option {name!r} must be {span}, got {shown(value)}")
     return kind(value)
+
+
+def _checked_patterns(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (tuple, list)) or not all(isinstance(each, str) for each in value):
+        raise ConvAwareError(f"convaware option {name!r} must be a tuple of names and patterns, got {shown(value)}")
+    return tuple(value)
 
 
 def _check_key(name: str, value: Any) -> None:

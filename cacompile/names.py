@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 _PARAMETRIZED = re.compile(r"\.parametrizations\.\w+\.original\d*$")
 
@@ -29,7 +30,7 @@ def family_names(families: Sequence[Named]) -> list[str]:
     the first weight that makes it: `layers.3.mlp.neurons`, `layer1.0.conv1.filters`.
     """
     owned = Counter(
-        (family.kind, part) for family in families for part in {p for n in family.weights for p in _prefixes(n)}
+        (family.kind, part) for family in families for part in {p for n in family.weights for p in prefixes(n)}
     )
     names = [_family_name(family, owned) for family in families]
     seen: Counter[str] = Counter()
@@ -53,13 +54,24 @@ def module_of(param: str) -> str:
 def _family_name(family: Named, owned: Counter[tuple[str, str]]) -> str:
     first = module_of((family.makers or family.weights)[0])
     if family.kind != "filters":
-        shared = [p for p in _prefixes(first) if all(p in _prefixes(module_of(name)) for name in family.weights)]
+        shared = [p for p in prefixes(first) if all(p in prefixes(module_of(name)) for name in family.weights)]
         if shared and owned[family.kind, shared[-1]] == 1:
             first = shared[-1]
     steps = first.split(".") if first else []
     return ".".join(steps if steps[-1:] == [family.kind] else [*steps, family.kind])
 
 
-def _prefixes(module: str) -> list[str]:
-    steps = module.split(".")
+def fits(names: Iterable[str], pattern: str) -> bool:
+    """Whether a pattern, or the very name, is one of these: names of groups have brackets, which patterns read."""
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names)
+
+
+def find_params(pattern: str, names: Iterable[str]) -> list[str]:
+    """The parameters that a pattern names, or that lie in a module which it names."""
+    return [name for name in names if fits(prefixes(name), pattern)]
+
+
+def prefixes(name: str) -> list[str]:
+    """What something is a part of, and its own name: a, a.b, a.b.weight."""
+    steps = name.split(".")
     return [".".join(steps[:n]) for n in range(1, len(steps) + 1)]

@@ -11,7 +11,8 @@ HEAD = "| option | default | allowed | meaning |\n|---|---|---|---|"
 def option_row(option: Field[Any]) -> str:
     low, high, choices = (option.metadata[key] for key in ("low", "high", "choices"))
     named = ", ".join(filter(None, [*(f"`{c}`" for c in choices), option.metadata["callables"]]))
-    allowed = named if choices else f"{low} to {high}" if high is not None else f">= {low}"
+    named = named or "names and patterns" * option.metadata["patterns"]
+    allowed = named if named else f"{low} to {high}" if high is not None else f">= {low}"
     return f"| `{option.name}` | `{option.default}` | {allowed} | {option.metadata['doc']} |"
 
 

@@ -24,6 +24,7 @@ LIMITS = {  # option -> values allowed at the edges, values just beyond
     "warmup_steps": ([0, 10**9], [-1]),
     "monitor_every": ([1], [0]),
     "max_age": ([1], [0]),
+    "max_truncated": ([0, 1], [-1]),
     "block_rows": ([1, 65536], [0, -128, 65537]),
     "seed": ([0, 2**63], [-1]),
 }
@@ -45,7 +46,7 @@ def test_ranges(option: str):
 
 def test_every_option_has_limits_and_a_description():
     for option in fields(Config):
-        assert option.name in LIMITS or option.metadata["choices"], option.name
+        assert option.name in LIMITS or option.metadata["choices"] or option.metadata["patterns"], option.name
         assert option.metadata["doc"].endswith("."), option.name
 
 

@@ -150,6 +150,7 @@ class Controller:
             if (step + 1) % self.config.monitor_every == 0:
                 # what has no score has had no gradient, and is not skipped for its own sake
                 chosen |= ~index.every(self._averaged(optimizer) | np.isnan(self.column("score")))
+            chosen |= ~index.every(~self.column("kept"))
             on = chosen[index.of_block]
         for param, part in zip(self.params, np.split(on, np.cumsum(self._blocks)[:-1])):
             if param.pin is not None:
@@ -203,6 +204,10 @@ class Controller:
         index, flops, settings = self._index, self.column("flops"), settings_by_param(optimizer)
         rate = np.repeat([_rate(settings.get(id(param.param), {})) for param in self.params], self._blocks)
         descent, last = self.column("score") * rate, last_score * rate
+        # what is frozen wins nothing and costs nothing; what is always kept is not to be weighed against others
+        fixed = np.concatenate([param.frozen_blocks for param in self.params])
+        fixed |= ~index.every(~self.column("kept"))[index.of_block]
+        descent, last, flops = (np.where(fixed, 0.0, each) for each in (descent, last, flops))
         measurements = np.repeat([param.step for param in self.params], self._blocks) / self.config.monitor_every
         usual = self.column("mean_descent")
         spike = was_spike(usual, descent, last, early=self._step <= EARLY * self.config.monitor_every)

@@ -201,11 +201,12 @@ def _explanation(runs: Sequence[RanGraph], model: torch.nn.Module) -> Explanatio
         for name, param in named_parameters(model)
         if param.requires_grad and name not in seen
     ]
+    since = session(model).frozen_since
     untraced: Counter[str] = Counter()
     for plan in plans:
         untraced.update(dict(plan.untraced))
     return Explanation(
-        rows=tuple(rows),
+        rows=tuple(replace(row, frozen=since.get(row.param, -1)) for row in rows),
         graphs=len(runs),
         groups=groups,
         axes=_axes(plans, called),

@@ -46,10 +46,14 @@ class ExplainedParam:
     """What replaces the product when something is skipped; empty if it stays dense."""
     reason: str
     """Why it stays dense; empty if it does not."""
+    frozen: int = -1
+    """The optimizer step after which `session.freeze` froze it as a whole; -1: it is trained."""
 
     @property
     def fate(self) -> str:
-        """What becomes of its gradient: the masked operation, or why it stays dense."""
+        """What becomes of its gradient: the masked operation, or why it stays dense; None, while it is frozen."""
+        if self.frozen >= 0:
+            return f"frozen since step {self.frozen}"
         return self.operation or f"dense: {self.reason}"
 
     @property

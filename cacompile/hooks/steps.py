@@ -18,6 +18,7 @@ from cacompile.state.params import ParamState, registry
 from cacompile.state.table import newest_structure
 
 from .clipping import follow_clipping
+from .put_back import put_back, take
 
 _moments = itertools.count(1)
 """Beginnings and ends of steps, in their order."""
@@ -96,10 +97,11 @@ def _params_of(optimizer: Optimizer) -> list[Any]:
 
 @torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    take(optimizer, params := _params_of(optimizer))
     _owned_by(optimizer).begin()
     controllers = controllers_of(optimizer)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not controllers and not (callable(closure) and any(registry.find(param) for param in _params_of(optimizer))):
+    if not controllers and not (callable(closure) and any(registry.find(param) for param in params)):
         return None
     for controller in controllers:
         controller.look()
@@ -122,6 +124,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 @torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    put_back(optimizer)
     _owned_by(optimizer).advance(optimizer, _params_of(optimizer))
 
 

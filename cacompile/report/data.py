@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from cacompile.controller.policy import STEP
 from cacompile.pages.numbers import count, percent
@@ -76,6 +77,8 @@ class RunData:
     pinned: bool
     """Whether some mask is held by `Session.pin`."""
     about: Mapping[str, Any]
+    frozen: Mapping[str, int]
+    """What is frozen -> since which step; of a parameter of which only groups are, the first of them."""
 
     @classmethod
     def of(cls, state: Any) -> RunData:
@@ -91,6 +94,7 @@ class RunData:
             masked=state["backwards"][1],
             pinned=state["pin"] is not None or any(entry["pin"] is not None for entry in params),
             about=state["about"],
+            frozen=_frozen(state["parameters"]),
         )
 
     @property
@@ -219,6 +223,19 @@ class RunData:
         if not self.measurements:
             return f"Scores are read every {options.get('monitor_every', 0)} steps; {self.step} have been done."
         return "No group was cheap enough to give up: all move fast, or still win much for their FLOPs."
+
+
+def _frozen(params: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Entries are checked only where the model is known: of others, what can be read."""
+    found: dict[str, int] = {}
+    for name, entry in params.items():
+        blocks = (entry.get("blocks") or {}).get("frozen")
+        if isinstance(entry.get("frozen"), int):
+            found[name] = entry["frozen"]
+        elif isinstance(blocks, torch.Tensor) and (blocks >= 0).any():
+            some = int((blocks >= 0).sum())
+            found[f"{name} ({some} of {len(blocks)} blocks)"] = int(blocks[blocks >= 0].min())
+    return found
 
 
 def _steps(values: np.ndarray) -> np.ndarray:

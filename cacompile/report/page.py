@@ -10,6 +10,7 @@ from cacompile.config import Config
 from cacompile.pages.html import render
 from cacompile.pages.libraries import library
 from cacompile.pages.numbers import amount, count, duration, percent
+from cacompile.sessions.about import frozen_lines, plain
 
 from .data import RunData
 
@@ -33,7 +34,7 @@ def page(run: RunData) -> str:
         heats=_heats(run) if drawn else [],
         curves=_curves(run) if drawn else [],
         all_flops=sum(family.flops for family in run.families) or 1.0,
-        defaults=asdict(Config()),
+        defaults={name: plain(value) for name, value in asdict(Config()).items()},
         colours=colours,
     )
 
@@ -46,6 +47,7 @@ def _figures(run: RunData) -> list[tuple[str, str]]:
         ("backwards masked", f"{run.masked:,} of {run.backwards:,}"),
         ("groups", f"{len(run.history.groups):,} in {count(len(run.families), 'family', 'families')}"),
     ]
+    figures += [("frozen", line.removeprefix("frozen ")) for line in frozen_lines(run.frozen)]
     if run.measurements:
         figures.append(("skipped when last read", count(int(run.history.skipped[-1]), "group")))
     if len(known):

@@ -8,6 +8,7 @@ import numpy as np
 
 from cacompile.pages.libraries import library
 from cacompile.pages.numbers import amount, duration, percent, scientific
+from cacompile.sessions.about import frozen_lines
 
 from .data import RunData
 
@@ -25,6 +26,8 @@ def show(run: RunData, file: TextIO) -> None:
         f"{run.masked:,} of {run.backwards:,} backward passes masked; {duration(run.seconds)} of wall clock",
         markup=False,
     )
+    for line in frozen_lines(run.frozen):
+        console.print(line, markup=False)
     if run.why_nothing:
         console.print(run.why_nothing, markup=False)
     if run.measurements:

@@ -31,13 +31,22 @@ def describe(view: Session) -> dict[str, Any]:
             params[called.get(own, own)] = {"flops": flops, "reason": reasons.get(own, "")}
     unseen: dict[str, Any] = {"flops": 0, "reason": UNSEEN}
     return {
-        "options": {} if view.config is None else {k: _plain(v) for k, v in asdict(view.config).items()},
+        "options": {} if view.config is None else {k: plain(v) for k, v in asdict(view.config).items()},
         "versions": {"cacompile": VERSION, "torch": str(torch.__version__)},
         "graphs": len(newest),
         "parameters": {name: params.get(name, unseen) for name in view.params} if newest else {},
     }
 
 
-def _plain(value: Any) -> Any:
-    """A compiler is saved by its name."""
+def plain(value: Any) -> Any:
+    """A compiler is saved by its name, patterns as one text."""
+    if isinstance(value, tuple):
+        return ", ".join(value)
     return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
+
+
+def frozen_lines(since: Mapping[str, int]) -> list[str]:
+    """What is frozen since each step, layers that repeat named once."""
+    steps = sorted(set(since.values()))
+    named = ([name for name, step in since.items() if step == at] for at in steps)
+    return [f"frozen since step {at}: {', '.join(names)}" for at, names in zip(steps, named)]

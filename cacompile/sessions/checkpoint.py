@@ -35,6 +35,7 @@ VALUES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "score": (lambda x: ~x.isinf(), "finite or NaN"),
     "mean_descent": (lambda x: ~x.isinf(), "finite or NaN"),
     "update_ratio": (lambda x: ~(x < 0), ">= 0 or NaN"),
+    "frozen": (lambda x: (x >= -1) & (x <= LARGEST), f"from -1 to {LARGEST}"),
     "age": (lambda x: (x >= 0) & (x <= LARGEST), f"from 0 to {LARGEST}"),
 }
 """What the saved columns of a parameter's blocks may hold."""
@@ -152,6 +153,8 @@ def _check_entry(name: str, entry: Mapping[str, Any], param: ParamState) -> None
     if tuple(shape) != param.shape:
         raise ConvAwareError(f"{ENTRY}{name!r} is for shape {tuple(shape)}, the model's parameter has {param.shape}")
     must(key is None or _is_count(key), "key", key, f"{COUNT}, or None")
+    ok = entry["frozen"] is None or _is_count(entry["frozen"])
+    must(ok, "frozen", entry["frozen"], f"{COUNT}, or None")
     since = entry["counted_from"]
     must(_is_count(since) and since <= entry["step"], "counted_from", since, f"{COUNT}, and no later than step")
     blocks = _check_partition(entry["partition"], param.shape, must)

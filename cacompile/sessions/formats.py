@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 6
+FORMAT = 7
 """Format of the states that this version saves."""
 
 _ENTRY_4 = {"awaited": "in_flight", "shares": "norm_shares", "groups": "blocks"}
@@ -31,7 +31,9 @@ def upgraded(state: Any) -> Any:
         state = {**state, "format": 5, "history": history, "parameters": _each(state, _entry_of_4)}
     if _is(state, 5):
         pin, entries = _model_pin(state.get("parameters")), _each(state, _entry_of_5)
-        state = {**state, "format": FORMAT, "pin": pin, "parameters": entries}
+        state = {**state, "format": 6, "pin": pin, "parameters": entries}
+    if _is(state, 6):
+        state = {**state, "format": FORMAT, "parameters": _each(state, _entry_of_6)}
     return state
 
 
@@ -66,6 +68,14 @@ def _is_pin(pin: Any) -> bool:
     """Whether its parts are of types that can be compared."""
     kinds: tuple[Any, ...] = ((tuple, list, type(None)), (int, float), int)
     return isinstance(pin, (tuple, list)) and len(pin) == 3 and all(isinstance(*pair) for pair in zip(pin, kinds))
+
+
+def _entry_of_6(entry: Any) -> Any:
+    """Nothing could be frozen."""
+    blocks = entry.get("blocks") if isinstance(entry, Mapping) else None
+    if not isinstance(blocks, Mapping) or not isinstance(blocks.get("age"), torch.Tensor):
+        return entry
+    return {**entry, "frozen": None, "blocks": {**blocks, "frozen": torch.full_like(blocks["age"], -1)}}
 
 
 def _entry_of_5(entry: Any) -> Any:

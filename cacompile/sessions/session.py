@@ -18,11 +18,12 @@ from cacompile.state.binding import GraphBinding, bindings_of
 from cacompile.state.groups import GroupIndex
 from cacompile.state.history import History, collect, forget, most_points
 from cacompile.state.params import ParamState, registry
-from cacompile.state.pins import Pin, hold_pins, next_pin
+from cacompile.state.pins import Pin, attend, hold_pins, next_pin
 from cacompile.state.spent import Totals, add
 
 from .about import describe
 from .checkpoint import FORMAT, checked
+from .freezing import Freezing
 from .pinning import ModelPin, Names, checked_seed, drawn, every_name, listed, named
 
 _RENAMED = {"instances": "bindings", "tracked": "params", "units": "index"}
@@ -48,10 +49,11 @@ def named_parameters(model: torch.nn.Module, **settings: bool) -> Iterator[tuple
         yield name.replace("_orig_mod.", ""), param
 
 
-class Session:
+class Session(Freezing):
     """A view of the states of one model's parameters, under the names that they have in that model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
         self._model = weakref.ref(model)
         self._pin: ModelPin | None = None
         self.pinned_at = 0
@@ -223,6 +225,8 @@ class Session:
         for name, entry in state["parameters"].items():
             self._note(params[name], parted=entry["partition"] is not None)
             params[name].load(entry)
+        self._note_frozen()
+        attend(self)
         hold_pins()
         forget(list(params.values()))
         self._past = History.of(state["history"])
@@ -272,6 +276,7 @@ class Session:
 
     def hold_pin(self) -> None:
         """Pin what has come since `pin`, or has blocks only since then; let go of what has come since `unpin`."""
+        self._hold_frozen()
         params = self.params
         if all(param.pinned_at >= self.pinned_at for param in params.values()):
             return

@@ -12,6 +12,7 @@ import torch
 from cacompile.state.binding import GraphBinding
 from cacompile.state.spent import Totals
 
+from .about import frozen_lines
 from .session import session
 
 
@@ -44,6 +45,8 @@ class Status:
     total_flops: float
     """dW FLOPs that a dense run would have spent so far; counted."""
     families: tuple[StatusFamily, ...]
+    frozen: dict[str, int]
+    """Name of a parameter or group that is frozen -> since which step."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,6 +60,7 @@ class Status:
             f"mean keep probability {self.keep:.3f}; {self.saved_flops:.3g} of {self.total_flops:.3g} dW FLOPs "
             f"saved so far ({share:.1%})"
         )
+        head += "".join(f"\n{line}" for line in frozen_lines(self.frozen))
         rows = [(f.name, f.groups, f.skipped, f"{f.keep:.3f}") for f in self.families]
         return f"{head}\n{tabulate(rows, headers=['family', 'groups', 'skipped', 'keep'])}"
 
@@ -68,7 +72,7 @@ def status(model: torch.nn.Module) -> Status:
     names, _ = view.names()
     # a graph whose masked version could not be made computes everything, whatever the mask says
     skippable = {id(param) for binding in bindings for param in binding.skippable}
-    off = [~param.on & (id(param) in skippable) for param in index.params]
+    off = [~param.on & ~param.frozen_blocks & (id(param) in skippable) for param in index.params]
     skipped = ~index.every(~np.concatenate([np.zeros(0, bool), *off]))
     keep = view.keep.numpy()
     families = tuple(
@@ -90,6 +94,7 @@ def status(model: torch.nn.Module) -> Status:
         saved_flops=saved,
         total_flops=total,
         families=families,
+        frozen=view.frozen_since,
     )
 
 

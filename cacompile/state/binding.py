@@ -16,6 +16,7 @@ from cacompile.config import Config
 from cacompile.layout import GradLayout, MaskLayout, Monomial
 from cacompile.torch_internals import warning_once
 
+from .beginning import begin
 from .groups import GroupMembers, Member, tie
 from .identity import identity_of
 from .params import ParamState, registry
@@ -47,6 +48,7 @@ class GraphBinding:
         _tie(layout, self._params)
         self._pins = newest_pin()
         hold_pins()
+        begin(layout, inputs, config, self._params)
         for param in self.params:
             param.spent.append(self.spent)
         self._any_off = False
@@ -174,6 +176,8 @@ class GraphBinding:
         for grad, param in self._pairs():
             if param is None or not self._masks(grad):
                 off[grad.flags] = False
+            else:  # what is frozen is not skipped, and has no estimate
+                off[grad.flags] &= ~param.frozen_blocks
         coefficients = [0] * len(self._layout.monomials)
         for grad in self._layout.grads:
             for i, each in enumerate(grad.coefficients):

@@ -15,6 +15,7 @@ import torch
 from cacompile.config import Config
 from cacompile.layout import Partition
 
+from .frozen import NoGradient, note_frozen
 from .groups import BlockGroup
 from .identity import find_identity, identity_of, known
 from .measurements import Measurement, NormShares
@@ -60,6 +61,11 @@ class ParamState:
         self.pinned_at = 0
         """When a holder of pins has decided that, see `pins`; 0: none has, or none could for good."""
         self._pinned: tuple[Pin, int, np.ndarray] | None = None
+        self.frozen: int | None = None
+        """The optimizer step after which it was frozen as a whole; None: it was not. Blocks have a column for it."""
+        self.settled = False
+        """Whether it was said if it is frozen: by a session, a saved state, or the options of its first graph."""
+        self._no_gradient: NoGradient | None = None
         self.in_flight: Measurement | None = None
         """Taken over at the next measurement, when its copy from the device is surely complete."""
         self.norm_shares: NormShares | None = None
@@ -175,6 +181,45 @@ class ParamState:
             self._pinned = self.pin, self.table.structure, self.pin.mask_of(self)
         return self._pinned[2]
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing of it is trained: its gradient is None."""
+        return self.frozen is not None or bool(self.blocks and self.frozen_blocks.all())
+
+    @property
+    def frozen_blocks(self) -> np.ndarray:
+        """bool [blocks]: those that are not trained."""
+        return (self.column("frozen") >= 0) | (self.frozen is not None)
+
+    def freeze(self, since: int | None) -> None:
+        """Freeze all of it, from the step `since` on; None: thaw it, but for blocks that are frozen themselves."""
+        self.frozen, self.settled = since, True
+        self._hold_frozen()
+
+    def freeze_blocks(self, since: np.ndarray) -> None:
+        """Freeze blocks from these steps on, int64 [blocks]; -1: thaw them."""
+        if not np.array_equal(since, self.column("frozen")):
+            before = self.on | (self.column("frozen") >= 0)  # thawed, they are computed until a mask is drawn
+            self.column("frozen")[:] = since
+            self.table.set_on(self.rows, before)
+            if self.pin is not None:
+                self.apply_pin()
+        self.settled = True
+        self._hold_frozen()
+
+    def _hold_frozen(self) -> None:
+        """Let what is frozen take effect. What was missed counts no more: back again, it goes on from there."""
+        if self.blocks:
+            off = self.frozen_blocks
+            self.skipped[off], self.age[off] = False, 0
+        param, is_frozen = self.param, self.is_frozen
+        if is_frozen is (self._no_gradient is not None):
+            return
+        if self._no_gradient is not None:
+            self._no_gradient.end()
+        self._no_gradient = NoGradient(param) if is_frozen and param is not None else None
+        note_frozen(self, is_frozen)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything that the next draws depend on; before the partition is known, what was loaded."""
         if self.partition is None and self._deferred is not None:
@@ -192,6 +237,7 @@ class ParamState:
         pin = None if self.pin is None else astuple(self.pin)
         in_flight = None if self.in_flight is None else self.in_flight.to_dict()
         entry = {"shape": self.shape, "key": self.key, "step": self.step, "counted_from": self.counted_from}
+        entry["frozen"] = self.frozen
         return {**entry, "pin": pin, "in_flight": in_flight, **blocks}
 
     def load(self, saved: Mapping[str, Any]) -> None:
@@ -202,6 +248,7 @@ class ParamState:
         self._deferred = saved
         self.table.reorder()
         self._take_deferred()
+        self.freeze(saved["frozen"])
 
     def _take_deferred(self) -> None:
         if self.partition is None or self._deferred is None:
@@ -223,6 +270,7 @@ class ParamState:
                     self.name, saved["partition"][1], self.partition.block)  # fmt: skip
             if self.pin is not None and self.pin.mask is not None:
                 self.pin, self.pinned_at = None, 0
+        self._hold_frozen()
 
 
 class _Registry:

@@ -57,6 +57,11 @@ _holders: weakref.WeakSet[PinHolder] = weakref.WeakSet()
 _newest = 0
 
 
+def attend(holder: PinHolder) -> None:
+    """Have `hold_pins` ask this holder from now on, though it may pin nothing."""
+    _holders.add(holder)
+
+
 def next_pin(holder: PinHolder) -> int:
     """The moment of what this holder says now; `hold_pins` asks it from now on."""
     global _newest

@@ -32,10 +32,12 @@ COLUMNS = {
     "age": Column(np.int64, 0),
     "skipped": Column(bool, False),
     "flops": Column(float, 0.0),
+    "frozen": Column(np.int64, -1),
+    "kept": Column(bool, False),
     "group_of_block": Column(np.int64, 0),
 }
 
-SAVED = ("on", "keep", "phase", "score", "mean_descent", "update_ratio", "age")
+SAVED = ("on", "keep", "phase", "score", "mean_descent", "update_ratio", "age", "frozen")
 """Columns that a saved state has for each parameter."""
 
 _clock = itertools.count(1)
@@ -74,6 +76,10 @@ class BlockTable:
     """bool: some backward has left its gradient out since the last optimizer step."""
     flops: np.ndarray
     """float: dW FLOPs of one backward, in the graph in which the parameter costs most."""
+    frozen: np.ndarray
+    """int64: the optimizer step after which the user has frozen it; -1: it is trained. Frozen blocks are never on."""
+    kept: np.ndarray
+    """bool: an option says that it is never skipped."""
     group_of_block: np.ndarray
     """int64: index among `groups`."""
 
@@ -109,7 +115,8 @@ class BlockTable:
         self._changed()
 
     def set_on(self, rows: slice | np.ndarray, on: np.ndarray | bool) -> None:
-        """Write the mask of some rows; a new `mask_version` if any of them changes."""
+        """Write the mask of some rows; a new `mask_version` if any of them changes. What is frozen is off."""
+        on = on & (self.frozen[rows] < 0)
         if (self._on[rows] != on).any():
             self._on[rows] = on
             self.mask_version = next(_clock)

@@ -1,0 +1,44 @@
+"""Puts frozen groups back after an optimizer's step: a part of a parameter cannot be kept from it otherwise."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from cacompile.state.params import ParamState, registry
+
+Held = tuple[torch.Tensor, torch.Tensor]
+"""A view of what a step may change, and what it was."""
+
+_held: weakref.WeakKeyDictionary[Optimizer, list[Held]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def take(optimizer: Optimizer, params: Iterable[Any]) -> None:
+    """Before a step: note the frozen slices of these parameters, and of the optimizer's state of the same shape."""
+    states = map(registry.find, params)
+    found = [held for state in states if state is not None and state.blocks for held in _of(state, optimizer)]
+    if found:
+        _held[optimizer] = found
+
+
+@torch.no_grad()
+def put_back(optimizer: Optimizer) -> None:
+    """After the step."""
+    for view, before in _held.pop(optimizer, ()):
+        view.copy_(before)
+
+
+def _of(state: ParamState, optimizer: Optimizer) -> Iterable[Held]:
+    frozen, param, partition = state.column("frozen") >= 0, state.param, state.partition
+    if param is None or partition is None or state.is_frozen or not frozen.any():
+        return
+    kept = optimizer.state.get(param, {}).values()
+    for tensor in (param, *(v for v in kept if isinstance(v, torch.Tensor) and v.shape == param.shape)):
+        for start, length in partition.spans(frozen):
+            view = tensor.narrow(partition.dim, start, length)
+            yield view, view.clone()
