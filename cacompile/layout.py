@@ -179,6 +179,10 @@ class MaskLayout:
     """How many dW FLOPs there are to one of each monomial, masked or not."""
     sources: tuple[tuple[SizeSource | DerivedSize, ...], ...] = ()
     """For each monomial, where a backward finds its factors; empty where no size is symbolic."""
+    step: int = 0
+    """FLOPs of a whole step of this graph, with the sizes seen when compiling: forward pass, dX and dW."""
+    step_coefficients: tuple[float, ...] = (0,)
+    """How many of them there are to one of each monomial."""
     masked: frozenset[str] | None = None
     """Parameters whose products the masked version masks; None until that version was made."""
 

@@ -18,7 +18,7 @@ def lower(plan: Plan) -> MaskLayout:
     """The layout of one planned graph. Holds nothing of the plan's nodes."""
     names = list(plan.flops_by_param)
     counts = [*plan.flops_by_param.values(), *(flops for grad in plan.grads for flops in grad.block_flops)]
-    monomials, coefficients = split(counts)
+    monomials, (step, *coefficients) = split([plan.step, *counts])
     left = iter(coefficients[len(names) :])
     return MaskLayout(
         params=tuple((param.name, param.index) for param in plan.params),
@@ -29,6 +29,8 @@ def lower(plan: Plan) -> MaskLayout:
         flops_by_param=tuple((name, int(flops)) for name, flops in plan.flops_by_param.items()),
         monomials=monomials,
         coefficients_by_param=tuple(zip(names, coefficients)),
+        step=int(plan.step),
+        step_coefficients=step,
         masked=None if plan.masked is None else frozenset(plan.masked),
     )
 
@@ -37,7 +39,7 @@ def with_sources(layout: MaskLayout, backward: fx.Graph, handle: int) -> MaskLay
     """The layout that knows where this backward graph finds the sizes that FLOPs depend on, among its inputs.
 
     handle: position of the input that it will be called without. Where one of the sizes is nowhere to be found, FLOPs
-    are those of the sizes seen when compiling.
+    are those of the sizes seen when compiling; where only the whole step depends on it, the step's are in proportion.
     """
     if not any(monomial.atoms for monomial in layout.monomials):
         return layout
@@ -47,15 +49,19 @@ def with_sources(layout: MaskLayout, backward: fx.Graph, handle: int) -> MaskLay
     for monomial in layout.monomials:
         atoms = (monomial.text,) if monomial.atoms and monomial.text in known else monomial.atoms
         found = [known.get(atom) or _derived(atom, known) for atom in atoms]
-        if None in found:
-            return replace(
-                layout,
-                monomials=(Monomial("1", ()),),
-                grads=tuple(replace(grad, coefficients=(grad.block_flops,)) for grad in layout.grads),
-                coefficients_by_param=tuple((name, (flops,)) for name, flops in layout.flops_by_param),
-            )
-        sources.append(tuple(source for source in found if source is not None))
-    return replace(layout, sources=tuple(sources))
+        sources.append(None if None in found else tuple(source for source in found if source is not None))
+    if None in (source for source, coefficient in zip(sources, layout.coefficients) if coefficient):
+        return replace(
+            layout,
+            monomials=(Monomial("1", ()),),
+            grads=tuple(replace(grad, coefficients=(grad.block_flops,)) for grad in layout.grads),
+            coefficients_by_param=tuple((name, (flops,)) for name, flops in layout.flops_by_param),
+            step_coefficients=(layout.step,),
+        )
+    if None in sources:
+        times = layout.step / max(1, layout.flops)
+        layout = replace(layout, step_coefficients=tuple(times * each for each in layout.coefficients))
+    return replace(layout, sources=tuple(source or () for source in sources))
 
 
 def _sizes_of(inputs: Sequence[fx.Node]) -> dict[str, SizeSource | DerivedSize]:

@@ -127,6 +127,8 @@ class Plan:
     """Parameters of whose dW FLOPs some are inside operations that nobody can look into; those found are counted."""
     untraced: tuple[tuple[str, int], ...] = ()
     """What the search for groups could not follow, and how often."""
+    step: int = 0
+    """FLOPs of a whole step of this graph: forward pass, dX and dW."""
     nodes: int = 0
     """Nodes of the joint graph."""
     analysis_s: float = 0.0

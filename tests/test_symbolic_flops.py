@@ -13,6 +13,7 @@ from helpers import OPTIONS, pin_mixed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import cacompile
 from cacompile.layout import Monomial
@@ -227,3 +228,33 @@ def test_formulas() -> None:
     assert int(sum(each)) == 43 and at_sizes(each[0], dict(zip(monomials, (6, 2, 1, 1)))) == 16
     assert at_sizes(each[0], {Monomial("1", ()): 1}) == 24, "sizes that are not known leave it as it was"
     assert int(each[0] // 2) == 12 and (each[0] // 2 * 3).formula == 3 * batch * (length + 1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_whole_step_is_counted_as_torch_counts_it(dynamic: bool) -> None:
+    """Forward pass, dX and dW, also where most of it is a frozen base."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Conv1d(32, 32, 3, padding=1).requires_grad_(False)
+            self.down, self.up = nn.Linear(32, 16), nn.Linear(16, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.up(self.down(self.base(x.mT).mT))
+
+    model = nn.Sequential(Adapted(), Adapted())
+    x = torch.randn(4, 12, 32)
+    with FlopCounterMode(display=False) as counter:
+        model(x).square().mean().backward()
+    run = torch.compile(model, backend="convaware", options=EAGER, dynamic=dynamic)
+    for _ in range(3):
+        run(x).square().mean().backward()
+    session = cacompile.session(model)
+    assert session.step_flops == 3 * counter.get_total_flops()
+    assert session.flops[0] == 3 * 2 * 4 * 12 * sum(
+        p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 2
+    )
+    state = session.state_dict()
+    session.load_state_dict(state)
+    assert session.step_flops == state["step_flops"]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cacompile.controller.policy import STEP
 from cacompile.pages.numbers import count, percent
 from cacompile.sessions.checkpoint import checked_run
 from cacompile.state.history import History
@@ -72,6 +71,8 @@ class RunData:
     total: float
     """dW FLOPs that a dense run would have spent."""
     saved: float
+    step_flops: float
+    """Those of a dense run's forward and backward passes."""
     backwards: int
     masked: int
     pinned: bool
@@ -90,6 +91,7 @@ class RunData:
             step=max((entry["step"] for entry in params), default=0),
             total=state["flops"][0],
             saved=state["flops"][1],
+            step_flops=state["step_flops"],
             backwards=state["backwards"][0],
             masked=state["backwards"][1],
             pinned=state["pin"] is not None or any(entry["pin"] is not None for entry in params),
@@ -108,8 +110,8 @@ class RunData:
 
     @property
     def whole_share(self) -> float:
-        """About what that is of all FLOPs: forward pass, input gradient and weight gradient cost the same."""
-        return self.share / STEP
+        """What that is of the FLOPs of forward and backward passes, 0 to 1."""
+        return self.saved / self.step_flops if self.step_flops else 0.0
 
     @property
     def seconds(self) -> float:

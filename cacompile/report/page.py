@@ -43,7 +43,7 @@ def _figures(run: RunData) -> list[tuple[str, str]]:
     known = run.step_seconds[np.isfinite(run.step_seconds)]
     figures = [
         ("dW FLOPs saved", f"{amount(run.saved)} of {amount(run.total)}"),
-        ("of whole steps, about", percent(run.whole_share)),
+        ("of forward and backward", percent(run.whole_share)),
         ("backwards masked", f"{run.masked:,} of {run.backwards:,}"),
         ("groups", f"{len(run.history.groups):,} in {count(len(run.families), 'family', 'families')}"),
     ]

@@ -22,7 +22,7 @@ def show(run: RunData, file: TextIO) -> None:
     console = console_of(file=file, highlight=False, width=None if file.isatty() else 120, soft_wrap=False)
     console.print(run.headline, style="bold", markup=False)
     console.print(
-        f"{amount(run.saved)} of {amount(run.total)} dW FLOPs, about {percent(run.whole_share)} of the whole step; "
+        f"{amount(run.saved)} of {amount(run.total)} dW FLOPs, {percent(run.whole_share)} of forward and backward; "
         f"{run.masked:,} of {run.backwards:,} backward passes masked; {duration(run.seconds)} of wall clock",
         markup=False,
     )

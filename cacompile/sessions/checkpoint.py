@@ -65,12 +65,14 @@ def checked_run(state: Any, params: Collection[str] | None = None) -> Mapping[st
     found = format_of(state)
     if not isinstance(found, int) or found != FORMAT:
         raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {FORMAT}, got {shown(found)}")
-    wanted = {"format", "flops", "backwards", "groups", "history", "about", "pin", "parameters"}
+    wanted = {"format", "flops", "step_flops", "backwards", "groups", "history", "about", "pin", "parameters"}
     _keys(state, wanted, "state_dict")
     flops, groups, saved, counts = (state[key] for key in ("flops", "groups", "parameters", "backwards"))
     _must(_is_row(groups) and all(isinstance(g, str) for g in groups), "groups", groups, "a list of names")
     ok = _is_row(flops) and len(flops) == 2 and all(_is_number(each) and each >= 0 for each in flops)
     _must(ok, "flops", flops, "two finite numbers >= 0")
+    step = state["step_flops"]
+    _must(_is_number(step) and step >= 0, "step_flops", step, "a finite number >= 0")
     ok = _is_row(counts) and len(counts) == 2 and all(map(_is_count, counts))
     _must(ok, "backwards", counts, f"two ints >= 0 and <= {LARGEST}")
     _check_about(state["about"])

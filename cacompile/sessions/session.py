@@ -134,7 +134,12 @@ class Session(Freezing):
     @property
     def backwards(self) -> tuple[int, int]:
         """(all, masked): backward passes of compiled graphs so far; those not masked ran Inductor's own version."""
-        return self._totals[2:]
+        return self._totals[2:4]
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs that a dense run's forward and backward passes would have spent so far: forward, dX and dW."""
+        return self._totals.step
 
     @property
     def _totals(self) -> Totals:
@@ -205,6 +210,7 @@ class Session(Freezing):
         return {
             "format": FORMAT,
             "flops": self.flops,
+            "step_flops": self.step_flops,
             "backwards": self.backwards,
             "groups": self.groups or self._loaded_groups,
             "history": self.history.to_dict(),
@@ -233,7 +239,7 @@ class Session(Freezing):
         self._began = time.perf_counter() - self._past.seconds[-1:].sum()
         self._loaded_groups, self._about = list(state["groups"]), dict(state["about"])
         self._carried = Totals()
-        self._carried = add(Totals(*state["flops"], *state["backwards"]), self._totals, -1)
+        self._carried = add(Totals(*state["flops"], *state["backwards"], state["step_flops"]), self._totals, -1)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _RENAMED:

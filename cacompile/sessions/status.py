@@ -44,6 +44,8 @@ class Status:
     """dW FLOPs left out so far; counted."""
     total_flops: float
     """dW FLOPs that a dense run would have spent so far; counted."""
+    step_flops: float
+    """FLOPs that its forward and backward passes would have spent so far, dX and dW; counted."""
     families: tuple[StatusFamily, ...]
     frozen: dict[str, int]
     """Name of a parameter or group that is frozen -> since which step."""
@@ -54,11 +56,11 @@ class Status:
     def __str__(self) -> str:
         from tabulate import tabulate  # here, so that training needs torch and numpy alone
 
-        share = self.saved_flops / self.total_flops if self.total_flops else 0.0
+        share, whole = (self.saved_flops / most if most else 0.0 for most in (self.total_flops, self.step_flops))
         head = (
             f"step {self.step}: {self.skipped} of {self.groups} groups skipped ({self.skipped_flops:.1%} of dW FLOPs), "
-            f"mean keep probability {self.keep:.3f}; {self.saved_flops:.3g} of {self.total_flops:.3g} dW FLOPs "
-            f"saved so far ({share:.1%})"
+            f"mean keep probability {self.keep:.3f}; so far {whole:.1%} of the steps' FLOPs are saved: "
+            f"{self.saved_flops:.3g} of {self.total_flops:.3g} dW FLOPs ({share:.1%})"
         )
         head += "".join(f"\n{line}" for line in frozen_lines(self.frozen))
         rows = [(f.name, f.groups, f.skipped, f"{f.keep:.3f}") for f in self.families]
@@ -93,6 +95,7 @@ def status(model: torch.nn.Module) -> Status:
         skipped_flops=left_out / once if once else 0.0,
         saved_flops=saved,
         total_flops=total,
+        step_flops=view.step_flops,
         families=families,
         frozen=view.frozen_since,
     )

@@ -132,6 +132,7 @@ class GraphBinding:
         for i, size in enumerate(sizes):
             spent.sizes[i] += size
             spent.total += size * self._layout.coefficients[i]
+            spent.step += size * self._layout.step_coefficients[i]
         spent.backwards += 1
         if spent.backwards % PATIENCE == 0:
             self._look_for_steps()

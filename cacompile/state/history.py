@@ -150,7 +150,7 @@ def collect(index: GroupIndex, names: tuple[list[str], list[str]], carried: Tota
     counts = np.stack([s.history.at(steps) for s in spent]) if spent else np.zeros((0, len(steps), 5))
     began = min((s.started for s in spent), default=0.0) if began is None else began
     clock = np.fmax.reduce(counts[..., 0], axis=0, initial=began) - began
-    sums = np.nan_to_num(counts[..., 1:]).sum(0) + np.array(carried)
+    sums = np.nan_to_num(counts[..., 1:]).sum(0) + np.array(carried[:4])
     blocks = [
         np.full((len(steps), 4, r.blocks), np.nan, np.float32) if r.history is None else r.history.at(steps)
         for r in index.params

@@ -23,6 +23,8 @@ class Spent:
     """dW FLOPs that dense backwards would have taken."""
     saved: float = 0.0
     """dW FLOPs left out."""
+    step: float = 0.0
+    """FLOPs that dense forward and backward passes would have taken."""
     backwards: int = 0
     masked: int = 0
     """Backwards that ran the masked version."""
@@ -45,16 +47,14 @@ class Totals(NamedTuple):
     """Backward passes of compiled graphs."""
     masked: int = 0
     """Those that ran the masked version; the others ran Inductor's own."""
+    step: float = 0.0
+    """FLOPs that dense forward and backward passes would have taken."""
 
     @classmethod
     def of(cls, params: Iterable[ParamState]) -> Totals:
-        counts = [spent.counts for spent in spent_by(params)]
-        return cls(
-            total=sum(total for total, *_ in counts),
-            saved=sum(saved for _, saved, *_ in counts),
-            backwards=sum(backwards for _, _, backwards, _ in counts),
-            masked=sum(masked for *_, masked in counts),
-        )
+        counts = [(*spent.counts, spent.step) for spent in spent_by(params)]
+        total, saved, backwards, masked, step = map(sum, zip(*counts)) if counts else cls()
+        return cls(total, saved, int(backwards), int(masked), step)
 
 
 def spent_by(params: Iterable[ParamState]) -> list[Spent]:
@@ -63,9 +63,5 @@ def spent_by(params: Iterable[ParamState]) -> list[Spent]:
 
 
 def add(a: Totals, b: Totals, sign: int = 1) -> Totals:
-    return Totals(
-        a.total + sign * b.total,
-        a.saved + sign * b.saved,
-        a.backwards + sign * b.backwards,
-        a.masked + sign * b.masked,
-    )
+    total, saved, backwards, masked, step = (x + sign * y for x, y in zip(a, b))
+    return Totals(total, saved, int(backwards), int(masked), step)
