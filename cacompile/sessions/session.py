@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from cacompile.config import Config
 from cacompile.errors import ConvAwareError, renamed
@@ -43,8 +44,13 @@ def session(model: torch.nn.Module) -> Session:
 
 
 def named_parameters(model: torch.nn.Module, **settings: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """As the module has them, without what torch.compile adds to the names; settings: as the module's own."""
+    """As the module has them, without what torch.compile adds to the names; settings: as the module's own.
+
+    A lazy module's come once they have a shape.
+    """
     for name, param in model.named_parameters(**settings):
+        if is_lazy(param):
+            continue
         yield name.replace("_orig_mod.", ""), param
 
 
