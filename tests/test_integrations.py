@@ -34,7 +34,13 @@ from cacompile.integrations.transformers import FILE, ConvAwareCallback
 
 STEPS = 6
 OPTIONS = {"warmup_steps": 2, "monitor_every": 1, "tolerance": 1.0, "block_rows": 16, "inner": "aot_eager"}
-LOGGED = {"convaware/skipped_dw", "convaware/keep", "convaware/saved_flops", "convaware/saved_dw"}
+LOGGED = {
+    "convaware/skipped_dw",
+    "convaware/keep",
+    "convaware/saved_flops",
+    "convaware/saved_dw",
+    "convaware/saved_step",
+}
 
 pytestmark = pytest.mark.usefixtures("however_fast")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from cacompile.config import Config
 from cacompile.errors import ConvAwareError, renamed, unknown
@@ -143,6 +144,8 @@ def explain(
     asked, _ = settings(options)
     view = session(model)
     model = getattr(model, "_orig_mod", model)
+    if lazy := [name for name, param in model.named_parameters() if is_lazy(param)]:
+        raise ConvAwareError(f"{lazy[0]} has no shape yet: call the lazy module once before it is explained")
     trained = [param for _, param in named_parameters(model) if param.requires_grad]
     runs = running(trained)
     if example_inputs or example_kwargs:

@@ -21,7 +21,8 @@ def numbers(model: torch.nn.Module) -> dict[str, float]:
 
     `convaware/skipped_dw`: share of all dW FLOPs that the next step skips, 0 to 1. `convaware/keep`: mean probability
     of being kept, over all groups. `convaware/saved_flops`: dW FLOPs left out so far; `convaware/saved_dw`: the same as
-    a share of what a dense run would have spent on dW by now.
+    a share of what a dense run would have spent on dW by now; `convaware/saved_step`: of what it would have spent on
+    forward and backward passes.
     """
     if not session(model).bindings:
         warning_once(
@@ -34,6 +35,7 @@ def numbers(model: torch.nn.Module) -> dict[str, float]:
         "convaware/keep": now.keep,
         "convaware/saved_flops": now.saved_flops,
         "convaware/saved_dw": now.saved_flops / now.total_flops if now.total_flops else 0.0,
+        "convaware/saved_step": now.saved_flops / now.step_flops if now.step_flops else 0.0,
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from cacompile.config import Config
 from cacompile.errors import ConvAwareError, renamed
@@ -44,8 +45,13 @@ def session(model: torch.nn.Module) -> Session:
 
 
 def named_parameters(model: torch.nn.Module, **settings: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """As the module has them, without what torch.compile adds to the names; settings: as the module's own."""
+    """As the module has them, without what torch.compile adds to the names; settings: as the module's own.
+
+    A lazy module's come once they have a shape.
+    """
     for name, param in model.named_parameters(**settings):
+        if is_lazy(param):
+            continue
         yield name.replace("_orig_mod.", ""), param
 
 
@@ -239,7 +245,9 @@ class Session(Freezing):
         self._began = time.perf_counter() - self._past.seconds[-1:].sum()
         self._loaded_groups, self._about = list(state["groups"]), dict(state["about"])
         self._carried = Totals()
-        self._carried = add(Totals(*state["flops"], *state["backwards"], state["step_flops"]), self._totals, -1)
+        (total, saved), (backwards, masked) = state["flops"], state["backwards"]
+        loaded = Totals(total, saved, backwards, masked, state["step_flops"])
+        self._carried = add(loaded, self._totals, -1)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _RENAMED:

@@ -261,3 +261,20 @@ def test_a_copy_of_the_model_is_not_pinned(run: Run):
     run.session.pin(keep=0.0)
     copied = copy.deepcopy(run.model)
     assert all(param.pin is None for param in cacompile.session(copied).params.values())
+
+
+def test_a_lazy_module_has_a_session_before_its_parameters_have_a_shape():
+    model = nn.Sequential(nn.LazyLinear(64), nn.ReLU(), nn.LazyLinear(32))
+    session = cacompile.session(model)
+    session.pin(keep=0.0)
+    for example in ([], [torch.randn(8, 32)]):
+        with pytest.raises(cacompile.ConvAwareError, match=r"0\.weight has no shape yet"):
+            cacompile.explain(model, *example)
+    assert not session.params and not session.groups and session.state_dict()["parameters"] == {}
+    run = torch.compile(model, backend="convaware", options={"block_rows": 16, "inner": "aot_eager"})
+    run(torch.randn(8, 32)).square().mean().backward()
+    run(torch.randn(8, 32)).square().mean().backward()
+    assert session.groups and not session.mask.any()
+    model.zero_grad()
+    run(torch.randn(8, 32)).square().mean().backward()
+    assert not model[0].weight.grad.any() and model[0].bias.grad.any()
