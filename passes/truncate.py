@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 
 from torch import fx
@@ -41,3 +42,16 @@ def truncate(gm: fx.GraphModule, places: Collection[int]) -> bool:
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return len(gm.graph.nodes) < before
+
+
+def kept_nodes(graph: fx.Graph, places: Collection[int]) -> tuple[int, int]:
+    """How many nodes a backward computes with these outputs None, and how many with all. Only looks."""
+    constants = {node.target: None for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    gm = fx.GraphModule(constants, copy.deepcopy(graph))
+    every = _computed(gm.graph)
+    truncate(gm, places)
+    return _computed(gm.graph), every
+
+
+def _computed(graph: fx.Graph) -> int:
+    return sum(node.op not in ("placeholder", "output", "get_attr") for node in graph.nodes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from helpers import Block, Step, compile_all, square_mean, train_step
+from helpers import Block, Step, assert_bits, compile_all, square_mean, train_step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -181,6 +182,9 @@ def test_as_without_requires_grad(case: Case, inner: str) -> None:
         found = step_of((model, run), batch)
         again = step_of((model, run), batch)
         assert_near(found, expected)
+        if inner == "inductor":
+            for name, theirs_of in expected.grads.items():
+                assert_bits(found.grads[name], theirs_of, name)
         for name, grad in before.grads.items():
             assert (found.grads[name] is None) == (name in frozen or grad is None), name
             assert grad is None or found.grads[name] is None or torch.equal(found.grads[name], again.grads[name]), name
@@ -192,6 +196,27 @@ def test_as_without_requires_grad(case: Case, inner: str) -> None:
     for name, buffer in model.named_buffers():  # running statistics go on, whatever is frozen
         if name.endswith("num_batches_tracked"):
             assert buffer == 5 and buffers[name] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "blocks",
+            "8 of 12 parameters frozen: the backward computes .* down to the gradient of blocks.2.up.(weight|bias)$",
+        ),
+        ("tied", "down to the gradient of embed.weight; blocks.* and 7 more lie above it .* stays open$"),
+    ],
+)
+def test_explain_says_where_the_backward_ends(name: str, words: str) -> None:
+    case = CASES[name]
+    model = case.model()
+    run, session = compile_all(model, "convaware", **EAGER), cacompile.session(model)
+    step_of((model, run), case.batch())
+    assert cacompile.explain(model).ways_down == ()
+    session.freeze(*case.frozen)
+    (text,) = cacompile.explain(model).ways_down
+    assert re.search(words, text) and text in str(cacompile.explain(model))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "checkpointed"])
