@@ -4,7 +4,7 @@
     python -m benchmarks.speed.freeze --smoke --out /tmp/x # seconds; checks that the benchmark itself works
 
 Arms: `dense` (Inductor, nothing frozen); `oracle` (Inductor; what is frozen has requires_grad=False before compiling);
-`frozen` (convaware, compiled and run with nothing frozen, then `session.freeze`). Goal: frozen within 3 % of the oracle.
+`frozen` (convaware, compiled and run with nothing frozen, then `session.freeze`). Goal: within 3 % of the oracle.
 The oracle saves nothing below the cut in the forward pass; `frozen` runs the forward of the whole model, so the forward
 is timed as well. Also counted: seconds of the first step after freezing, and of one after thawing and freezing again.
 """
