@@ -13,7 +13,8 @@ from .group import group
 from .locate import locate
 from .mask import mark_products, mask_weight_grads
 from .standalone import find_plan, flags_of, run_passes, with_flags
-from .verify import Broken, verify
+from .truncate import truncate
+from .verify import Broken, verify, verify_truncated
 
 
 def __getattr__(name: str) -> Any:
@@ -34,6 +35,8 @@ __all__ = [
     "mark_products",
     "mask_weight_grads",
     "run_passes",
+    "truncate",
     "verify",
+    "verify_truncated",
     "with_flags",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ _REPLACEMENT = {aten.mm.default: masked_mm, aten.bmm.default: masked_bmm, aten._
 
 _PREVIOUS = object()
 """Among expected arguments: the node that was expected before this one."""
+
+_GONE = object()
+"""Among arguments: a node that was removed."""
 
 _Map = Callable[[Any], Any]
 """Arguments in the graph before -> the same in the graph after."""
@@ -73,6 +76,35 @@ def verify(before: fx.Graph, after: fx.Graph, masked: tuple[str, ...], flags: fx
         image[old] = new
     if extra := next(rest, None):
         raise Broken(f"{extra.format_node()} was added")
+
+
+def verify_truncated(before: fx.Graph, after: fx.Graph, places: Collection[int]) -> None:
+    """Raise `Broken` unless `after` is `before` with these outputs None, and less of what has no effect.
+
+    Walked side by side as in `verify`. All inputs stay, and so does everything that what is there is computed from.
+    """
+    image: dict[fx.Node, Any] = {}
+
+    def mapped(arg: Any) -> Any:
+        return fx.map_arg(arg, lambda node: image.get(node, _GONE))
+
+    rest = list(reversed(after.nodes))
+    for old in before.nodes:
+        args = mapped(old.args)
+        if old.op == "output":
+            args = (tuple(None if place in places else value for place, value in enumerate(args[0])), *args[1:])
+        new = rest[-1] if rest else None
+        if new is not None and (new.op, new.target, new.args, new.kwargs) == (
+            old.op,
+            old.target,
+            args,
+            mapped(old.kwargs),
+        ):
+            image[old] = rest.pop()
+        elif old.op in ("placeholder", "output") or old.is_impure(impure_random=False):
+            raise Broken(f"{old.format_node()} was lost" if new is None else f"{old.name} became {new.format_node()}")
+    if rest:
+        raise Broken(f"{rest[-1].format_node()} was added, or computed from something else")
 
 
 def _expected(old: fx.Node, names: set[str], mapped: _Map, given: tuple[Any, ...]) -> list[_Call]:

@@ -207,3 +207,28 @@ def test_what_is_frozen_is_told():
     }
     run_data = RunData.of(session.state_dict())
     assert set(run_data.frozen) >= {"0.up.bias", "1.up.weight (1 of 4 blocks)"}
+
+
+def test_a_pattern_of_an_option_that_names_nothing_is_told_of_once(caplog: pytest.LogCaptureFixture):
+    model = blocks(1)
+    run = compiled(model, keep=["0.up*", "lm_hed*"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        run(torch.randn(8, 32)).sum().backward()
+        optimizer.step()
+    (message,) = [record.getMessage() for record in caplog.records if "is no name" in record.getMessage()]
+    assert "'keep': 'lm_hed*'" in message
+
+
+def test_a_gradient_that_is_put_there_past_autograd_is_dropped_before_the_step():
+    """As DDP does, whose buckets have zeros for what has got none."""
+    model = blocks(1)
+    run, session = compiled(model), cacompile.session(model)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    run(torch.randn(8, 32)).sum().backward()
+    session.freeze("*")
+    before = copy.deepcopy(model.state_dict())
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""The examples of docs/internals.md, and of an own optimizer in docs/pipelines.md, run as they stand."""
+"""Examples of docs/internals.md, docs/freezing.md, and of an own optimizer in docs/pipelines.md run as they stand."""
 
 from pathlib import Path
 
@@ -16,7 +16,10 @@ def test_each_section_has_an_example() -> None:
 OWN = [block for block in blocks("pipelines.md") if block.section == "Your own optimizer"]
 
 
-@pytest.mark.parametrize("example", [*EXAMPLES, *OWN], ids=lambda block: block.section)
+FREEZING = [block for block in blocks("freezing.md") if block.language == "python"]
+
+
+@pytest.mark.parametrize("example", [*EXAMPLES, *OWN, *FREEZING], ids=lambda block: block.section)
 def test_example(example: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(example.text, "docs", "exec"), {"__name__": "example"})

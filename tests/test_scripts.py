@@ -17,6 +17,7 @@ COMMANDS = (
     "benchmarks.quality.__main__",
     "benchmarks.quality.policies",
     "benchmarks.speed.controller",
+    "benchmarks.speed.freeze",
     "benchmarks.speed.host_time",
     "benchmarks.speed.overhead",
     "benchmarks.speed.startup",
@@ -73,7 +74,7 @@ def test_example_compares_and_draws(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step_time", "startup", "controller", "host_time"])
+@pytest.mark.parametrize("name", ["step_time", "startup", "controller", "host_time", "freeze"])
 def test_benchmark_writes_its_rows(name, tmp_path):
     against = ("--against", str(ROOT)) if name == "host_time" else ()
     out = run_module(f"benchmarks.speed.{name}", "--smoke", "--out", str(tmp_path / "rows.csv"), *against)

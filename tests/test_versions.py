@@ -18,7 +18,8 @@ from cacompile.graph import compiled, masked
 from cacompile.graph.backward import BackwardVersions
 from cacompile.graph.handle import erase_handle
 from cacompile.graph.log import CompileLog
-from cacompile.graph.masked import MaskedMaker, MaskedVersion
+from cacompile.graph.masked import MaskedMaker
+from cacompile.graph.source import BackwardSource, Version
 from cacompile.kernels import masked_mm
 from cacompile.passes import group, locate, mark_products, mask_weight_grads
 from cacompile.passes.plan import Param, Plan
@@ -111,7 +112,7 @@ def test_two_threads_get_one_version_whole() -> None:
     train_step((model, compile_all(model, "convaware")), [torch.randn(8, 32)])
     (made,) = Spied.made
     one, other = in_threads(2, made.masked_version)
-    assert one is other and isinstance(one, MaskedVersion) and one.masked
+    assert one is other and isinstance(one, Version) and one.masked
     assert len(made.seen) == 2, "dense and masked, each compiled once"
 
 
@@ -128,9 +129,10 @@ def planned_on(device: str, settings: dict[str, Any]) -> tuple[MaskedMaker, Plan
     plan = group(locate(Plan(params=(Param("w", 0, (64, 32), dw, dw),))), block_rows=16)
     mark_products(plan)
     inputs = [dy_t.meta["val"], x.meta["val"]]
-    return MaskedMaker(
-        gm, inputs, settings, plan=plan, donated=None, compile_inner=_nothing, compile_log=CompileLog(quiet=True)
-    ), plan
+    source = BackwardSource(
+        gm, inputs, settings, donated=None, compile_inner=_nothing, compile_log=CompileLog(quiet=True)
+    )
+    return MaskedMaker(source, plan), plan
 
 
 def _nothing(gm: fx.GraphModule, inputs: Any, **settings: Any) -> Any:
@@ -149,11 +151,11 @@ def _nothing(gm: fx.GraphModule, inputs: Any, **settings: Any) -> Any:
 def test_the_host_reads_flags_on_a_gpu_without_cuda_graphs(device: str, settings: dict[str, Any], wanted: bool) -> None:
     made, plan = planned_on(device, settings)
     assert made.wants_host == wanted
-    mask_weight_grads(made.source, plan, host=made.wants_host)
+    mask_weight_grads(made.module, plan, host=made.wants_host)
     fakes = made.fake_flags(plan.blocks)
     assert [fake.device.type for fake in fakes] == [device, "cpu"][: 1 + wanted]
     assert all(fake.shape == (4,) and fake.dtype == torch.uint8 for fake in fakes)
-    assert [node.meta["val"] for node in made.source.graph.find_nodes(op="placeholder")[2:]] == fakes
+    assert [node.meta["val"] for node in made.module.graph.find_nodes(op="placeholder")[2:]] == fakes
 
 
 def test_flags_on_the_host_reach_the_masked_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from cacompile.kernels.segments import Tables
+from cacompile.state.beginning import warn_of_unfound
 from cacompile.state.draws import generator
 from cacompile.state.groups import GroupIndex
 from cacompile.state.history import note
@@ -82,6 +83,8 @@ class Controller:
         for param in self.params:
             param.step += 1
         step = self._step
+        if step == 1:
+            warn_of_unfound(self.config)
         if step % self.config.monitor_every == 0:
             self._monitor(optimizer)
         if optimizer is None:  # then nobody tells when the next step begins

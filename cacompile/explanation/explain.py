@@ -30,6 +30,7 @@ from .groups import list_groups
 from .look import RanGraph, running, trace
 from .neighbourhood import neighbourhood
 from .picture import picture
+from .way_down import way_down
 
 Text = TypeVar("Text", bound=str)
 
@@ -118,7 +119,7 @@ class Explanation(Facts):
         )
         if not self.rows:
             foot += "\nnothing is trained: no parameter requires a gradient"
-        foot += "".join(f"\n{text}" for text in self.beyond)
+        foot += "".join(f"\n{text}" for text in (*self.ways_down, *self.beyond))
         if self.untraced:
             foot += "\ngroups end at: " + ", ".join(f"{reason} ({count}x)" for reason, count in self.untraced.items())
         return f"{tabulate(table, headers=heads, disable_numparse=True)}\n{foot}"
@@ -217,8 +218,17 @@ def _explanation(runs: Sequence[RanGraph], model: torch.nn.Module) -> Explanatio
         untraced=untraced,
         nodes=sum(plan.nodes for plan in plans),
         analysis_s=sum(plan.analysis_s for plan in plans),
+        ways_down=tuple(f"graph {i}: {text}" for i, text in enumerate(_ways_down(runs, called, since)) if text),
         traced=tuple(Graphs.of(i, run.plan, own, run.graph) for i, (run, own) in enumerate(zip(runs, called))),
     )
+
+
+def _ways_down(runs: Sequence[RanGraph], called: Sequence[Mapping[str, str]], since: Mapping[str, int]) -> list[str]:
+    backwards = [run.graph.backward if run.graph is not None else None for run in runs]
+    return [
+        "" if backward is None or not since else way_down(run.plan, backward.graph, since, names)
+        for run, names, backward in zip(runs, called, backwards)
+    ]
 
 
 def _axes(plans: Sequence[Plan], called: Sequence[Mapping[str, str]]) -> tuple[SharedAxis, ...]:

@@ -145,6 +145,9 @@ class Facts:
     traced: tuple[Graphs | None, ...] = field(default=(), repr=False, compare=False)
     """The graphs themselves; None in an explanation that was pickled."""
 
+    ways_down: tuple[str, ...] = ()
+    """Where the backward of each graph ends while something of it is frozen, in words."""
+
     @property
     def cuts(self) -> Mapping[str, int]:
         renamed("Explanation.cuts", "Explanation.untraced")

@@ -6,13 +6,15 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import fx
 
 from cacompile.layout import MaskLayout
 from cacompile.passes.plan import Plan
+from cacompile.passes.truncate import deepest_first, grad_places
 from cacompile.state.binding import GraphBinding
 from cacompile.torch_internals import (
     TracingContext,
@@ -27,14 +29,27 @@ from .fallback import warn_of_fault
 from .handle import erase_handle, without, without_input
 from .inner import Compile
 from .log import CompileLog, profiled
-from .masked import MaskedMaker, MaskedVersion
+from .masked import MaskedMaker
 from .reading import reads_gradients
+from .source import BackwardSource, Version
+from .truncated import TruncatedVersions
 
 log = logging.getLogger(__name__)
 
-Run = Callable[[list[Any]], Any]
 
-KEEP_OUT = "cacompile.session(model).pin({name: True})"
+class Choice(NamedTuple):
+    """What runs in one backward."""
+
+    version: Version
+    flags: np.ndarray | None = None
+    """Of a masked version, on the host."""
+    none: frozenset[int] = frozenset()
+    """Places of gradients that nobody is to get."""
+    zeros: tuple[tuple[int, torch.Tensor], ...] = ()
+    """Places of gradients that are skipped whole, though the version has none for them, and their parameters."""
+
+
+KEEP_OUT = "options={'keep': (name, ...)}"
 
 
 class BackwardVersions:
@@ -43,22 +58,27 @@ class BackwardVersions:
     dense:  the graph as it came, without our handle: Inductor's own. Runs whenever all groups are on.
     masked: products replaced by masked ones, with one more input, the flags. Compiled the first time a group is off.
             On a GPU the flags come twice, so that the host may choose how to compute; under CUDA graphs it may not.
+    truncated: either, without what only frozen parameters need; compiled for each set of them, see `truncated`.
     """
 
     # torch's wrappers copy an instance's __dict__, and would go on holding what is released here
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "_deepest",
         "_dense",
         "_find_binding",
-        "_graph",
         "_handle",
         "_layout",
         "_log",
         "_maker",
         "_masked",
         "_on_masked",
+        "_places",
+        "_plan",
         "_slot",
+        "_source",
+        "_truncated",
         "host",
     )
 
@@ -75,6 +95,7 @@ class BackwardVersions:
         on_masked: Callable[[Plan], MaskLayout],
         find_binding: Callable[[Any], GraphBinding | None],
         compile_log: CompileLog,
+        max_truncated: int = 0,
     ) -> None:
         self._handle = handle
         self._slot = erase_handle(gm, handle)
@@ -87,49 +108,86 @@ class BackwardVersions:
         context = TracingContext.try_get()
         donated = donated_inputs(context)
         donated = None if donated is None else without(donated, handle)
-        self._maker: MaskedMaker | None = MaskedMaker(
-            gm, inputs, settings, plan=plan, donated=donated, compile_inner=compile_inner, compile_log=compile_log
+        self._source = BackwardSource(
+            gm, inputs, settings, donated=donated, compile_inner=compile_inner, compile_log=compile_log
         )
+        self._plan = plan
+        self._places = grad_places(gm.graph)
+        self._deepest = deepest_first(gm.graph)
+        self._truncated = TruncatedVersions(self._source, max_truncated) if max_truncated else None
+        self._maker: MaskedMaker | None = MaskedMaker(self._source, plan)
         self.host = self._maker.wants_host
         """Whether the masked version takes, or would take, the flags in CPU memory too."""
-        self._masked: MaskedVersion | None = None
-        self._graph = fx.Graph()
+        self._masked: Version | None = None
         compile_log.version("dense")
         with donating(context, donated):
-            self._dense: Run = compile_inner(gm, inputs, **settings)
+            self._dense = Version(compile_inner(gm, inputs, **settings))
         # in __dict__, because wrappers copy it from there
         self._boxed_call = True
 
     def __call__(self, args: list[Any]) -> list[Any]:
         handle = args.pop(self._handle)
-        run, masked, flags = self._choose(handle, args)
+        version, flags, none, zeros = self._choose(handle, args)
         if autograd_profiler._is_profiler_enabled:
-            with profiled(self._layout, masked, flags):
-                grads = list(run(args))
+            with profiled(self._layout, _name(version), version.masked, flags):
+                grads = list(version.run(args))
         else:
-            grads = list(run(args))
+            grads = list(version.run(args))
+        for place in none:
+            grads[place] = None
+        for place, param in zeros:
+            grads[place] = torch.zeros_like(param)
         if self._slot is not None:
             grads.insert(self._slot, None)
         return grads
 
-    def _choose(self, handle: Any, args: list[Any]) -> tuple[Run, frozenset[str], np.ndarray | None]:
-        """The version to run, what it masks and its flags, which are added to `args`; dense where anything fails."""
+    def _choose(self, handle: Any, args: list[Any]) -> Choice:
+        """The version to run, whose flags are added to `args`; dense where anything fails."""
         count = len(args)
         try:
             binding = self._find_binding(handle)
             if binding is not None:
                 sizes = self._sizes(args)
                 binding.count_backward(sizes)
-                version = self.masked_version() if binding.wants_masked() and not self._is_read(binding) else None
-                self._note_switch(binding, version)
-                if version is not None:
-                    flags = binding.leave_out(sizes)
-                    args += [flags, binding.host_flags] if version.host else [flags]
-                    return version.run, version.masked, binding.host_flags.numpy()
+                if (binding.wants_masked() or binding.frozen) and self._is_read(binding):
+                    return Choice(self._dense)
+                masked = self.masked_version() if binding.wants_masked() else None
+                none = self._none(binding, handle)
+                zeros = self._zeros(binding, none) if masked is not None else ()
+                version = masked or self._dense
+                places = none | {place for place, _ in zeros}
+                if places and self._truncated is not None:
+                    version = self._truncated.find(places, self._plan if masked is not None else None) or version
+                if binding.ran != (name := _name(version)):
+                    binding.ran = name
+                    self._log.switched(name)
+                zeros = tuple(each for each in zeros if each[0] in version.truncated)
+                flags = None
+                if masked is not None:
+                    on_device = binding.leave_out(sizes)
+                if version.masked:
+                    args += [on_device, binding.host_flags] if version.host else [on_device]
+                    flags = binding.host_flags.numpy()
+                return Choice(version, flags, none, zeros)
         except Exception:
             del args[count:]
             warn_of_fault(log, "choosing the version of a backward", "this backward computes all weight gradients")
-        return self._dense, frozenset(), None
+        return Choice(self._dense)
+
+    def _none(self, binding: GraphBinding, handle: int) -> frozenset[int]:
+        """Places of gradients of frozen parameters, and of inputs below which nothing wants one."""
+        return frozenset(self._places[i] for i in (*binding.frozen, *binding.dead_of(handle)) if i in self._places)
+
+    def _zeros(self, binding: GraphBinding, none: frozenset[int]) -> tuple[tuple[int, torch.Tensor], ...]:
+        """Places and parameters that are skipped whole, up from where the backward ends or could: no dX for them."""
+        off = {self._places[i]: param for i, param in binding.skipped_whole.items() if i in self._places}
+        found: list[tuple[int, torch.Tensor]] = []
+        for place in self._deepest if off else ():
+            if place in off:
+                found.append((place, off[place]))
+            elif place not in none:
+                break
+        return tuple(found)
 
     def _is_read(self, binding: GraphBinding) -> bool:
         """Whether the user gets these gradients in hand: then all are computed."""
@@ -150,17 +208,11 @@ class BackwardVersions:
             return (1,)
         return [math.prod(of.read(args) for of in factors) for factors in sources]
 
-    def _note_switch(self, binding: GraphBinding, version: MaskedVersion | None) -> None:
-        if binding.ran_masked is not (version is not None):
-            binding.ran_masked = version is not None
-            self._log.switched("masked" if binding.ran_masked else "dense")
-
-    def masked_version(self) -> MaskedVersion | None:
+    def masked_version(self) -> Version | None:
         """The masked version, compiled when first asked for; None if nothing of this graph can be masked."""
         if self._maker is not None:
             with compile_lock:  # one thread makes it, the others wait; no lock of our own, which could cross with this
                 if self._maker is not None:
-                    self._graph = copy.deepcopy(self._maker.source.graph)
                     try:
                         plan, self._masked = self._maker.make()
                         self._layout = self._on_masked(plan)
@@ -171,5 +223,13 @@ class BackwardVersions:
     @property
     def graph(self) -> fx.Graph:
         """The backward graph as it came, without our handle and the tensors of its constants: to be looked at."""
-        maker = self._maker
-        return copy.deepcopy(maker.source.graph if maker is not None else self._graph)
+        return copy.deepcopy(self._source.module.graph)
+
+
+def _name(version: Version) -> str:
+    parts = ["truncated"] * bool(version.truncated) + ["masked"] * bool(version.masked)
+    return " and ".join(parts) or "dense"
+
+
+def _size(value: Any, dim: int | None) -> int:
+    return int(value if dim is None else value.shape[dim])

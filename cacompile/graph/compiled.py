@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from cacompile.config import Config
@@ -20,10 +21,12 @@ from cacompile.passes.joint import GraphInputs, find_frozen, find_params
 from cacompile.passes.lower import lower, with_sources
 from cacompile.passes.plan import Plan
 from cacompile.state.binding import GraphBinding
+from cacompile.state.frozen import any_frozen
 from cacompile.state.identity import identity_of
 from cacompile.torch_internals import FakeTensor, captured_backwards, functorch_config, warning_once
 
 from .backward import BackwardVersions
+from .ends import Endings, dead_inputs
 from .fallback import warn_of_fault
 from .handle import NOWHERE, compile_without_handle, find_handle, has_handle, save_handle, with_handle
 from .inner import Compile, Inner, inner_of
@@ -97,6 +100,7 @@ class CompiledGraph:
         """By the ids of the parameters that they run with."""
         self._numbered: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
         self._analysed = False
+        self._endings = Endings()
         self._inner = inner
         self._log = compile_log
         _alive.add(self)
@@ -154,6 +158,7 @@ class CompiledGraph:
                 on_masked=self._take_over,
                 find_binding=self.find_binding,
                 compile_log=self._log,
+                max_truncated=self.config.max_truncated,
             )
             return self.backward
         except Exception:
@@ -180,22 +185,44 @@ class CompiledGraph:
         """The callable for Dynamo: adds the handle of the binding whose parameters it is called with."""
         # where nothing can be skipped the binding only tells what has run
         positions = [grad.index for grad in self.layout.grads] or [index for _, index in self.layout.params]
-        bindings = self.bindings
+        bindings, endings = self.bindings, self._endings
 
         def run(*args: Any) -> Any:
             binding = bindings.get(tuple([id(args[i]) for i in positions]))
-            if binding is not None:
-                if not binding.spent.total:
-                    _look_for_compiled_autograd()
-                return compiled(*args, binding.handle)
-            return compiled(*args, self._new_handle(args, positions))
+            if binding is None:
+                binding = self._new_binding(args, positions)
+            elif not binding.spent.total:
+                _look_for_compiled_autograd()
+            if binding is None:
+                return compiled(*args, NOWHERE)
+            if any_frozen():
+                return self._run_frozen(compiled, binding, args)
+            if not endings.seen:
+                return endings.learn(compiled, [*args, binding.handle])
+            return compiled(*args, binding.handle)
 
         return run
 
-    def _new_handle(self, args: Sequence[Any], positions: list[int]) -> int:
-        """The handle of a new binding for these inputs; one that leads nowhere for traced inputs, or if it fails."""
+    def _run_frozen(self, compiled: Callable[..., Any], binding: GraphBinding, args: Sequence[Any]) -> Any:
+        """Run while something is frozen: what wants no gradient in the end, here and below, is not to get any."""
+        try:
+            dead, nothing_else = dead_inputs(args, [index for _, index in self.layout.params])
+            handle = binding.handle_for(dead)
+            self._numbered[handle] = binding
+            ends = nothing_else and binding.is_frozen and torch.is_grad_enabled()
+        except Exception:
+            warn_of_fault(log, "looking for what wants a gradient", DENSE)
+            return compiled(*args, binding.handle)
+        if not self._endings.seen:
+            return self._endings.learn(compiled, [*args, handle])
+        if ends and self._endings.sound:
+            return self._endings.run(compiled, [*args, handle])
+        return compiled(*args, handle)
+
+    def _new_binding(self, args: Sequence[Any], positions: list[int]) -> GraphBinding | None:
+        """A new binding for these inputs; None for traced inputs, or if it fails."""
         if any(isinstance(arg, FakeTensor) for arg in args):
-            return NOWHERE
+            return None
         try:
             follow_optimizers()
             key = tuple(id(args[i]) for i in positions)
@@ -204,10 +231,10 @@ class CompiledGraph:
             forget = functools.partial(_forget, weakref.ref(self), key)
             for i in positions:
                 identity_of(args[i]).at_end(forget)
-            return binding.handle
+            return binding
         except Exception:
             warn_of_fault(log, "binding a graph to its parameters", DENSE)
-            return NOWHERE
+            return None
 
 
 def _forget(graph: weakref.ref[CompiledGraph], key: tuple[int, ...]) -> None:

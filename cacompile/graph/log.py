@@ -81,6 +81,17 @@ class CompileLog:
                 seconds,
             )
 
+    def truncated(self, places: int, nodes: int, seconds: float) -> None:
+        """A truncated version is compiled."""
+        if not self._quiet:
+            log.info(
+                "graph %s: truncated backward compiled: %d gradients are None, %d nodes are left, %.2f s",
+                self._graph,
+                places,
+                nodes,
+                seconds,
+            )
+
     def switched(self, name: str) -> None:
         """Another version runs than in the last backward of the same parameters; maybe often, so no more than DEBUG."""
         self._count("version switches")
@@ -130,13 +141,13 @@ def _share(part: float, whole: float) -> str:
 
 
 @contextlib.contextmanager
-def profiled(layout: MaskLayout, masked: Collection[str], flags: np.ndarray | None) -> Iterator[None]:
+def profiled(layout: MaskLayout, name: str, masked: Collection[str], flags: np.ndarray | None) -> Iterator[None]:
     """A range around one backward, and names for the masked operations in it; only while a profiler runs.
 
-    masked: the parameters that the masked version masks; flags: uint8 [layout.blocks] for it, None for the dense one.
+    name: the version's; masked: the parameters that it masks; flags: uint8 [layout.blocks], None where it masks none.
     """
     if flags is None:
-        with Range("convaware backward: dense"):
+        with Range(f"convaware backward: {name}"):
             yield
         return
     labels: dict[int, str] = {}
@@ -146,5 +157,5 @@ def profiled(layout: MaskLayout, masked: Collection[str], flags: np.ndarray | No
         label = f"convaware dW {grad.param}: {int(own.sum())} of {grad.blocks} blocks on"
         labels.update(dict.fromkeys(range(grad.flags.start, grad.flags.stop), label))
         off.update(number for number, on in zip(grad.groups, own) if not on)
-    with Range(f"convaware backward: masked, {len(off)} of {len(layout.groups)} groups skipped"), named(labels):
+    with Range(f"convaware backward: {name}, {len(off)} of {len(layout.groups)} groups skipped"), named(labels):
         yield

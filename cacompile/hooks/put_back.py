@@ -1,4 +1,4 @@
-"""Puts frozen groups back after an optimizer's step: a part of a parameter cannot be kept from it otherwise."""
+"""Keeps what is frozen from an optimizer's step: no gradient of whole parameters, groups put back after it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from cacompile.state.frozen import any_frozen
 from cacompile.state.params import ParamState, registry
 
 Held = tuple[torch.Tensor, torch.Tensor]
@@ -20,8 +21,13 @@ _held: weakref.WeakKeyDictionary[Optimizer, list[Held]] = weakref.WeakKeyDiction
 @torch.no_grad()
 def take(optimizer: Optimizer, params: Iterable[Any]) -> None:
     """Before a step: note the frozen slices of these parameters, and of the optimizer's state of the same shape."""
-    states = map(registry.find, params)
-    found = [held for state in states if state is not None and state.blocks for held in _of(state, optimizer)]
+    if not any_frozen():
+        return
+    states = [state for state in map(registry.find, params) if state is not None]
+    for param in (state.param for state in states if state.is_frozen):
+        if param is not None:
+            param.grad = None  # DDP puts its own there, past autograd
+    found = [held for state in states if state.blocks for held in _of(state, optimizer)]
     if found:
         _held[optimizer] = found
 

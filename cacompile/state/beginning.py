@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,11 @@ from cacompile.layout import GradLayout, MaskLayout
 from cacompile.names import find_params, fits
 
 from .params import ParamState, registry
+
+log = logging.getLogger(__name__)
+
+_found: set[str] = set()
+"""Patterns that have named something in some graph."""
 
 
 def begin(layout: MaskLayout, inputs: Sequence[Any], config: Config, states: Sequence[ParamState | None]) -> None:
@@ -26,6 +32,8 @@ def begin(layout: MaskLayout, inputs: Sequence[Any], config: Config, states: Seq
     frozen, kept = ({n for p in of for n in find_params(p, names)} for of in (config.frozen, config.keep))
     blocks = [(grad, state) for grad, state in zip(layout.grads, states) if state is not None]
     since = {id(state): _blocks(layout, grad, config.frozen, names) for grad, state in blocks if not state.settled}
+    called = [*names, *(group.name for group in layout.groups), *(family.name for family in layout.families)]
+    _found.update(p for p in (*config.frozen, *config.keep) if find_params(p, names) or fits(called, p))
     for name, index in layout.params:
         if isinstance(inputs[index], torch.nn.Parameter):
             state = registry.track(inputs[index], name)
@@ -37,6 +45,14 @@ def begin(layout: MaskLayout, inputs: Sequence[Any], config: Config, states: Seq
         if named is not None and named.any() and grad.param not in frozen:
             state.freeze_blocks(np.where(named, state.step, -1))
         state.column("kept")[:] |= _blocks(layout, grad, config.keep, names) | (grad.param in kept)
+
+
+def warn_of_unfound(config: Config) -> None:
+    """Say once which patterns of the options have named nothing so far; all graphs have run by the first step."""
+    for option, patterns in (("frozen", config.frozen), ("keep", config.keep)):
+        for pattern in (pattern for pattern in patterns if pattern not in _found):
+            _found.add(pattern)
+            log.warning("option %r: %r is no name in any compiled graph so far", option, pattern)
 
 
 def _blocks(layout: MaskLayout, grad: GradLayout, patterns: Sequence[str], names: Sequence[str]) -> np.ndarray:

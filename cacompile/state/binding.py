@@ -17,6 +17,7 @@ from cacompile.layout import GradLayout, MaskLayout, Monomial
 from cacompile.torch_internals import warning_once
 
 from .beginning import begin
+from .frozen import newest_freeze
 from .groups import GroupMembers, Member, tie
 from .identity import identity_of
 from .params import ParamState, registry
@@ -40,8 +41,13 @@ class GraphBinding:
         self._layout = layout
         self.handle = next(_numbers)
         self.spent = Spent()
-        self.ran_masked = False
-        """Whether the last backward ran the masked version."""
+        self.ran = "dense"
+        """The version that the last backward ran."""
+        self._dead: dict[frozenset[int], int] = {}
+        """Positions of inputs that want no gradient in the end -> the handle that says so."""
+        self._dead_of: dict[int, frozenset[int]] = {}
+        self._freeze = -1
+        self._frozen: frozenset[int] = frozenset()
         self._steps = 0
         self._params = _together(layout, [_part(grad, inputs[grad.index], config) for grad in layout.grads])
         self._inputs = {name: identity_of(inputs[index]) for name, index in layout.params}
@@ -96,6 +102,44 @@ class GraphBinding:
         return (param for state in self._params if state is not None and (param := state.param) is not None)
 
     @property
+    def frozen(self) -> frozenset[int]:
+        """Positions, among the inputs of Dynamo's graph, of parameters that are frozen as a whole."""
+        if self._freeze != newest_freeze():
+            self._freeze = newest_freeze()
+            states = ((index, self._inputs[name].data) for name, index in self._layout.params)
+            self._frozen = frozenset(i for i, state in states if state is not None and state.is_frozen)
+            self._mask_version = 0
+        return self._frozen
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing of it is trained."""
+        return len(self.frozen) == len(self._layout.params)
+
+    @property
+    def skipped_whole(self) -> dict[int, torch.Tensor]:
+        """Position -> parameter, of those of which the masked version would leave out everything."""
+        off = self._host.numpy() == 0
+        return {
+            grad.index: param.param
+            for grad, param in self._pairs()
+            if param is not None and param.param is not None and self._masks(grad) and off[grad.flags].all()
+        }
+
+    def handle_for(self, dead: frozenset[int]) -> int:
+        """The handle of a call in which these inputs, by position, want no gradient in the end."""
+        if not dead:
+            return self.handle
+        if dead not in self._dead:
+            self._dead[dead] = handle = next(_numbers)
+            self._dead_of[handle] = dead
+        return self._dead[dead]
+
+    def dead_of(self, handle: int) -> frozenset[int]:
+        """What `handle_for` was given."""
+        return self._dead_of.get(handle, frozenset())
+
+    @property
     def masked_backwards(self) -> int:
         return self.spent.masked
 
@@ -119,7 +163,7 @@ class GraphBinding:
         """Whether some group of this graph is off in the current step."""
         if self._pins != newest_pin():
             self._look_for_pins()
-        table = self._table
+        table, _ = self._table, self.frozen
         if table is not None and self._mask_version != table.mask_version:
             self._gather(table)
         return self._any_off
@@ -192,6 +236,9 @@ class GraphBinding:
         self._mask_version, self._left_out = table.mask_version, None
         flags = np.ones(len(self._has_row), np.uint8)
         flags[self._has_row] = table.on[self._rows]
+        for grad, param in self._pairs():
+            if param is not None and param.is_frozen:  # nobody is to get that gradient
+                flags[grad.flags] = 1
         if np.array_equal(flags, self._host.numpy()):
             return
         self._any_off = not flags.all()

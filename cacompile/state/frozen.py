@@ -1,4 +1,4 @@
-"""Frozen parameters of the process: those whose gradient is None, as if they did not require one."""
+"""Frozen parameters of the process, whole or in part, and what keeps a gradient None."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ def newest_freeze() -> int:
 
 
 def any_frozen() -> bool:
+    """Whether anything is frozen, if only a group."""
     return bool(_frozen)
 
 
 def note_frozen(state: ParamState, frozen: bool) -> None:
+    """A parameter has been frozen or thawed. frozen: whether anything of it is now."""
     global _newest
     (_frozen.add if frozen else _frozen.discard)(state)
     _newest += 1

@@ -213,12 +213,12 @@ class ParamState:
             off = self.frozen_blocks
             self.skipped[off], self.age[off] = False, 0
         param, is_frozen = self.param, self.is_frozen
+        note_frozen(self, is_frozen or bool(self.blocks and self.frozen_blocks.any()))
         if is_frozen is (self._no_gradient is not None):
             return
         if self._no_gradient is not None:
             self._no_gradient.end()
         self._no_gradient = NoGradient(param) if is_frozen and param is not None else None
-        note_frozen(self, is_frozen)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that the next draws depend on; before the partition is known, what was loaded."""

@@ -10,7 +10,7 @@ from tiny import Tiny, aten, copied, marked_conv, marked_mm, param
 from torch import fx
 
 from cacompile.kernels import masked_conv_dw, masked_grouped_mm, masked_mm
-from cacompile.passes import Broken, locate, mark_products, mask_weight_grads, verify
+from cacompile.passes import Broken, locate, mark_products, mask_weight_grads, truncate, verify, verify_truncated
 from cacompile.passes.marks import MARK
 from cacompile.passes.mask import FLAGS, HOST_FLAGS
 from cacompile.passes.plan import Plan
@@ -241,3 +241,60 @@ def test_broken_experts(break_it: Callable[[fx.GraphModule], None]) -> None:
     break_it(gm)
     with pytest.raises(Broken):
         verify(before, gm.graph, ("w",))
+
+
+def two_outputs() -> fx.GraphModule:
+    """dx and dw of a linear layer, and an input that is written to."""
+    graph = fx.Graph()
+    dy, x, w, count = (graph.placeholder(name) for name in ("dy", "x", "w", "count"))
+    dx = graph.call_function(aten.mm.default, (dy, w))
+    dy_t = graph.call_function(aten.permute.default, (dy, [1, 0]))
+    dw = graph.call_function(aten.mm.default, (dy_t, x))
+    graph.call_function(aten.add_.Tensor, (count, 1))
+    graph.output((dx, dw))
+    return fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize(("places", "left"), [((0,), 3), ((1,), 2), ((0, 1), 1)])
+def test_a_truncated_graph_keeps_its_promise(places: tuple[int, ...], left: int) -> None:
+    gm = two_outputs()
+    before = copied(gm)
+    assert truncate(gm, places)
+    assert sum(node.op == "call_function" for node in gm.graph.nodes) == left, "what has an effect stays"
+    verify_truncated(before, gm.graph, places)
+
+
+def _lose_effect(gm: fx.GraphModule) -> None:
+    gm.graph.erase_node(node_of(gm, aten.add_.Tensor))
+
+
+def _lose_input(gm: fx.GraphModule) -> None:
+    gm.graph.erase_node(next(node for node in gm.graph.find_nodes(op="placeholder") if not node.users))
+
+
+def _other_operand(gm: fx.GraphModule) -> None:
+    mm = node_of(gm, aten.mm.default)
+    mm.args = (mm.args[0], gm.graph.find_nodes(op="placeholder")[2])
+
+
+def _one_more(gm: fx.GraphModule) -> None:
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        gm.graph.call_function(aten.neg.default, (gm.graph.find_nodes(op="placeholder")[0],))
+
+
+def _other_output(gm: fx.GraphModule) -> None:
+    gm.graph.output_node().args = ((None, None),)
+
+
+def _swapped(gm: fx.GraphModule) -> None:
+    gm.graph.output_node().args = (tuple(reversed(gm.graph.output_node().args[0])),)
+
+
+@pytest.mark.parametrize("edit", [_lose_effect, _lose_input, _other_operand, _one_more, _other_output, _swapped])
+def test_a_truncated_graph_that_breaks_it(edit: Callable[[fx.GraphModule], None]) -> None:
+    gm = two_outputs()
+    before = copied(gm)
+    truncate(gm, (0,))
+    edit(gm)
+    with pytest.raises(Broken):
+        verify_truncated(before, gm.graph, (0,))

@@ -1,0 +1,117 @@
+"""Where a backward ends between graphs: outputs that let no gradient through, and how the next graph knows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import BackwardCFunction
+
+from cacompile.state.params import registry
+
+FARTHEST = 2000
+"""Autograd nodes that are looked at; where there are more, gradients are computed."""
+
+
+class _End(torch.autograd.Function):
+    """Gives tensors that want a gradient, as others of the graph do, and drops the gradient that comes.
+
+    In place of detached tensors, whose `requires_grad` would have Dynamo compile what comes after them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, values: list[Any]) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.is_end = True
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, None]:
+        return None, None
+
+
+@functools.cache
+def _anchor() -> torch.Tensor:
+    """What makes autograd take note of the outputs: a tensor that wants a gradient, and never gets any."""
+    return torch.zeros((), device="cpu", requires_grad=True)
+
+
+class Endings:
+    """Runs a graph whose parameters are all frozen, and below which nothing wants a gradient, forward only."""
+
+    def __init__(self) -> None:
+        self._wanting: list[int] = []
+        """Outputs that require a gradient."""
+        self.seen = False
+        """Whether it has run once, and so it is known what its outputs are."""
+        self.sound = False
+        """Whether `run` does all that the graph does: no input that wants a gradient is written to or returned."""
+
+    def learn(self, compiled: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Run it as ever, and look at its outputs."""
+        wanting = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+        plain = torch.is_grad_enabled() and all(type(arg) in (torch.Tensor, torch.nn.Parameter) for arg in wanting)
+        before = [arg._version for arg in wanting] if plain else []
+        outputs = compiled(*args)
+        if isinstance(outputs, (list, tuple)) and torch.is_grad_enabled():
+            found = {i: out for i, out in enumerate(outputs) if isinstance(out, torch.Tensor) and out.requires_grad}
+            made = all(type(out) is torch.Tensor and not out._is_view() for out in found.values())
+            returned = set(map(id, wanting)).intersection(map(id, found.values()))
+            self.sound = plain and made and not returned and before == [arg._version for arg in wanting]
+            self._wanting, self.seen = list(found), True
+        return outputs
+
+    def run(self, compiled: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Run it with inputs that want no gradient: nothing is saved, and no backward will come here."""
+        detached = [arg.detach() if isinstance(arg, torch.Tensor) and arg.requires_grad else arg for arg in args]
+        outputs = list(compiled(*detached))
+        for i, value in zip(self._wanting, _End.apply(_anchor(), [outputs[i] for i in self._wanting])):
+            outputs[i] = value
+        return outputs
+
+
+def dead_inputs(args: Sequence[Any], params: Collection[int]) -> tuple[frozenset[int], bool]:
+    """Positions of inputs through which no gradient needs to pass, and whether that is all that want one.
+
+    params: positions that are not asked about.
+    """
+    wanting = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad and i not in params]
+    dead = frozenset(i for i in wanting if leads_nowhere(args[i]))
+    return dead, len(dead) == len(wanting)
+
+
+def leads_nowhere(tensor: torch.Tensor) -> bool:
+    """Whether all ways back from a tensor lead to frozen parameters or to where a backward ends; False if unsure.
+
+    As with requires_grad=False, hooks on what lies between are not called. Nodes written in Python may hide parameters.
+    """
+    if tensor.grad_fn is None:
+        return _is_frozen(tensor)
+    if tensor._backward_hooks or tensor.retains_grad:
+        return False
+    seen: set[Any] = set()
+    waiting: list[Any] = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            if not getattr(node, "is_end", False):
+                return False
+            continue
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
+            if not _is_frozen(node.variable):
+                return False
+        elif kind == "CppFunction" or len(seen) > FARTHEST:
+            return False
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return True
+
+
+def _is_frozen(tensor: Any) -> bool:
+    state = registry.find(tensor)
+    return state is not None and state.is_frozen

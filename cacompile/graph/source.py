@@ -1,0 +1,81 @@
+"""A backward graph as it came, and the surroundings in which any edit of it is compiled later."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from cacompile.torch_internals import (
+    CompileContext,
+    TracingContext,
+    aligned_host_inputs,
+    compiling_backward,
+    donating,
+)
+
+from .inner import Compile
+from .log import CompileLog
+
+Run = Callable[[list[Any]], Any]
+
+
+class Version(NamedTuple):
+    """One version, and what it leaves out; one value, so that no thread sees half of it."""
+
+    run: Run
+    masked: frozenset[str] = frozenset()
+    """Parameters whose products it masks; if there are any, the flags are its last input."""
+    host: bool = False
+    """Whether it takes the flags in CPU memory too."""
+    truncated: frozenset[int] = frozenset()
+    """Places of its output that are None."""
+    nodes: int = 0
+    """How many nodes its graph had."""
+
+
+class BackwardSource:
+    """A copy of the graph, for the inner compiler edits what it gets, with its inputs, and how it is compiled."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        settings: dict[str, Any],
+        *,
+        donated: list[int] | None,
+        compile_inner: Compile,
+        compile_log: CompileLog,
+    ) -> None:
+        # constants are not copied, which a fake mode would not let us
+        self.module = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        self.inputs = inputs
+        self.settings = settings
+        self.log = compile_log
+        self._donated = donated
+        self._compile = compile_inner
+        self._context = TracingContext.try_get()
+        self._compile_id = CompileContext.try_get()
+        # overrides of Inductor's config live here, and not in the autograd thread that will want another version
+        self._overrides = contextvars.copy_context()
+
+    def copy(self) -> fx.GraphModule:
+        return fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
+
+    def compile(self, gm: fx.GraphModule, name: str, flags: Sequence[torch.Tensor] = ()) -> Run:
+        """Compile an edited copy. flags: values for the inputs that were added."""
+        return self._overrides.run(self._compile_in, gm, name, flags)
+
+    def _compile_in(self, gm: fx.GraphModule, name: str, flags: Sequence[torch.Tensor]) -> Run:
+        with (
+            torch.no_grad(),
+            compiling_backward(self._context, self._compile_id),
+            donating(self._context, self._donated),
+            aligned_host_inputs(len(flags) > 1),
+        ):
+            self.log.version(name)
+            return self._compile(gm, [*self.inputs, *flags], **self.settings)

@@ -1,0 +1,119 @@
+"""The truncated versions of one backward: each ends where all that lies below is frozen."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cacompile.passes.plan import Plan
+from cacompile.passes.truncate import truncate
+from cacompile.passes.verify import Broken, verify_truncated
+from cacompile.torch_internals import compile_lock
+
+from .masked import MaskedMaker
+from .source import BackwardSource, Version
+
+log = logging.getLogger(__name__)
+
+STALE = 1000
+"""Backwards after which a version that has not run makes room for another."""
+
+Key = tuple[frozenset[int], bool]
+"""Places of the output that are None, and whether products are masked."""
+
+
+class TruncatedVersions:
+    """A small cache of versions, each compiled when first asked for.
+
+    While it is full the nearest one serves, which computes more than is wanted; another is compiled when one of them
+    has not run for long.
+    """
+
+    def __init__(self, source: BackwardSource, limit: int) -> None:
+        self._source = source
+        self._limit = limit
+        self._made: dict[Key, Version | None] = {}
+        self._used: dict[Key, int] = {}
+        self._clock = 0
+
+    def find(self, places: frozenset[int], plan: Plan | None) -> Version | None:
+        """The version whose outputs in these places are None, or the nearest; None where the whole backward must run.
+
+        plan: what is masked as well, if anything.
+        """
+        self._clock += 1
+        key = places, plan is not None
+        if key not in self._made:
+            with compile_lock:  # as for the masked version
+                if key not in self._made and not self._make_room():
+                    return self._nearest(key)
+                if key not in self._made:
+                    self._made[key] = self._make(places, plan)
+        self._used[key] = self._clock
+        return self._made[key]
+
+    def _make_room(self) -> bool:
+        if len(self._made) < self._limit:
+            return True
+        oldest = min(self._made, key=lambda key: self._used.get(key, 0), default=None)
+        if oldest is None or self._clock - self._used.get(oldest, 0) < STALE:
+            return False
+        del self._made[oldest]
+        return True
+
+    def _nearest(self, wanted: Key) -> Version | None:
+        places, masked = wanted
+        fit = [key for key, made in self._made.items() if made is not None and key[0] <= places and key[1] is masked]
+        if not fit:
+            return None
+        best = min(fit, key=lambda key: getattr(self._made[key], "nodes", 0))
+        self._used[best] = self._clock
+        return self._made[best]
+
+    def _make(self, places: frozenset[int], plan: Plan | None) -> Version | None:
+        """Never raises."""
+        start = time.perf_counter()
+        try:
+            version = self._compiled(places, plan)
+        except Broken as broken:
+            log.warning("a truncated backward broke its promise, so all of it is computed: %s", broken)
+            return None
+        except Exception:
+            log.warning("a truncated backward could not be made, so all of it is computed", exc_info=True)
+            return None
+        if version is not None:
+            self._source.log.truncated(len(places), version.nodes, time.perf_counter() - start)
+        return version
+
+    def _compiled(self, places: frozenset[int], plan: Plan | None) -> Version | None:
+        flags: Sequence[Any] = ()
+        masked, host = frozenset[str](), False
+        if plan is None:
+            module = self._source.copy()
+        else:
+            maker = MaskedMaker(self._source, plan)
+            masked, host, module = frozenset(maker.edit().masked or ()), maker.wants_host, maker.module
+            flags = maker.fake_flags(plan.blocks) if masked else ()
+        before = copy.deepcopy(module.graph)
+        if not truncate(module, places):
+            return None
+        verify_truncated(before, module.graph, places)
+        nodes = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+        if not nodes and not any(value is not None for value in module.graph.output_node().args[0]):
+            run = _nothing(len(module.graph.output_node().args[0]))
+        else:
+            run = self._source.compile(module, "truncated", flags)
+        return Version(run, masked, host, places, len(nodes))
+
+
+def _nothing(outputs: int) -> Callable[[list[Any]], Any]:
+    """A backward that computes nothing at all."""
+
+    def run(args: list[Any]) -> list[None]:
+        args.clear()
+        return [None] * outputs
+
+    return run
