@@ -183,6 +183,8 @@ class CompiledGraph:
             if binding is not None:
                 if not binding.spent.total:
                     _look_for_compiled_autograd()
+                if binding.alone:
+                    binding.look_for_replicas()
                 return compiled(*args, binding.handle)
             return compiled(*args, self._new_handle(args, positions))
 
