@@ -13,6 +13,7 @@ from torch import fx
 from .config import Config
 from .errors import ConvAwareError
 from .graph.fallback import warn_of_fault
+from .hooks.counting import count_steps
 from .settings import Settings, settings
 from .torch_internals import (
     COMPILE,
@@ -24,6 +25,8 @@ from .torch_internals import (
 )
 
 log = logging.getLogger(__name__)
+
+count_steps()
 
 PLAIN = "this graph is compiled by the inner compiler alone, and all its weight gradients are computed"
 

@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,11 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode as FakeTensorMode
     from torch.autograd import profiler as autograd_profiler
     from torch.autograd.graph import get_gradient_edge as get_gradient_edge
+    from torch.distributed.distributed_c10d import _get_process_group_store as process_group_store
     from torch.fx.experimental.symbolic_shapes import DimDynamic as DimDynamic
     from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
+    from torch.nn.parallel.distributed import DistributedDataParallel as DDP
+    from torch.nn.parallel.distributed import _DDPJoinHook as DDPJoinHook
     from torch.nn.utils import clip_grad as clip_grad
     from torch.utils import swap_tensors as swap_tensors
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -75,8 +79,14 @@ COMPILE = "compiling"
 """Without it no graph can be masked: all are left to the inner compiler."""
 LOOK = "explaining"
 """Without it `explain` cannot look at a model that is not compiled."""
+RANKS = "agreeing"
+"""Without it ranks that hold copies of parameters cannot agree on what to skip: they compute everything."""
 SEE = "doctor"
 """Without it a check of `cacompile doctor` is left out."""
+
+
+TRIED = ("2.13",)
+"""Releases on which several processes have trained."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,15 @@ CONTRACTS = (
     Contract("has_triton", "torch.utils._triton:has_triton", purpose=SEE),
     Contract("will_engine_execute_node", "torch._C:_will_engine_execute_node"),
     Contract("get_gradient_edge", "torch.autograd.graph:get_gradient_edge", parameters=("tensor",)),
+    Contract("DDPJoinHook", "torch.nn.parallel.distributed:_DDPJoinHook", ("main_hook", "post_hook"), (), RANKS, TRIED),
+    Contract("DDP", "torch.nn.parallel.distributed:DistributedDataParallel", ("_active_ddp_module",), (), RANKS, TRIED),
+    Contract(
+        "process_group_store",
+        "torch.distributed.distributed_c10d:_get_process_group_store",
+        parameters=("pg",),
+        purpose=RANKS,
+        seen=TRIED,
+    ),
     Contract("swap_tensors", "torch.utils:swap_tensors", parameters=("t1", "t2")),
 )
 
@@ -318,6 +337,45 @@ def replace_swap_tensors(around: Callable[..., contextlib.AbstractContextManager
             return swap(t1, t2)
 
     torch.utils.swap_tensors = swap_tensors
+
+
+def running_ddp() -> Any:
+    """The DistributedDataParallel whose module runs forward now; None where there is none."""
+    # one that nobody has made is not imported either: a dictionary is asked, and no process group
+    module = sys.modules.get("torch.nn.parallel.distributed")
+    wrapper = getattr(module, "DistributedDataParallel", None)
+    return getattr(wrapper, "_active_ddp_module", None)
+
+
+def group_store(group: Any) -> Any:
+    """The key-value store that the ranks of a process group have met in."""
+    return __getattr__("process_group_store")(group)
+
+
+@functools.cache
+def follow_joins(joined: Callable[[Any], None], together: Callable[[Any, bool], None]) -> None:
+    """Call `joined(ddp)` on a rank that has joined, for each forward pass of the others under `Join`, and
+    `together(ddp, is_last_joiner)` on all ranks once all have."""
+    hook = __getattr__("DDPJoinHook")
+    main_hook, post_hook = hook.main_hook, hook.post_hook
+
+    @functools.wraps(main_hook)
+    def main(self: Any) -> None:
+        joined(self.ddp)
+        main_hook(self)
+
+    @functools.wraps(post_hook)
+    def post(self: Any, is_last_joiner: bool) -> None:
+        post_hook(self, is_last_joiner)
+        together(self.ddp, is_last_joiner)
+
+    hook.main_hook, hook.post_hook = main, post
+
+
+def is_zero1(optimizer: Any) -> bool:
+    """Whether it is a ZeroRedundancyOptimizer, within which each rank steps its own parameters: `optimizer.optim`."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)
 
 
 def captured_backwards() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from cacompile.kernels.segments import Tables
 from cacompile.state.beginning import warn_of_unfound
-from cacompile.state.draws import generator
 from cacompile.state.groups import GroupIndex
 from cacompile.state.history import note
 from cacompile.state.params import ParamState
@@ -25,7 +24,7 @@ from .movement import moved, sample
 from .optimizers import adapter_of, statistic_of
 from .policy import keep_probabilities, mean_descent
 from .spikes import EARLY, believed_ratio, was_spike
-from .turns import first_turns, take_turns
+from .turns import next_turns
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class Controller:
 
     def look(self) -> None:
         """An optimizer step begins: see where the weights are, if it is to be measured."""
-        if not _captured():
+        if not capturing():
             self._look_before(self._step + 1)
 
     def fill(self, optimizer: Optimizer) -> None:
@@ -59,7 +58,7 @@ class Controller:
 
         Called right before the optimizer reads the gradients.
         """
-        skipped, captured = self.column("skipped"), _captured()
+        skipped, captured = self.column("skipped"), capturing()
         # what is captured runs again and again with the same groups: none of them has been away
         rescale = not captured and bool(self.column("age").any())
         if not (rescale or skipped.any()):
@@ -75,7 +74,7 @@ class Controller:
 
     def advance(self, optimizer: Optimizer | None) -> None:
         """One optimizer step is done: measure when it is time, and draw the next step's mask."""
-        if _captured():
+        if capturing():
             # Nothing of this step has run yet, and when its graph is replayed nobody calls us. What it fills is what
             # was skipped by now, so the mask must stay: it is drawn again after the next step that is not captured.
             warning_once(log, "an optimizer step is captured in a CUDA graph: the mask stays as it was at the capture")
@@ -152,7 +151,7 @@ class Controller:
             chosen = self._take_turns(step) | ~index.every((self.column("age") < self.config.max_age) & ~young)
             if (step + 1) % self.config.monitor_every == 0:
                 # what has no score has had no gradient, and is not skipped for its own sake
-                chosen |= ~index.every(self._averaged(optimizer) | np.isnan(self.column("score")))
+                chosen |= ~index.every(self.averaged(optimizer) | np.isnan(self.column("score")))
             chosen |= ~index.every(~self.column("kept"))
             on = chosen[index.of_block]
         for param, part in zip(self.params, np.split(on, np.cumsum(self._blocks)[:-1])):
@@ -161,7 +160,7 @@ class Controller:
                 param.column("keep")[:] = param.pin.keep_of(param)
         return on
 
-    def _averaged(self, optimizer: Optimizer | None) -> np.ndarray:
+    def averaged(self, optimizer: Optimizer | None) -> np.ndarray:
         """bool [blocks]: those that can be judged though they are skipped, as the optimizer keeps a mean for them."""
         settings, found = settings_by_param(optimizer), []
         for state in self.params:
@@ -178,32 +177,42 @@ class Controller:
     def _take_turns(self, step: int) -> np.ndarray:
         """bool [groups]: those whose turn it is."""
         index = self._index
-        phase = index.least(self.column("phase"))
-        if (new := phase < 0.0).any():
-            # with a parameter's key, so that the controllers of one model do not draw alike
-            random = generator(self.config.seed, step, self.params[0].key or 0)
-            phase = np.where(new, first_turns(index.family, random), phase)
-        on, phase = take_turns(index.least(self.column("keep")), phase)
+        # with a parameter's key, so that the controllers of one model do not draw alike
+        counters = self.config.seed, step, self.params[0].key or 0
+        keep, phase = index.least(self.column("keep")), index.least(self.column("phase"))
+        on, phase = next_turns(keep, phase, index.family, counters)
         self.table.phase[self.rows] = phase[index.of_block]
         return on
 
     def _monitor(self, optimizer: Optimizer | None) -> None:
-        """Use each last measurement, or this one if it needs no waiting: always the same one, so that ranks agree."""
+        last = self.column("score").copy(), self.column("update_ratio").copy()
+        self.measure(optimizer)
+        self._decide(optimizer, *last)
+
+    def measure(self, optimizer: Optimizer | None, own: Container[int] | None = None) -> None:
+        """Use each last measurement, or this one if it needs no waiting: always the same one, so that runs agree.
+
+        own: ids of the parameters to look at, where it is not all of them.
+        """
         near, far = self._by_device()
+        if own is not None:
+            near, far = ([state for state in each if id(state.param) in own] for each in (near, far))
         ratios = self._update_ratios(optimizer)
         settings = settings_by_param(optimizer)
-        last = self.column("score").copy(), self.column("update_ratio").copy()
         found, left = measure_together(near, optimizer, self._segments, ratios)
         for param, taken in found + measure(far + left, optimizer, ratios):
             known, param.in_flight = (taken, None) if taken.event is None else (param.in_flight, taken)
             if known is not None:
                 learn(param, known, _rate(settings.get(id(param.param), {})))
-        self._decide(optimizer, *last)
+
+    def _count(self) -> None:
+        """Bring the FLOPs of each block up to date."""
+        for param in self.params:
+            param.count()
 
     def _decide(self, optimizer: Optimizer | None, last_score: np.ndarray, last_ratio: np.ndarray) -> None:
         """How often each group is computed from here on, by what has been measured now and, for comparison, before."""
-        for param in self.params:
-            param.count()
+        self._count()
         index, flops, settings = self._index, self.column("flops"), settings_by_param(optimizer)
         rate = np.repeat([_rate(settings.get(id(param.param), {})) for param in self.params], self._blocks)
         descent, last = self.column("score") * rate, last_score * rate
@@ -236,7 +245,7 @@ def _rows(params: Sequence[ParamState]) -> slice | np.ndarray:
     return slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
 
 
-def _captured() -> bool:
+def capturing() -> bool:
     """Whether the user is recording this step into a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from cacompile.state.draws import generator
+
 ROUNDING = 1e-9
 
 
@@ -32,3 +34,15 @@ def take_turns(keep: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndar
     phase = phase + keep
     chosen = (phase >= 1.0 - ROUNDING) | (keep >= 1.0)
     return chosen, np.clip(phase - chosen, 0.0, 1.0)
+
+
+def next_turns(
+    keep: np.ndarray, phase: np.ndarray, family: np.ndarray, counters: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`take_turns`, where those that have had none yet start at random.
+
+    phase: float [G], -1 before the first turn; counters: seed and what else names the draw, see `draws.generator`.
+    """
+    if (new := phase < 0.0).any():
+        phase = np.where(new, first_turns(family, generator(*counters)), phase)
+    return take_turns(keep, phase)

@@ -195,6 +195,8 @@ class CompiledGraph:
                 _look_for_compiled_autograd()
             if binding is None:
                 return compiled(*args, NOWHERE)
+            if binding.alone:
+                binding.look_for_replicas()
             if any_frozen():
                 return self._run_frozen(compiled, binding, args)
             if not endings.seen:

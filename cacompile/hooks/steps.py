@@ -13,11 +13,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from cacompile.config import Config
+from cacompile.controller.agreement import Agreement, Shared
 from cacompile.controller.controller import Controller
 from cacompile.state.params import ParamState, registry
+from cacompile.state.replicas import Replicas
 from cacompile.state.table import newest_structure
+from cacompile.torch_internals import is_zero1
 
 from .clipping import follow_clipping
+from .counting import count_steps, steps_of
+from .joining import follow_joining
 from .put_back import put_back, take
 
 _moments = itertools.count(1)
@@ -30,6 +35,11 @@ class Controllers:
     def __init__(self) -> None:
         self._key: tuple[int, list[int]] | None = None
         self._controllers: list[Controller] = []
+        self._agreements: dict[Replicas, Agreement] = {}
+        self._within = False
+        """Whether the owner is an optimizer within a ZeroRedundancyOptimizer, which is what all ranks step alike."""
+        self._steps = 0
+        """Of an owner that is no optimizer."""
         self._left: weakref.WeakSet[ParamState] = weakref.WeakSet()
         """Parameters that the owner, an optimizer, leaves to another one within it."""
         self._begun = 0
@@ -40,10 +50,34 @@ class Controllers:
     def of(self, params: list[Any]) -> list[Controller]:
         ids = [id(param) for param in params]
         if self._key != (newest_structure(), ids):
-            states = map(registry.find, params)
-            self._controllers = make_controllers(s for s in states if s is not None and s not in self._left)
+            states = [s for s in map(registry.find, params) if s is not None and s not in self._left]
+            self._controllers = make_controllers(states)
+            self._agree(states)
             self._key = newest_structure(), ids  # making them may have joined tables
         return self._controllers
+
+    def _agree(self, states: Iterable[ParamState]) -> None:
+        """One agreement with each group of ranks that hold copies of some of these parameters."""
+        members: dict[Replicas, list[ParamState]] = {}
+        for state in states if not self._within else ():
+            if state.replicas is not None:
+                members.setdefault(state.replicas, []).append(state)
+        found = {}
+        for replicas, each in members.items():
+            each.sort(key=lambda state: state.place)
+            found[replicas] = self._agreements.get(replicas) or Agreement(replicas, each)
+            found[replicas].members = each
+        self._agreements = found
+
+    def look(self, optimizer: Optimizer | None) -> None:
+        """The owner's step begins, and its controllers are made: agreements may want to see the weights."""
+        for agreement in self._agreements.values():
+            agreement.look(optimizer)
+
+    def leave_to(self, inner: Controllers) -> None:
+        """What all ranks do alike follows this owner, which all of them step, and not the one within it."""
+        if not inner._within:
+            inner._within, inner._key = True, None
 
     def begin(self) -> None:
         """The owner's step begins. The first one may end without: our hooks may come with what is called inside."""
@@ -59,24 +93,38 @@ class Controllers:
             return
         self._done = True
         controllers = self.of(params)
-        if stepped := [r for controller in controllers for r in controller.params if r.stepped > self._begun]:
+        own = [controller for controller in controllers if not isinstance(controller, Shared)]
+        shared = [state for agreement in self._agreements.values() for state in agreement.members]
+        before = [state for controller in own for state in controller.params] + shared
+        if stepped := [state for state in before if state.stepped > self._begun]:
             self._left.update(stepped)
             self._key = None
             controllers = self.of(params)
         now = next(_moments)
         for controller in controllers:
-            controller.advance(optimizer)
-            for param in controller.params:
+            if not isinstance(controller, Shared):
+                controller.advance(optimizer)
+                for param in controller.params:
+                    param.stepped = now
+        self.agree(optimizer, steps_of(optimizer))
+        for agreement in self._agreements.values():
+            for param in agreement.members:
                 param.stepped = now
+
+    def agree(self, optimizer: Optimizer | None, steps: int | None = None) -> None:
+        """A step is done, also on all other ranks. steps: so far; counted here where the owner is no optimizer."""
+        self._steps = self._steps + 1 if steps is None else steps
+        for agreement in self._agreements.values():
+            agreement.advance(optimizer, self._steps)
 
 
 def make_controllers(params: Iterable[ParamState]) -> list[Controller]:
-    """One controller for each Config among the parameters that have groups."""
-    by_config: dict[Config, list[ParamState]] = {}
+    """One controller for each Config among the parameters that have groups, and one for those that are replicated."""
+    by_config: dict[tuple[Config, Replicas | None], list[ParamState]] = {}
     for param in dict.fromkeys(params):
         if param.blocks:
-            by_config.setdefault(param.config, []).append(param)
-    return [Controller(params) for params in by_config.values()]
+            by_config.setdefault((param.config, param.replicas), []).append(param)
+    return [Controller(params) if replicas is None else Shared(params) for (_, replicas), params in by_config.items()]
 
 
 _by_optimizer: weakref.WeakKeyDictionary[Optimizer, Controllers] = weakref.WeakKeyDictionary()
@@ -98,8 +146,12 @@ def _params_of(optimizer: Optimizer) -> list[Any]:
 @torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     take(optimizer, params := _params_of(optimizer))
-    _owned_by(optimizer).begin()
+    owned = _owned_by(optimizer)
+    owned.begin()
+    if is_zero1(optimizer) and isinstance(inner := getattr(optimizer, "optim", None), Optimizer):
+        owned.leave_to(_owned_by(inner))
     controllers = controllers_of(optimizer)
+    owned.look(optimizer)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not controllers and not (callable(closure) and any(registry.find(param) for param in params)):
         return None
@@ -144,6 +196,8 @@ def follow_optimizers() -> None:
 
     Clipping, which comes before the step, is followed along with them.
     """
+    count_steps()  # before what asks for the count
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
+    follow_joining()
     follow_clipping()

@@ -209,6 +209,7 @@ class Session(Freezing):
         """Draw the next mask; only for optimizers that are not `torch.optim.Optimizer`s: those do it themselves."""
         for controller in self._controllers.of([param.param for param in self.params.values()]):
             controller.advance(None)
+        self._controllers.agree(None)
 
     def state_dict(self) -> dict[str, Any]:
         """All that later masks depend on, for `torch.save`; names are those of the model's parameters."""

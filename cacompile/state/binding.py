@@ -22,6 +22,7 @@ from .groups import GroupMembers, Member, tie
 from .identity import identity_of
 from .params import ParamState, registry
 from .pins import hold_pins, newest_pin
+from .replicas import find_replicas
 from .spent import Spent
 from .table import BlockTable
 
@@ -49,6 +50,8 @@ class GraphBinding:
         self._freeze = -1
         self._frozen: frozenset[int] = frozenset()
         self._steps = 0
+        self.alone = not find_replicas()
+        """Whether no other rank is known to hold copies of its parameters."""
         self._params = _together(layout, [_part(grad, inputs[grad.index], config) for grad in layout.grads])
         self._inputs = {name: identity_of(inputs[index]) for name, index in layout.params}
         _tie(layout, self._params)
@@ -158,6 +161,10 @@ class GraphBinding:
             return dict(self._layout.flops_by_param)
         counts = self._layout.coefficients_by_param
         return {name: round(sum(map(operator.mul, sizes, each))) for name, each in counts}
+
+    def look_for_replicas(self) -> None:
+        """It runs once more: maybe inside of DistributedDataParallel now."""
+        self.alone = not find_replicas()
 
     def wants_masked(self) -> bool:
         """Whether some group of this graph is off in the current step."""

@@ -123,36 +123,45 @@ def _are_so(table: BlockTable, kind: str, role_hash: str, before: Sequence[Mappi
     return all(family is families[0] and (family.kind, family.role_hash) == (kind, role_hash) for family in families)
 
 
-class GroupIndex:
-    """The groups of some parameters, numbered in the order of their blocks."""
+class Numbering:
+    """Which group each of some blocks belongs to."""
 
-    def __init__(self, params: Sequence[ParamState]) -> None:
-        self.params = params
-        of_block = [group for param in params for group in param.groups]
-        self.all = list({id(group): group for group in of_block}.values())
-        number = {id(group): i for i, group in enumerate(self.all)}
-        self.of_block = np.array([number[id(group)] for group in of_block], int)
-        """int [blocks of all parameters, in their order]."""
-        self.families = list({id(group.family): group.family for group in self.all}.values())
-        place = {id(family): i for i, family in enumerate(self.families)}
-        self.family = np.array([place[id(group.family)] for group in self.all], int)
-        """int [groups]: index among `families`."""
+    def __init__(self, of_block: np.ndarray, family: np.ndarray) -> None:
+        self.of_block = of_block
+        """int [blocks]."""
+        self.family = family
+        """int [groups]: equal numbers belong together."""
 
     def sum(self, blocks: np.ndarray) -> np.ndarray:
         """float [groups] of float [blocks]."""
-        return np.bincount(self.of_block, blocks, len(self.all))
+        return np.bincount(self.of_block, blocks, len(self.family))
 
     def least(self, blocks: np.ndarray) -> np.ndarray:
         """The smallest of each group's blocks."""
-        found = np.full(len(self.all), np.iinfo(np.int64).max if blocks.dtype.kind in "iu" else np.inf, blocks.dtype)
+        largest = np.iinfo(np.int64).max if blocks.dtype.kind in "iu" else np.inf
+        found = np.full(len(self.family), largest, blocks.dtype)
         np.minimum.at(found, self.of_block, blocks)
         return found
 
     def every(self, blocks: np.ndarray) -> np.ndarray:
         """bool [groups]: whether it holds for all of a group's blocks."""
-        found = np.ones(len(self.all), bool)
+        found = np.ones(len(self.family), bool)
         np.logical_and.at(found, self.of_block, blocks)
         return found
+
+
+class GroupIndex(Numbering):
+    """The groups of some parameters, numbered in the order of their blocks."""
+
+    def __init__(self, params: Sequence[ParamState]) -> None:
+        self.params = params
+        groups = [group for param in params for group in param.groups]
+        self.all = list({id(group): group for group in groups}.values())
+        number = {id(group): i for i, group in enumerate(self.all)}
+        of_block = np.array([number[id(group)] for group in groups], int)
+        self.families = list({id(group.family): group.family for group in self.all}.values())
+        place = {id(family): i for i, family in enumerate(self.families)}
+        super().__init__(of_block, np.array([place[id(group.family)] for group in self.all], int))
 
     def split(self, groups: np.ndarray) -> list[np.ndarray]:
         """[groups] -> for each parameter [blocks]."""

@@ -7,7 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from .pins import Pin
 from .series import Series
 from .spent import Spent
 from .table import BlockTable
+
+if TYPE_CHECKING:
+    from .replicas import Replicas
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,10 @@ class ParamState:
         """What gradient clipping knows of the blocks."""
         self.sampled: tuple[torch.Tensor, ...] | None = None
         """Which weights `movement.sample` reads: where they are in each dimension, int64 [samples]."""
+        self.replicas: Replicas | None = None
+        """The ranks that hold copies of it; None: it is this rank's alone, as far as is known."""
+        self.place = 0
+        """Its number among the parameters of the model that has replicas."""
         self._deferred: Mapping[str, Any] | None = None
         """Saved state that waits for the partition to be known."""
 
@@ -129,6 +136,19 @@ class ParamState:
                 total += size * each
         return total
 
+    def join(self, replicas: Replicas, place: int, name: str) -> None:
+        """Other ranks hold copies: from now on the mask is what all have agreed on, and all on until they have."""
+        self.replicas, self.place, self.name = replicas, place, name
+        self.key = zlib.crc32(name.encode()) + (place << 32)
+        self.table.reorder()
+        self.follow()
+
+    def follow(self) -> None:
+        """Take the mask that all ranks have agreed on, whatever has changed it here."""
+        if self.blocks:
+            self.table.set_on(self.rows, self.column("agreed"))
+            self.skipped[:] = ~self.column("agreed")
+
     def costs(self, spent: Spent, coefficients: np.ndarray) -> None:
         """One more graph computes its gradient. coefficients: int64 [monomials, blocks]."""
         self._costs.append((spent, coefficients))
@@ -156,7 +176,9 @@ class ParamState:
             self.key = registry.new_key(name)
         BlockTable().add(self)
         self._take_deferred()
-        if self.pin is not None:
+        if self.replicas is not None:
+            self.follow()
+        elif self.pin is not None:
             self.apply_pin()
         return True
 
@@ -167,7 +189,7 @@ class ParamState:
 
     def apply_pin(self) -> None:
         """Let the pin, or that there is none, take effect at once."""
-        if not self.blocks:
+        if not self.blocks or self.replicas is not None:  # then it is told to all ranks by the one that decides
             return
         if self.param is None or self.param.grad is None:  # what was skipped under the pin before is gone
             self.skipped[:] = False
@@ -242,13 +264,17 @@ class ParamState:
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take over a saved state; what it says of blocks waits until the partition is known."""
-        self.key, self.step, self.counted_from = saved["key"], saved["step"], saved["counted_from"]
+        self.step, self.counted_from = saved["step"], saved["counted_from"]
+        if self.replicas is None:  # else it has the one that all ranks give it
+            self.key = saved["key"]
         self.pin = None if saved["pin"] is None else Pin(*saved["pin"])
         self.in_flight = None if saved["in_flight"] is None else Measurement.of(saved["in_flight"])
         self._deferred = saved
         self.table.reorder()
         self._take_deferred()
         self.freeze(saved["frozen"])
+        if self.replicas is not None:
+            self.follow()
 
     def _take_deferred(self) -> None:
         if self.partition is None or self._deferred is None:

@@ -31,6 +31,7 @@ COLUMNS = {
     "update_ratio": Column(float, np.nan),
     "age": Column(np.int64, 0),
     "skipped": Column(bool, False),
+    "agreed": Column(bool, True),
     "flops": Column(float, 0.0),
     "frozen": Column(np.int64, -1),
     "kept": Column(bool, False),
@@ -74,6 +75,8 @@ class BlockTable:
     """int64: optimizer steps in a row in which its gradient was skipped, up to the last one."""
     skipped: np.ndarray
     """bool: some backward has left its gradient out since the last optimizer step."""
+    agreed: np.ndarray
+    """bool: where other ranks hold copies, what all of them have agreed to compute in this step; else True."""
     flops: np.ndarray
     """float: dW FLOPs of one backward, in the graph in which the parameter costs most."""
     frozen: np.ndarray

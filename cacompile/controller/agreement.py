@@ -1,0 +1,303 @@
+"""An agreement: what all ranks of a process group do alike with the parameters that one optimizer steps.
+
+Rank 0 decides, at each reading; all ranks, rank 0 too, take its decision over at the end of the next step. In between
+masks follow from it and from the number of the step alone, see `agreed`. Readings are counted by the optimizer's steps.
+
+    rank 0     step k * monitor_every: measures, decides with what others have told at earlier readings, says so
+    others     the same step: tell what they know (blocks, FLOPs; scores of parameters that they alone step)
+    all        the step after: take it over. Rank 0 has said it before it entered the backward of this step
+
+A rank waits for rank 0 only for readings that rank 0 is known to come to, and rank 0 waits for nobody: it decides
+nothing on parameters that some rank has not told of. Ranks may come to it at different times, or never.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
+from torch.optim import Optimizer
+
+from cacompile.config import Config
+from cacompile.state.channel import Channel
+from cacompile.state.params import ParamState
+from cacompile.state.replicas import Replicas, can_agree
+from cacompile.torch_internals import is_zero1, warning_once
+
+from .agreed import Agreed, Followed
+from .controller import Controller, capturing
+from .decider import Decider, flops_told, scores_told
+from .divergence import about, compare, compare_states, digest
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 10
+"""Readings at which something should have been decided."""
+
+AS_IT_IS: dict[str, Any] = {"parts": None}
+"""Decided by a rank that has run out of batches."""
+
+
+class Agreement:
+    """The agreement of one optimizer, as one rank sees it."""
+
+    def __init__(self, replicas: Replicas, members: Sequence[ParamState]) -> None:
+        self.replicas = replicas
+        self.members = list(members)
+        name = str(members[0].place)
+        self._channel = Channel(replicas.store, f"{name}.{replicas.names[name]}", replicas.rank, replicas.size)
+        replicas.names[name] += 1
+        replicas.agreements.add(self)
+        self._clock = self._shift = self._ahead = 0
+        """Steps that the optimizer has done, and how many of them this rank was not there for; forward passes of others
+        since this rank has joined."""
+        self._epoch = 0
+        """Ends of `Join` so far."""
+        self._every: int | None = None
+        """Steps between two readings; None until rank 0 has said so."""
+        self._from = 0
+        """The first step whose decision this rank reads."""
+        self._due: int | None = None
+        """The reading whose decision is taken over next."""
+        self._said: dict[int, dict[str, Any]] = {}
+        self._digests: dict[int, dict[str, int]] = {}
+        self._told: list[dict[str, Any]] | None = None
+        self._fruitless = 0
+        """Readings in a row at which nothing could be decided."""
+        self._watching: list[Decider] = []
+        """Those that read scores here: of all parameters on rank 0, else of those that this rank alone steps."""
+        self._followed: list[Followed] = []
+
+    @property
+    def step(self) -> int:
+        return max(param.step for param in self.members)
+
+    @property
+    def _leads(self) -> bool:
+        return self.replicas.rank == 0
+
+    def look(self, optimizer: Optimizer | None) -> None:
+        """A step begins: see where the weights are, if it is to be measured here."""
+        self._watching = []
+        if self._every is None or (self.step + 1) % self._every or capturing():
+            return
+        params = [param for param in self.members if param.blocks]
+        if self._leads:
+            self._told = self._channel.told()
+            params = [param for param in params if self._known_to_all(param)]
+        elif is_zero1(optimizer):
+            own = _own(optimizer) or set()
+            params = [param for param in params if id(param.param) in own]
+        else:
+            params = []
+        by_config: dict[Config, list[ParamState]] = {}
+        for param in params:
+            by_config.setdefault(param.config, []).append(param)
+        self._watching = [Decider(each) for each in by_config.values()]
+        for decider in self._watching:
+            decider.look()
+
+    def advance(self, optimizer: Optimizer | None, count: int) -> None:
+        """A step is done, the count-th of this optimizer in this process."""
+        if capturing() or not can_agree():
+            return
+        self._clock, self._ahead = count + self._shift, 0
+        for param in self.members:
+            param.step += 1
+        for followed in self._followed:
+            followed.agreed.end_step()
+        if self._due is not None:
+            self._take_over(self._due)
+        if self._every is None:
+            self._begin()
+        elif self._is_reading(self.step) and self._clock >= self._from:
+            self._read(optimizer)
+        for followed in self._followed:
+            followed.draw(self.step)
+
+    def joined(self) -> None:
+        """This rank has no more batches, and the others go forward once more: nobody decides, so all stays as it is."""
+        self._ahead += 1
+        clock = self._clock + self._ahead
+        if self._leads and self._every is not None and self._is_reading(self.step + self._ahead):
+            self._say(clock, AS_IT_IS)
+
+    def together(self, last: bool) -> None:
+        """All ranks have joined, and go on with what those have that joined last."""
+        if not can_agree():
+            return
+        if last:
+            mine = {
+                "clock": self._clock,
+                "every": self._every,
+                "steps": {param.place: param.step for param in self.members},
+                "parts": [each.agreed.to_dict() for each in self._followed],
+            }
+            self._channel.leave(self._epoch, mine)
+        else:
+            state = self._channel.joined(self._epoch)
+            self._shift += state["clock"] - self._clock
+            self._clock = state["clock"]
+            self._set_steps(state["steps"])
+            if self._every is not None:  # else it has yet to say that it follows
+                self._adopt([Agreed.of(part) for part in state["parts"]])
+                for followed in self._followed:
+                    followed.follow()
+        self._epoch += 1
+        self._due, self._ahead = None, 0
+        self._digests.clear()
+        self._said.clear()
+
+    def _is_reading(self, step: int) -> bool:
+        return self._every is not None and step % self._every == 0
+
+    def _begin(self) -> None:
+        """Rank 0 says that it is there, once it knows how often to read; the others look whether it has, and tell."""
+        if self._leads:
+            parted = next((param for param in self.members if param.blocks), None)
+            if parted is not None:
+                self._every, self._from = parted.config.monitor_every, self._clock + 1
+                steps = {param.place: param.step for param in self.members}
+                hello = {"every": self._every, "clock": self._clock, "steps": steps, **self._about()}
+                self._channel.greet({**hello, "epoch": self._epoch})
+            return
+        hello = self._channel.hello() or {}
+        if hello:
+            compare(self._about(), hello, self.replicas.rank, 0)
+            self._every, self._epoch = hello["every"], max(self._epoch, hello["epoch"])
+            self._from = max(self._clock, hello["clock"]) + 1
+            passed = self._clock - hello["clock"]
+            self._set_steps({place: step + passed for place, step in hello["steps"].items()})
+        self._tell({})
+
+    def _read(self, optimizer: Optimizer | None) -> None:
+        self._due = self._clock
+        self._digests[self._clock] = self._digest()
+        self._digests = dict(list(self._digests.items())[-4:])
+        own = _own(optimizer)
+        owner = getattr(optimizer, "optim", None) if own is not None else optimizer
+        if self._leads:
+            if self._clock not in self._said:
+                self._decide(optimizer, owner, own)
+            return
+        scores: dict[int, Any] = {}
+        for decider in self._watching:
+            decider.measure(owner)
+            scores |= scores_told(decider.params, decider.averaged(owner))
+        self._tell(scores)
+
+    def _decide(self, optimizer: Optimizer | None, owner: Optimizer | None, own: set[int] | None) -> None:
+        told, ours = self._told or [], self._about()
+        for rank, known in enumerate(told, start=1):
+            compare(ours, known, 0, rank)
+            if known["clock"] in self._digests and known["digest"] is not None:
+                compare_states(self._digests[known["clock"]], known["digest"], 0, rank)
+        parts = []
+        for decider in self._watching:
+            if decider.structure == decider.table.structure:
+                parts.append(decider.decide(optimizer, owner, own, told).to_dict())
+        self._fruitless = 0 if parts else self._fruitless + 1
+        if self._fruitless == PATIENCE:
+            some = self.members[0].name
+            warning_once(
+                log,
+                "%d readings of %s and more, and not all ranks have met them in a compiled graph and an optimizer that "
+                "steps the same parameters: until they have, all compute everything",
+                PATIENCE,
+                some,
+            )
+        said = {"parts": parts, "step": self.step, "digest": self._digests[self._clock], **ours}
+        self._say(self._clock, said)
+        self._channel.clear(min((known["clock"] for known in told), default=0))
+
+    def _say(self, clock: int, decision: dict[str, Any]) -> None:
+        if clock not in self._said:
+            self._said[clock] = decision
+            self._channel.decide(self._epoch, clock, decision)
+
+    def _tell(self, scores: dict[int, Any]) -> None:
+        known = {
+            "clock": self._clock,
+            "follows": self._from if self._every is not None else None,
+            "blocks": {param.place: astuple(param.partition) for param in self.members if param.partition},
+            "flops": flops_told(self.members),
+            "scores": scores,
+            "digest": self._digests.get(self._clock),
+        }
+        self._channel.tell({**known, **self._about()})
+
+    def _known_to_all(self, param: ParamState) -> bool:
+        """Whether all ranks have parted it as it is here, and read what is decided next."""
+        assert param.partition is not None
+        mine = astuple(param.partition)
+        return self._told is not None and all(
+            known["blocks"].get(param.place) == mine
+            and known["follows"] is not None
+            and known["follows"] <= self._clock + 1
+            for known in self._told
+        )
+
+    def _take_over(self, clock: int) -> None:
+        self._due = None
+        said = self._said.pop(clock, None) if self._leads else self._channel.decision(self._epoch, clock)
+        if said is None or said["parts"] is None:
+            return
+        if not self._leads:
+            compare(self._about(), said, self.replicas.rank, 0)
+            compare_states(self._digests[clock], said["digest"], self.replicas.rank, 0)
+        if said["step"] + 1 == self.step:  # else a state was loaded in between, on all ranks
+            parts = [Agreed.of(part) for part in said["parts"]]
+            before = {place: of for each in self._followed for place, of in each.agreed.by_place().items()}
+            for part in parts:
+                part.carry(before)
+            self._adopt(parts)
+
+    def _adopt(self, parts: Sequence[Agreed]) -> None:
+        members = {param.place: param for param in self.members}
+        self._followed = [Followed(part, members) for part in parts]
+        for followed in self._followed:
+            followed.show()
+        left = set(members) - {place for part in parts for place in part.places}
+        for place in left:
+            if members[place].blocks:
+                members[place].column("agreed")[:] = True
+                members[place].follow()
+
+    def _set_steps(self, steps: dict[int, int]) -> None:
+        for param in self.members:
+            since, param.step = param.step, steps.get(param.place, param.step)
+            param.counted_from += param.step - since
+
+    def _about(self) -> dict[str, Any]:
+        return about(self.members)
+
+    def _digest(self) -> dict[str, int]:
+        columns: dict[str, bytes] = {}
+        for followed in self._followed:
+            columns |= followed.agreed.columns()
+        return digest([param.step for param in self.members], columns)
+
+
+class Shared(Controller):
+    """Fills what all ranks have skipped of parameters that other ranks hold copies of; an Agreement does the rest."""
+
+    def look(self) -> None:
+        pass
+
+    def advance(self, optimizer: Optimizer | None) -> None:
+        pass
+
+    def fill(self, optimizer: Optimizer) -> None:
+        # it follows from the mask: the gradient is the mean of all ranks', whatever has run on this one
+        self.table.skipped[self.rows] = ~self.table.agreed[self.rows]
+        super().fill(optimizer)
+
+
+def _own(optimizer: Optimizer | None) -> set[int] | None:
+    """Ids of the parameters that this rank alone steps; None if all ranks step all."""
+    if not is_zero1(optimizer):
+        return None
+    inner: Any = getattr(optimizer, "optim", None)
+    return {id(param) for group in inner.param_groups for param in group["params"]}

@@ -1,0 +1,105 @@
+"""The decider: the controller of the rank that decides for all, and what others tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.optim import Optimizer
+
+from cacompile.state.params import ParamState
+
+from .agreed import FREE, SHOWN, Agreed
+from .controller import Controller
+
+
+def flops_told(members: Sequence[ParamState]) -> dict[int, float]:
+    """Place -> dW FLOPs of a step on this rank, on average."""
+    return {
+        param.place: float(param.counted.sum()) / max(1, param.step - param.counted_from)
+        for param in members
+        if param.blocks
+    }
+
+
+def scores_told(params: Sequence[ParamState], averaged: np.ndarray) -> dict[int, tuple[np.ndarray, ...]]:
+    """Place -> (score, update ratio, whether any step may read it), of parameters that this rank alone steps.
+
+    averaged: bool [blocks of all].
+    """
+    each = np.split(averaged, np.cumsum([param.blocks for param in params])[:-1])
+    return {
+        param.place: (param.column("score").copy(), param.column("update_ratio").copy(), of)
+        for param, of in zip(params, each)
+    }
+
+
+class Decider(Controller):
+    """Measures and decides; the mask that it decides on is drawn by all ranks alike, this one among them."""
+
+    def __init__(self, params: Sequence[ParamState]) -> None:
+        super().__init__(params)
+        self.structure = self.table.structure
+        self._flops: list[dict[int, float]] = []
+
+    def decide(
+        self, optimizer: Optimizer | None, owner: Optimizer | None, own: set[int] | None, told: list[dict[str, Any]]
+    ) -> Agreed:
+        """optimizer: whose learning rates count; owner: what keeps the state of the parameters whose ids are in `own`,
+        of all where that is None; the others are known from what their ranks have told."""
+        before = self.column("keep").copy()
+        last = self.column("score").copy(), self.column("update_ratio").copy()
+        self.measure(owner, own)
+        averaged = self.averaged(owner)
+        scores: Mapping[int, tuple[np.ndarray, ...]] = {
+            place: values for known in told for place, values in known["scores"].items()
+        }
+        start = 0
+        for param in self.params:
+            if own is not None and id(param.param) not in own and param.place in scores:
+                param.column("score")[:], param.column("update_ratio")[:], of = scores[param.place]
+                averaged[start : start + param.blocks] = of
+            start += param.blocks
+        self._flops = [flops_told(self.params), *(known["flops"] for known in told)]
+        self._decide(optimizer, *last)
+        keep = self.column("keep").copy()
+        self.table.keep[self.rows] = before  # all ranks take it over together, in the next step
+        return self._agreed(keep, averaged & ~np.isnan(self.column("score")))
+
+    def _count(self) -> None:
+        """The mean of all ranks: each has other batches."""
+        super()._count()
+        for param in self.params:
+            found = [flops.get(param.place, 0.0) for flops in self._flops]
+            mine = found[0] or float(param.flops.sum())
+            if any(found) and mine:
+                param.flops[:] *= sum(found) / len(found) / mine
+
+    def _agreed(self, keep: np.ndarray, readable: np.ndarray) -> Agreed:
+        pinned = np.full(len(keep), FREE, np.int8)
+        start = 0
+        for param in self.params:
+            here = slice(start, start + param.blocks)
+            start += param.blocks
+            if param.pin is not None:
+                pinned[here], keep[here] = param.pinned_mask(), param.pin.keep_of(param)
+        config, blocks = self.config, len(keep)
+        return Agreed(
+            places=[param.place for param in self.params],
+            blocks=self._blocks,
+            of_block=self._index.of_block,
+            family=self._index.family,
+            seed=config.seed,
+            key=self.params[0].key or 0,
+            warmup_steps=config.warmup_steps,
+            max_age=config.max_age,
+            every=config.monitor_every,
+            keep=keep,
+            phase=self.column("phase").copy(),  # also of a state that was loaded; what is agreed already goes on
+            age=self.column("age").copy(),
+            on=np.ones(blocks, bool),
+            pinned=pinned,
+            readable=readable,
+            shown={name: self.column(name).copy() for name in SHOWN},
+        )
