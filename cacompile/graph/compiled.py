@@ -26,7 +26,7 @@ from cacompile.state.identity import identity_of
 from cacompile.torch_internals import FakeTensor, captured_backwards, functorch_config, warning_once
 
 from .backward import BackwardVersions
-from .ends import Endings, dead_inputs
+from .ends import Endings
 from .fallback import warn_of_fault
 from .handle import NOWHERE, compile_without_handle, find_handle, has_handle, save_handle, with_handle
 from .inner import Compile, Inner, inner_of
@@ -208,7 +208,7 @@ class CompiledGraph:
     def _run_frozen(self, compiled: Callable[..., Any], binding: GraphBinding, args: Sequence[Any]) -> Any:
         """Run while something is frozen: what wants no gradient in the end, here and below, is not to get any."""
         try:
-            dead, nothing_else = dead_inputs(args, [index for _, index in self.layout.params])
+            dead, nothing_else = self._endings.dead(args, self.layout.params)
             handle = binding.handle_for(dead)
             self._numbered[handle] = binding
             ends = nothing_else and binding.is_frozen and torch.is_grad_enabled()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class Endings:
     def __init__(self) -> None:
         self._wanting: list[int] = []
         """Outputs that require a gradient."""
+        self._asked: tuple[int, ...] | None = None
+        """Inputs that want a gradient and are no parameters of the graph."""
         self.seen = False
         """Whether it has run once, and so it is known what its outputs are."""
         self.sound = False
@@ -63,6 +65,18 @@ class Endings:
             self._wanting, self.seen = list(found), True
         return outputs
 
+    def dead(self, args: Sequence[Any], params: Iterable[tuple[str, int]]) -> tuple[frozenset[int], bool]:
+        """Positions of inputs through which no gradient needs to pass, and whether that is all that want one.
+
+        params: (name, position) of those that are not asked about. Dynamo has a guard on what wants a gradient.
+        """
+        if self._asked is None:
+            others = {position for _, position in params}
+            wanting = (i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad)
+            self._asked = tuple(i for i in wanting if i not in others)
+        dead = frozenset(i for i in self._asked if leads_nowhere(args[i]))
+        return dead, len(dead) == len(self._asked)
+
     def run(self, compiled: Callable[..., Any], args: Sequence[Any]) -> Any:
         """Run it with inputs that want no gradient: nothing is saved, and no backward will come here."""
         detached = [arg.detach() if isinstance(arg, torch.Tensor) and arg.requires_grad else arg for arg in args]
@@ -70,16 +84,6 @@ class Endings:
         for i, value in zip(self._wanting, _End.apply(_anchor(), [outputs[i] for i in self._wanting])):
             outputs[i] = value
         return outputs
-
-
-def dead_inputs(args: Sequence[Any], params: Collection[int]) -> tuple[frozenset[int], bool]:
-    """Positions of inputs through which no gradient needs to pass, and whether that is all that want one.
-
-    params: positions that are not asked about.
-    """
-    wanting = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad and i not in params]
-    dead = frozenset(i for i in wanting if leads_nowhere(args[i]))
-    return dead, len(dead) == len(wanting)
 
 
 def leads_nowhere(tensor: torch.Tensor) -> bool:

@@ -39,7 +39,8 @@ class Freezing:
 
     @property
     def step_count(self) -> int:
-        raise NotImplementedError
+        """Optimizer steps seen."""
+        return max((param.step for param in self.params.values()), default=0)
 
     @property
     def _names(self) -> Names:

@@ -128,11 +128,6 @@ class Session(Freezing):
         return torch.from_numpy(index.sum(index.column("score")))
 
     @property
-    def step_count(self) -> int:
-        """Optimizer steps seen."""
-        return max((param.step for param in self.params.values()), default=0)
-
-    @property
     def flops(self) -> tuple[float, float]:
         """(all, saved): dW FLOPs that a dense run would have spent so far, and those left out."""
         return self._totals[:2]

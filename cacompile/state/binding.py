@@ -18,9 +18,9 @@ from cacompile.torch_internals import warning_once
 
 from .beginning import begin
 from .frozen import newest_freeze
-from .groups import GroupMembers, Member, tie
 from .identity import identity_of
-from .params import ParamState, registry
+from .params import ParamState
+from .parting import part, tie_groups, together
 from .pins import hold_pins, newest_pin
 from .replicas import find_replicas
 from .spent import Spent
@@ -52,9 +52,9 @@ class GraphBinding:
         self._steps = 0
         self.alone = not find_replicas()
         """Whether no other rank is known to hold copies of its parameters."""
-        self._params = _together(layout, [_part(grad, inputs[grad.index], config) for grad in layout.grads])
+        self._params = together(layout, [part(grad, inputs[grad.index], config) for grad in layout.grads])
         self._inputs = {name: identity_of(inputs[index]) for name, index in layout.params}
-        _tie(layout, self._params)
+        tie_groups(layout, self._params)
         self._pins = newest_pin()
         hold_pins()
         begin(layout, inputs, config, self._params)
@@ -69,6 +69,8 @@ class GraphBinding:
         self._left_out: tuple[np.ndarray, list[int]] | None = None
         """Rows that the masked version leaves out with the present flags, and how many dW FLOPs those are to one of
         each monomial; None until it runs."""
+        self._whole: dict[int, ParamState] | None = None
+        """Of which parameters, by position, it leaves out everything; None until it is asked for."""
         self._host = torch.ones(layout.blocks, dtype=torch.uint8, device="cpu")
         device = inputs[layout.grads[0].index].device if layout.grads else torch.device("cpu")
         self._device = None if device.type == "cpu" else torch.ones_like(self._host, device=device)
@@ -83,7 +85,7 @@ class GraphBinding:
 
     @layout.setter
     def layout(self, layout: MaskLayout) -> None:
-        self._layout, self._left_out = layout, None
+        self._layout, self._left_out, self._whole = layout, None, None
 
     @property
     def params(self) -> list[ParamState]:
@@ -108,10 +110,7 @@ class GraphBinding:
     def frozen(self) -> frozenset[int]:
         """Positions, among the inputs of Dynamo's graph, of parameters that are frozen as a whole."""
         if self._freeze != newest_freeze():
-            self._freeze = newest_freeze()
-            states = ((index, self._inputs[name].data) for name, index in self._layout.params)
-            self._frozen = frozenset(i for i, state in states if state is not None and state.is_frozen)
-            self._mask_version = 0
+            self._find_frozen()
         return self._frozen
 
     @property
@@ -122,12 +121,11 @@ class GraphBinding:
     @property
     def skipped_whole(self) -> dict[int, torch.Tensor]:
         """Position -> parameter, of those of which the masked version would leave out everything."""
-        off = self._host.numpy() == 0
-        return {
-            grad.index: param.param
-            for grad, param in self._pairs()
-            if param is not None and param.param is not None and self._masks(grad) and off[grad.flags].all()
-        }
+        if self._whole is None:
+            off = self._host.numpy() == 0
+            pairs = ((grad, param) for grad, param in self._pairs() if param is not None and self._masks(grad))
+            self._whole = {grad.index: param for grad, param in pairs if off[grad.flags].all()}
+        return {index: param for index, state in self._whole.items() if (param := state.param) is not None}
 
     def handle_for(self, dead: frozenset[int]) -> int:
         """The handle of a call in which these inputs, by position, want no gradient in the end."""
@@ -170,7 +168,9 @@ class GraphBinding:
         """Whether some group of this graph is off in the current step."""
         if self._pins != newest_pin():
             self._look_for_pins()
-        table, _ = self._table, self.frozen
+        table = self._table
+        if self._freeze != newest_freeze():
+            self._find_frozen()
         if table is not None and self._mask_version != table.mask_version:
             self._gather(table)
         return self._any_off
@@ -240,7 +240,7 @@ class GraphBinding:
         """Read the mask of all its blocks out of the table."""
         if self._structure != table.structure:
             self._find_rows(table)
-        self._mask_version, self._left_out = table.mask_version, None
+        self._mask_version, self._left_out, self._whole = table.mask_version, None, None
         flags = np.ones(len(self._has_row), np.uint8)
         flags[self._has_row] = table.on[self._rows]
         for grad, param in self._pairs():
@@ -257,6 +257,11 @@ class GraphBinding:
                 self._captured.append(host)
             self._device.copy_(host, non_blocking=True)  # one address for ever, as CUDA graphs need
         self._host = host
+
+    def _find_frozen(self) -> None:
+        self._freeze, self._mask_version = newest_freeze(), 0  # what is frozen as a whole needs no flags
+        states = ((index, self._inputs[name].data) for name, index in self._layout.params)
+        self._frozen = frozenset(i for i, state in states if state is not None and state.is_frozen)
 
     def _find_rows(self, table: BlockTable) -> None:
         rows = np.zeros(len(self._has_row), np.int64)
@@ -283,54 +288,6 @@ class GraphBinding:
                 "another kind, or its step is called past torch's hooks, call cacompile.step(model) after each step",
                 PATIENCE,
             )
-
-
-def _part(grad: GradLayout, param: Any, config: Config) -> ParamState | None:
-    """The parameter's state, parted as this graph parts it; None if another graph parted it otherwise."""
-    if not isinstance(param, torch.nn.Parameter):
-        return None
-    state = registry.track(param, grad.param)
-    if state.partition is not None and state.shape != tuple(param.shape):
-        state = registry.track_anew(param, grad.param)
-    if not state.part(grad.partition, config, grad.param):
-        log.warning("%s is parted into other groups by another graph; in this one it stays dense", state.name)
-        return None
-    state.table.costs(state.rows, np.array(grad.block_flops, float))
-    return state
-
-
-def _together(layout: MaskLayout, params: list[ParamState | None]) -> list[ParamState | None]:
-    """Gradients that one product makes are masked together or not at all."""
-    made: dict[str, list[int]] = {}
-    for i, grad in enumerate(layout.grads):
-        made.setdefault(grad.follows or grad.param, []).append(i)
-    dense = {i for each in made.values() if any(params[i] is None for i in each) for i in each}
-    return [None if i in dense else param for i, param in enumerate(params)]
-
-
-def _tie(layout: MaskLayout, params: Sequence[ParamState | None]) -> None:
-    """Blocks that this graph has in one group are one group from now on."""
-    called = {grad.param: param for grad, param in zip(layout.grads, params) if param is not None}
-    if not called:
-        return
-    table = BlockTable.of(list(called.values()))
-    members: dict[int, list[Member]] = {}
-    for grad, param in zip(layout.grads, params):
-        if param is not None:
-            for block, number in enumerate(grad.groups):
-                members.setdefault(number, []).append((param, block))
-    by_family: dict[int, list[GroupMembers]] = {}
-    for number, group in enumerate(layout.groups):
-        if number in members:
-            by_family.setdefault(group.family, []).append(GroupMembers(group.start, group.stop, members[number]))
-    for number, groups in by_family.items():
-        family = layout.families[number]
-        makers, weights = ([called[n] for n in names if n in called] for names in (family.makers, family.weights))
-        tie(table, family.kind, family.role_hash, makers, weights, groups)
-    numbers = np.concatenate([param.column("group_of_block") for param in called.values()])
-    for mate in table.params_of(np.flatnonzero(np.isin(table.group_of_block, numbers))):
-        if mate.pin is not None:
-            mate.apply_pin()
 
 
 def bindings_of(params: Iterable[ParamState]) -> list[GraphBinding]:

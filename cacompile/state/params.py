@@ -15,7 +15,7 @@ import torch
 from cacompile.config import Config
 from cacompile.layout import Partition
 
-from .frozen import NoGradient, note_frozen
+from .frozen import Freezable
 from .groups import BlockGroup
 from .identity import find_identity, identity_of, known
 from .measurements import Measurement, NormShares
@@ -33,10 +33,11 @@ NO_BLOCKS = BlockTable()
 """What a parameter has before it is parted into blocks."""
 
 
-class ParamState:
+class ParamState(Freezable):
     """What is known of one parameter. Made when a session claims it or a compiled graph first runs with it."""
 
     def __init__(self, param: torch.nn.Parameter, name: str) -> None:
+        super().__init__()
         self.identity = identity_of(param)
         self.shape = tuple(param.shape)
         self.name = name
@@ -64,11 +65,6 @@ class ParamState:
         self.pinned_at = 0
         """When a holder of pins has decided that, see `pins`; 0: none has, or none could for good."""
         self._pinned: tuple[Pin, int, np.ndarray] | None = None
-        self.frozen: int | None = None
-        """The optimizer step after which it was frozen as a whole; None: it was not. Blocks have a column for it."""
-        self.settled = False
-        """Whether it was said if it is frozen: by a session, a saved state, or the options of its first graph."""
-        self._no_gradient: NoGradient | None = None
         self.in_flight: Measurement | None = None
         """Taken over at the next measurement, when its copy from the device is surely complete."""
         self.norm_shares: NormShares | None = None
@@ -202,45 +198,6 @@ class ParamState:
         if self._pinned is None or self._pinned[:2] != (self.pin, self.table.structure):
             self._pinned = self.pin, self.table.structure, self.pin.mask_of(self)
         return self._pinned[2]
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether nothing of it is trained: its gradient is None."""
-        return self.frozen is not None or bool(self.blocks and self.frozen_blocks.all())
-
-    @property
-    def frozen_blocks(self) -> np.ndarray:
-        """bool [blocks]: those that are not trained."""
-        return (self.column("frozen") >= 0) | (self.frozen is not None)
-
-    def freeze(self, since: int | None) -> None:
-        """Freeze all of it, from the step `since` on; None: thaw it, but for blocks that are frozen themselves."""
-        self.frozen, self.settled = since, True
-        self._hold_frozen()
-
-    def freeze_blocks(self, since: np.ndarray) -> None:
-        """Freeze blocks from these steps on, int64 [blocks]; -1: thaw them."""
-        if not np.array_equal(since, self.column("frozen")):
-            before = self.on | (self.column("frozen") >= 0)  # thawed, they are computed until a mask is drawn
-            self.column("frozen")[:] = since
-            self.table.set_on(self.rows, before)
-            if self.pin is not None:
-                self.apply_pin()
-        self.settled = True
-        self._hold_frozen()
-
-    def _hold_frozen(self) -> None:
-        """Let what is frozen take effect. What was missed counts no more: back again, it goes on from there."""
-        if self.blocks:
-            off = self.frozen_blocks
-            self.skipped[off], self.age[off] = False, 0
-        param, is_frozen = self.param, self.is_frozen
-        note_frozen(self, is_frozen or bool(self.blocks and self.frozen_blocks.any()))
-        if is_frozen is (self._no_gradient is not None):
-            return
-        if self._no_gradient is not None:
-            self._no_gradient.end()
-        self._no_gradient = NoGradient(param) if is_frozen and param is not None else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that the next draws depend on; before the partition is known, what was loaded."""
