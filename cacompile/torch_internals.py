@@ -96,7 +96,7 @@ class Contract:
     name: str
     """As it is called here."""
     place: str
-    """Where torch has it: `module:attribute`, or a module."""
+    """Where torch has it: `module:attribute`, or a module; several after each other where it has moved: `new | old`."""
     attributes: tuple[str, ...] = ()
     """What it must have."""
     parameters: tuple[str, ...] = ()
@@ -107,9 +107,11 @@ class Contract:
 
     def resolve(self) -> Any:
         """The object. Raises ImportError or AttributeError where torch has none of that name."""
-        module, _, attribute = self.place.partition(":")
-        found = importlib.import_module(module)
-        return getattr(found, attribute) if attribute else found
+        *others, last = self.place.split(" | ")
+        for place in others:
+            with contextlib.suppress(ImportError, AttributeError):
+                return _at(place)
+        return _at(last)
 
     def fault(self) -> str | None:
         """What does not hold, in words; None while all does."""
@@ -132,6 +134,12 @@ class Contract:
                     if wanted not in taken:
                         return f"{self.place} takes no {wanted!r}"
         return None
+
+
+def _at(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 _DESCRIPTORS = "torch._functorch._aot_autograd.descriptors"

@@ -102,3 +102,9 @@ def test_nobody_else_touches_private_parts_of_torch() -> None:
 
 def test_the_release_that_is_there_is_told() -> None:
     assert torch.__version__.startswith(torch_internals.release())
+
+
+def test_a_name_that_has_moved_is_found_in_either_place() -> None:
+    assert Contract("x", "torch.nowhere:Tensor | torch:Tensor").resolve() is torch.Tensor
+    assert Contract("x", "torch:nothing | torch:Tensor").fault() is None
+    assert "nowhere" in str(Contract("x", "torch:nothing | torch.nowhere").fault())

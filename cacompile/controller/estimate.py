@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.optim import Optimizer, RMSprop
+from torch.optim import Optimizer
 
 from cacompile.kernels.segments import Batch, StridedPartition, Tables, find_partition, fits
 from cacompile.state.params import ParamState
@@ -100,8 +100,6 @@ def fill_together(
 def _filling(
     state: ParamState, param: torch.Tensor, optimizer: Optimizer, settings: Mapping[str, Any]
 ) -> Filling | None:
-    if isinstance(optimizer, RMSprop) and settings.get("momentum") and state.config.estimate == "momentum":
-        return None  # this estimate is no tensor of the state, and would be gone before the launch
     terms: list[Term] = []
     try:
         if state.config.estimate == "momentum":

@@ -92,12 +92,15 @@ class Batch:
         self.partitions: list[StridedPartition] = []
         self.pointers: list[list[int]] = []
         self.factors: list[tuple[float, ...]] = []
+        self._held: list[Sequence[Tensor | None]] = []
+        """What an optimizer computes for us lives as long as its address is used."""
 
     def add(self, partition: StridedPartition, tensors: Sequence[Tensor | None], factors: tuple[float, ...]) -> None:
-        """tensors: None has the address 0, at which nothing is read or written. Keeps no reference to any."""
+        """tensors: None has the address 0, at which nothing is read or written."""
         self.partitions.append(partition)
         self.pointers.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
         self.factors.append(factors)
+        self._held.append(tensors)
 
 
 class Sent(NamedTuple):

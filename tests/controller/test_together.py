@@ -93,7 +93,7 @@ def check_fill(pairs: list[tuple[nn.Parameter, ParamState]], optimizer: optim.Op
 def fill_case(device: str, which: int) -> None:
     pairs, optimizer = trained(device, *OPTIMIZERS[which])
     every = list(range(len(pairs)))
-    check_fill(pairs, optimizer, every if which == 7 else every[-1:])  # RMSprop's estimate has to be made first
+    check_fill(pairs, optimizer, every[-1:])
 
 
 @pytest.mark.parametrize("which", range(len(OPTIMIZERS)))
