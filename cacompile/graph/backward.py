@@ -174,7 +174,8 @@ class BackwardVersions:
                 found.append((place, off[place]))
             elif place not in none:
                 break
-        return tuple(found)
+        pays = found and self._truncated and self._truncated.pays(none, frozenset(place for place, _ in found))
+        return tuple(found) if pays else ()
 
     def _sizes(self, args: list[Any]) -> Sequence[int]:
         """What the monomials that FLOPs are multiples of are in this call."""
