@@ -9,6 +9,9 @@ from torch import fx
 
 from cacompile.torch_internals import GradAOTOutput, PlainAOTInput
 
+from .kinds import kind_of
+from .marks import MARK
+
 
 def grad_places(graph: fx.Graph) -> dict[int, int]:
     """Position of an input of Dynamo's graph -> the place of its gradient among the outputs of a backward graph.
@@ -51,6 +54,23 @@ def kept_nodes(graph: fx.Graph, places: Collection[int]) -> tuple[int, int]:
     every = _computed(gm.graph)
     truncate(gm, places)
     return _computed(gm.graph), every
+
+
+def saves_more(graph: fx.Graph, places: Collection[int], more: Collection[int]) -> bool:
+    """Whether with `more` outputs None a product goes that no weight gradient is made of: some dX. Only looks."""
+    first, second = (_products(graph, none) for none in (places, {*places, *more}))
+    return bool(first - second)
+
+
+def _products(graph: fx.Graph, places: Collection[int]) -> set[str]:
+    """Names of the products that a backward computes with these outputs None, but for those that were planned."""
+    wanted = {
+        node for p, node in enumerate(graph.output_node().args[0]) if isinstance(node, fx.Node) and p not in places
+    }
+    for node in reversed(graph.nodes):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    return {node.name for node in wanted if MARK not in node.meta and kind_of(node) is not None}
 
 
 def _computed(graph: fx.Graph) -> int:

@@ -43,7 +43,7 @@ WHILE_COMPILING = {
 LATER = {
     "mask_weight_grads": ("cacompile.graph.masked.mask_weight_grads", "could not be made"),
     "verify": ("cacompile.graph.masked.verify", "broke its promise"),
-    "compiling_backward": ("cacompile.graph.masked.compiling_backward", "could not be compiled"),
+    "compiling_backward": ("cacompile.graph.source.compiling_backward", "could not be compiled"),
     "make": ("cacompile.graph.masked.MaskedMaker.make", "choosing the version of a backward"),
     "wants_masked": ("cacompile.state.binding.GraphBinding.wants_masked", "choosing the version of a backward"),
     "leave_out": ("cacompile.state.binding.GraphBinding.leave_out", "choosing the version of a backward"),

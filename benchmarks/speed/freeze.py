@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=51)
+    parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--out", type=Path, default=RESULTS / "freeze_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="tiny models, three rounds")
     args = parser.parse_args(argv)

@@ -187,7 +187,8 @@ class BackwardVersions:
                 found.append((place, off[place]))
             elif place not in none:
                 break
-        return tuple(found)
+        pays = found and self._truncated and self._truncated.pays(none, frozenset(place for place, _ in found))
+        return tuple(found) if pays else ()
 
     def _is_read(self, binding: GraphBinding) -> bool:
         """Whether the user gets these gradients in hand: then all are computed."""

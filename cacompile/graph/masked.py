@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import time
 from dataclasses import replace
@@ -59,8 +60,8 @@ class MaskedMaker:
             return plan, None
         start = time.perf_counter()
         try:
-            self._source.log.masking(self._plan, plan, self.module)
-            run = self._source.compile(self.module, "masked", self.fake_flags(plan.blocks))
+            note = functools.partial(self._source.log.masking, self._plan, plan, self.module)
+            run = self._source.compile(self.module, "masked", self.fake_flags(plan.blocks), note)
         except Exception:
             log.warning("the masked backward could not be compiled, so this graph stays dense", exc_info=True)
             return _all_dense(plan), None

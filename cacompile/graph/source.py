@@ -66,11 +66,19 @@ class BackwardSource:
     def copy(self) -> fx.GraphModule:
         return fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
 
-    def compile(self, gm: fx.GraphModule, name: str, flags: Sequence[torch.Tensor] = ()) -> Run:
-        """Compile an edited copy. flags: values for the inputs that were added."""
-        return self._overrides.run(self._compile_in, gm, name, flags)
+    def compile(
+        self,
+        gm: fx.GraphModule,
+        name: str,
+        flags: Sequence[torch.Tensor] = (),
+        note: Callable[[], None] = lambda: None,
+    ) -> Run:
+        """Compile an edited copy. flags: values for the inputs that were added; note: called as a part of it."""
+        return self._overrides.run(self._compile_in, gm, name, flags, note)
 
-    def _compile_in(self, gm: fx.GraphModule, name: str, flags: Sequence[torch.Tensor]) -> Run:
+    def _compile_in(
+        self, gm: fx.GraphModule, name: str, flags: Sequence[torch.Tensor], note: Callable[[], None]
+    ) -> Run:
         with (
             torch.no_grad(),
             compiling_backward(self._context, self._compile_id),
@@ -78,4 +86,5 @@ class BackwardSource:
             aligned_host_inputs(len(flags) > 1),
         ):
             self.log.version(name)
+            note()
             return self._compile(gm, [*self.inputs, *flags], **self.settings)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cacompile.passes.plan import Plan
-from cacompile.passes.truncate import truncate
+from cacompile.passes.truncate import saves_more, truncate
 from cacompile.passes.verify import Broken, verify_truncated
 from cacompile.torch_internals import compile_lock
 
@@ -37,7 +37,15 @@ class TruncatedVersions:
         self._limit = limit
         self._made: dict[Key, Version | None] = {}
         self._used: dict[Key, int] = {}
+        self._saves: dict[tuple[frozenset[int], frozenset[int]], bool] = {}
         self._clock = 0
+
+    def pays(self, places: frozenset[int], more: frozenset[int]) -> bool:
+        """Whether dX goes where more outputs than these are None; dW of what is skipped costs nothing anyway."""
+        key = places, more
+        if key not in self._saves:
+            self._saves[key] = saves_more(self._source.module.graph, places, more)
+        return self._saves[key]
 
     def find(self, places: frozenset[int], plan: Plan | None) -> Version | None:
         """The version whose outputs in these places are None, or the nearest; None where the whole backward must run.
