@@ -12,6 +12,8 @@ import functools
 import importlib
 import inspect
 import sys
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -335,9 +337,26 @@ def replace_total_norm(norm: Callable[..., Any]) -> bool:
     return True
 
 
-def replace_swap_tensors(around: Callable[..., contextlib.AbstractContextManager[None]]) -> None:
-    """Let `torch.utils.swap_tensors`, which refuses tensors that have weak references, run inside `around(t1, t2)`."""
+def replace_swap_tensors(
+    around: Callable[..., contextlib.AbstractContextManager[None]], before: Callable[[Any], None]
+) -> None:
+    """Let `torch.utils.swap_tensors`, which refuses tensors that have weak references, run inside `around(t1, t2)`.
+
+    before(tensor) is called where the function was imported by name before, when it looks for weak references.
+    """
     swap = __getattr__("swap_tensors")
+
+    class Weakref(types.ModuleType):
+        @staticmethod
+        def getweakrefs(tensor: Any) -> list[Any]:
+            before(tensor)
+            return weakref.getweakrefs(tensor)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(weakref, name)
+
+    if isinstance(swap, types.FunctionType) and swap.__globals__.get("weakref") is weakref:
+        swap.__globals__["weakref"] = Weakref("weakref")
 
     @functools.wraps(swap)
     def swap_tensors(t1: Any, t2: Any) -> Any:

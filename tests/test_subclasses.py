@@ -13,6 +13,7 @@ from helpers import OPTIONS, Block, assert_masked, assert_same, compile_all, mas
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils import swap_tensors  # by name, before anything is compiled
 
 import cacompile
 
@@ -239,3 +240,19 @@ def test_contents_of_another_shape_start_anew(way: str, caplog: pytest.LogCaptur
             torch.testing.assert_close(grad[on], full[on])
             assert not grad[~on].any()
         session.unpin()
+
+
+def test_swapping_by_a_function_imported_before_starts_anew() -> None:
+    model = Block()
+    call = torch.compile(model, backend="convaware", options=OPTIONS)
+    call(torch.randn(8, 32)).square().mean().backward()
+    model.zero_grad()
+    session = cacompile.session(model)
+    session.pin(keep=0.0)
+    swap_tensors(model.up.weight, nn.Parameter(torch.randn(64, 32)))
+    call(torch.randn(8, 32)).square().mean().backward()
+    assert not model.up.weight.grad.any() and not model.down.weight.grad.any(), "the pin is the session's"
+    session.unpin()
+    model.zero_grad()
+    call(torch.randn(8, 32)).square().mean().backward()
+    assert model.up.weight.grad.any()

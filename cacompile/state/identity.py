@@ -85,6 +85,12 @@ def let_go_of(*tensors: torch.Tensor) -> Iterator[None]:
             identity.hold(tensor)
 
 
+def forget(tensor: Any) -> None:
+    """Have no weak reference to a tensor any more: what was known of it is lost, and it is met anew."""
+    if (identity := find_identity(tensor)) is not None and identity.tensor is tensor:
+        identity.end()
+
+
 @functools.cache
 def _replace_once() -> None:
-    replace_swap_tensors(let_go_of)
+    replace_swap_tensors(let_go_of, forget)
