@@ -364,7 +364,7 @@ def backward_by_hand(
 
     def versions(gm: fx.GraphModule, inputs: Any, settings: Any, *, handle: int, plan: Plan, **_: Any) -> Any:
         first_flag = erase_handle(gm, handle)
-        before, masked = copy.deepcopy(gm.graph), copy.deepcopy(gm)
+        before, masked = copy.deepcopy(gm.graph), fx.GraphModule(gm, copy.deepcopy(gm.graph))
         plans.append(mask_weight_grads(masked, plan))
         verify(before, masked.graph, plans[-1].masked or ())
 
