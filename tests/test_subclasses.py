@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import swap_tensors  # by name, before anything is compiled
 
 import cacompile
+from cacompile.torch_internals import release
 
 
 class _Linear(torch.autograd.Function):
@@ -200,6 +201,7 @@ def test_contents_can_be_swapped(convert: str, monkeypatch: pytest.MonkeyPatch) 
     assert not model.up.weight.grad[~off].any() and model.up.weight.grad[off].any()
 
 
+@pytest.mark.skipif(release() == "2.11", reason="Dynamo does not recompile for a parameter's new shape")
 @pytest.mark.parametrize("way", ["swap_tensors", "data"])
 def test_contents_of_another_shape_start_anew(way: str, caplog: pytest.LogCaptureFixture) -> None:
     """A layer that grows while it trains: its old blocks mean nothing to the new weights, and must not be counted."""
