@@ -83,7 +83,7 @@ def _may_hold(node: Any) -> bool:
 
 def _products(holder: fx.Node, output: int) -> list[tuple[str, int]] | None:
     """(kind, FLOPs) of every product that makes an output of an operation; None if there is no telling."""
-    body = _body(holder)
+    body = body_of(holder)
     if body is None:
         return None
     values: Any = body.output_node().args[0]
@@ -96,7 +96,7 @@ def _products(holder: fx.Node, output: int) -> list[tuple[str, int]] | None:
     return products
 
 
-def _body(holder: fx.Node) -> fx.Graph | None:
+def body_of(holder: fx.Node) -> fx.Graph | None:
     """The graph that an operation runs once; of loops and branches nobody knows how often theirs run."""
     if str(holder.target) != "invoke_subgraph" or not isinstance(body := holder.args[0], fx.Node):
         return None

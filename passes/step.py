@@ -9,6 +9,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from .flops import Flops
+from .inside import body_of
 from .products import kind_and_flops, producer_of
 
 
@@ -18,17 +19,21 @@ def step_flops(graph: fx.Graph) -> Flops:
     What recomputing activations adds is not part of it. Operations without a formula count nothing, as everywhere.
     """
     total = Flops(0)
-    seen: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+        formula = _formula_of(node)
         if formula is not None:
             total += _counted(formula, node)
-        elif (found := kind_and_flops(node)) is not None and producer_of(node) not in seen:
-            seen.add(producer_of(node))
-            total += found[1]
+        elif (body := body_of(node)) is not None:
+            total += step_flops(body)
+        elif (found := kind_and_flops(node)) is not None and _formula_of(producer_of(node)) is None:
+            total += found[1]  # ours alone, such as grouped products
     return total
+
+
+def _formula_of(node: fx.Node) -> Any:
+    return flop_registry.get(getattr(node.target, "overloadpacket", None))
 
 
 def _counted(formula: Any, node: fx.Node) -> Flops:

@@ -230,6 +230,28 @@ def test_formulas() -> None:
     assert int(each[0] // 2) == 12 and (each[0] // 2 * 3).formula == 3 * batch * (length + 1)
 
 
+def test_convolutions_and_regions_count_once_in_a_step() -> None:
+    """dW of a convolution is an output of the operation that has the formula; a region's body is part of the step."""
+
+    @torch.compiler.nested_compile_region
+    def region(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first, self.last = nn.Conv1d(16, 32, 3), nn.Linear(10, 10), nn.Linear(10, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return region(self.last, region(self.first, self.conv(x)))
+
+    model, x = Model(), torch.randn(4, 16, 12)
+    with FlopCounterMode(display=False) as counter:
+        model(x).square().mean().backward()
+    torch.compile(model, backend="convaware", options=EAGER)(x).square().mean().backward()
+    assert cacompile.session(model).step_flops == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_whole_step_is_counted_as_torch_counts_it(dynamic: bool) -> None:
     """Forward pass, dX and dW, also where most of it is a frozen base."""

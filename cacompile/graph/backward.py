@@ -49,9 +49,6 @@ class Choice(NamedTuple):
     """Places of gradients that are skipped whole, though the version has none for them, and their parameters."""
 
 
-KEEP_OUT = "options={'keep': (name, ...)}"
-
-
 class BackwardVersions:
     """The callable that AOTAutograd gets for a backward graph.
 
@@ -197,8 +194,7 @@ class BackwardVersions:
         warning_once(
             log,
             "torch.autograd.grad asks for gradients of parameters of which some are skipped in this step: such a "
-            "backward computes all of them. Weights that are often read so can be kept out: %s",
-            KEEP_OUT,
+            "backward computes all of them. Weights that are often read so can be kept out by the option 'keep'",
         )
         return True
 
@@ -230,7 +226,3 @@ class BackwardVersions:
 def _name(version: Version) -> str:
     parts = ["truncated"] * bool(version.truncated) + ["masked"] * bool(version.masked)
     return " and ".join(parts) or "dense"
-
-
-def _size(value: Any, dim: int | None) -> int:
-    return int(value if dim is None else value.shape[dim])

@@ -47,10 +47,6 @@ def readable(host: Tensor | None, operand: Tensor) -> bool:
     return host is not None and not (operand.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def block_count(block: int, size: int) -> int:
-    return -(-size // block) if block else 1
-
-
 def block_flags(flags: Tensor, first_flag: int, block: int, size: int) -> Tensor:
     """The flags of one dimension, one per block: a view of `flags`, or an error where it is too short."""
     return flags.narrow(0, first_flag, -(-size // block))
