@@ -215,6 +215,8 @@ class BackwardVersions:
                         self._layout = self._on_masked(plan)
                     finally:
                         self._maker = None  # and all that only it has held
+                        if self._truncated is None:
+                            self._source.release()
         return self._masked
 
     @property

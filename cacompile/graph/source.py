@@ -63,6 +63,12 @@ class BackwardSource:
         # overrides of Inductor's config live here, and not in the autograd thread that will want another version
         self._overrides = contextvars.copy_context()
 
+    def release(self) -> None:
+        """Let go of all but the graph: nothing is compiled of it any more."""
+        self.inputs, self.settings = (), {}
+        self._context = self._compile_id = None
+        self._overrides = contextvars.Context()
+
     def copy(self) -> fx.GraphModule:
         return fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
 
