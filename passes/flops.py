@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from cacompile.layout import Monomial
+from cacompile.torch_internals import expression_of
 
 from .nodes import hint
 
@@ -92,5 +93,5 @@ def _formula(count: int) -> Any:
 def _expression(size: Any) -> Any:
     if isinstance(size, int):
         return size
-    expression = size.node.expr
+    expression = expression_of(size)
     return int(expression) if expression.is_number else expression

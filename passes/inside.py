@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import opname
+from cacompile.torch_internals import opname
+
 from .plan import Plan
 from .products import kind_and_flops
 from .rows import RESHAPES, SAME_SHAPE

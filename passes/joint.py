@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,22 +16,15 @@ from cacompile.torch_internals import (
     dynamo_source,
     is_traceable_subclass,
     root,
-    source_text,
+    source_path,
 )
 
 from .plan import Param
 
-_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
-_PLUMBING = {"_modules", "_parameters", "_buffers", "_orig_mod", "__self__", "__dict__", "__func__"}
-
 
 def source_name(source: Any, fallback: str) -> str:
-    """Parameter name out of one of Dynamo's sources, such as `L['self']._modules['up']._parameters['weight']`."""
-    text = source_text(source)
-    if not text:
-        return fallback
-    steps = [a or b or c for a, b, c in _STEP.findall(text)]
-    return ".".join(step for step in steps[1:] if step not in _PLUMBING) or fallback
+    """The name of a parameter by its source; the fallback where it has none."""
+    return ".".join(source_path(source)) or fallback
 
 
 def has_trainable(example_inputs: Sequence[Any]) -> bool:

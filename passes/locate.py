@@ -11,9 +11,11 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from cacompile.torch_internals import opname
+
 from .chains import chain
 from .flops import Flops
-from .nodes import exits, opname, sizes
+from .nodes import exits, sizes
 from .plan import Param, Plan, StaysDense, WeightGrad
 from .products import SCATTERS, follows_dense, is_gathered, kind_and_flops, make_grad, no_kernel, result_of
 from .rows import RESHAPES, SAME_SHAPE, Rows, Unfit

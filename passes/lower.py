@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import SymInt, fx
 
 from cacompile.layout import FUNCTIONS, DerivedSize, GradLayout, MaskLayout, Monomial, Partition, SizeSource
+from cacompile.torch_internals import expression_of
 
 from .flops import at_sizes, split
 from .plan import Plan, WeightGrad
@@ -72,9 +73,9 @@ def _sizes_of(inputs: Sequence[fx.Node]) -> dict[str, SizeSource | DerivedSize]:
         value = node.meta.get("val")
         found = [(None, value)] if isinstance(value, SymInt) else enumerate(getattr(value, "shape", ()))
         for dim, size in found:
-            if isinstance(size, SymInt) and (text := str(size.node.expr)) not in known:
+            if isinstance(size, SymInt) and (text := str(expression_of(size))) not in known:
                 source = known[text] = SizeSource(position, dim)
-                steps.append((size.node.expr, source))
+                steps.append((expression_of(size), source))
     for expression, source in steps:  # 2 * s0 + 1 has s0
         plus, product = expression.as_coeff_Add()
         times, factor = product.as_coeff_Mul()

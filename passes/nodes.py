@@ -8,11 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from cacompile.torch_internals import tree_leaves
-
-
-def opname(node: fx.Node) -> str:
-    return getattr(node.target, "_opname", "")
+from cacompile.torch_internals import hint_of, tree_leaves
 
 
 def sizes(node: Any) -> tuple[Any, ...]:
@@ -22,7 +18,7 @@ def sizes(node: Any) -> tuple[Any, ...]:
 
 def hint(size: Any) -> int:
     """The size seen when compiling, also of a dynamic dimension."""
-    return size if isinstance(size, int) else size.node.hint or 1
+    return size if isinstance(size, int) else hint_of(size) or 1
 
 
 def numel(node: Any) -> int:

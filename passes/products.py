@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from cacompile.torch_internals import opname
+
 from .flops import Flops
 from .kinds import kind_called, kind_of
-from .nodes import numel, opname, output_of, sizes
+from .nodes import numel, output_of, sizes
 from .plan import Param, Product, WeightGrad
 
 aten = torch.ops.aten

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,14 @@ import torch
 from torch import Tensor, fx
 
 from cacompile.errors import ConvAwareError, unknown
-from cacompile.torch_internals import GradAOTOutput, ParamAOTInput, PlainAOTInput, TracingContext
+from cacompile.torch_internals import (
+    GradAOTOutput,
+    ParamAOTInput,
+    PlainAOTInput,
+    copy_graph,
+    storage_id,
+    traced_parameters,
+)
 
 from .analyse import make_plan
 from .joint import forward_nodes, source_name
@@ -76,7 +82,7 @@ def run_passes(
     mark_products(plan)
     if flags is not None and plan.grads:
         _check_flags(flags, plan)
-        plan = _guard(gm, plan, flags)
+        plan = _mask(gm, plan, flags)
     gm.recompile()
     gm.meta[PLAN] = plan
     masked = len(plan.masked or ())
@@ -140,8 +146,8 @@ def _check_flags(flags: fx.Node, plan: Plan) -> None:
         raise ConvAwareError(f"flags must be uint8 [{plan.blocks} or more] on {device}, got {given}")
 
 
-def _guard(gm: fx.GraphModule, plan: Plan, flags: fx.Node) -> Plan:
-    before = _copied(gm.graph)
+def _mask(gm: fx.GraphModule, plan: Plan, flags: fx.Node) -> Plan:
+    before = copy_graph(gm.graph)
     masked = mask_weight_grads(gm, plan, flags=flags)
     try:
         verify(before, gm.graph, masked.masked or (), flags=flags)
@@ -150,15 +156,6 @@ def _guard(gm: fx.GraphModule, plan: Plan, flags: fx.Node) -> Plan:
         gm.graph = before
         return replace(plan, masked=())
     return masked
-
-
-def _copied(graph: fx.Graph) -> fx.Graph:
-    """Not by deepcopy: a joint graph's code generator holds trees that do not like to be copied."""
-    new = fx.Graph()
-    value, output = new.graph_copy(graph, {}, return_output_node=True)
-    new.output(value).meta = copy.copy(output.meta)
-    new._codegen = graph._codegen
-    return new
 
 
 def _find_params(graph: fx.Graph, wanted: Names) -> tuple[tuple[Param, ...], dict[fx.Node, str]]:
@@ -189,8 +186,12 @@ def _find_params(graph: fx.Graph, wanted: Names) -> tuple[tuple[Param, ...], dic
 
 
 def _namer(graph: fx.Graph, wanted: Names) -> Callable[[fx.Node], str | None]:
-    """What a placeholder is called; None if it is no parameter that is wanted."""
-    real, forward = _parameters_by_storage(), forward_nodes(graph)
+    """What a placeholder is called; None if it is no parameter that is wanted.
+
+    In a joint graph under `torch.compile` inputs have no names, and one that wants a gradient may as well be an
+    activation, which no mask may touch.
+    """
+    real, forward = traced_parameters(), forward_nodes(graph)
     called = None if wanted is None else {id(param): name for name, param in wanted.items()}
 
     def name_of(node: fx.Node) -> str | None:
@@ -199,26 +200,12 @@ def _namer(graph: fx.Graph, wanted: Names) -> Callable[[fx.Node], str | None]:
             return desc.target if wanted is None or desc.target in wanted else None
         if not isinstance(desc, PlainAOTInput) or not isinstance(value, Tensor):
             return None
-        param = real.get(value.untyped_storage()._cdata)
+        param = real.get(storage_id(value))
         if param is None:
             return None
         return _where(node, forward) if called is None else called.get(id(param))
 
     return name_of
-
-
-def _parameters_by_storage() -> dict[int, torch.nn.Parameter]:
-    """The parameters that Dynamo has traced in this frame, by the storages of the fakes that stand for them.
-
-    In a joint graph under `torch.compile` inputs have no names, and one that wants a gradient may as well be an
-    activation, which no mask may touch.
-    """
-    context = TracingContext.try_get()
-    if context is None or context.fake_mode is None:
-        return {}
-    fake_of = context.fake_mode.fake_tensor_converter._get_memo
-    params = [real for real in context.tensor_to_context if isinstance(real, torch.nn.Parameter)]
-    return {fake.untyped_storage()._cdata: param for param in params if (fake := fake_of(param)) is not None}
 
 
 def _where(placeholder: fx.Node, forward: set[fx.Node]) -> str:

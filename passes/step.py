@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import flop_registry
+
+from cacompile.torch_internals import flop_registry
 
 from .flops import Flops
 from .inside import body_of

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from cacompile.torch_internals import opname
+
 from .kinds import kind_of
-from .nodes import opname, uses
+from .nodes import uses
 from .plan import Product
 from .products import SCATTERS, is_gathered, kind_and_flops, producer_of
 from .rows import CONSTANTS, RESHAPES, SAME_SHAPE, Rows, Unfit, shape, through_permute, through_reshape, through_sum

@@ -19,6 +19,7 @@ from cacompile.passes.kinds import kind_called
 from cacompile.passes.plan import Plan, SharedAxis, WeightGrad
 from cacompile.sessions.session import named_parameters, session
 from cacompile.settings import settings
+from cacompile.torch_internals import uncompiled
 
 from . import code as annotated
 from .document import text as document
@@ -144,7 +145,7 @@ def explain(
     """
     asked, _ = settings(options)
     view = session(model)
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     if lazy := [name for name, param in model.named_parameters() if is_lazy(param)]:
         raise ConvAwareError(f"{lazy[0]} has no shape yet: call the lazy module once before it is explained")
     trained = [param for _, param in named_parameters(model) if param.requires_grad]

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from cacompile.torch_internals import FakeTensor, FakeTensorMode, detect_fake_mode, disable_current_modes, tree_map_only
+from cacompile.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    detect_fake_mode,
+    disable_current_modes,
+    tensor_stores,
+    tree_map_only,
+)
 
 HOME = torch.device("cpu")
 """Where what is on meta is taken to be: of operations on meta Inductor leaves nothing."""
@@ -70,7 +77,7 @@ class _StandIns:
         places = [
             (store, name, value)
             for module in model.modules()
-            for store in (module._parameters, module._buffers, vars(module))
+            for store in tensor_stores(module)
             for name, value in store.items()
             if isinstance(value, torch.Tensor)
         ]

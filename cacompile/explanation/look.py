@@ -20,10 +20,13 @@ from cacompile.passes.joint import has_trainable
 from cacompile.passes.lower import at_mean_sizes
 from cacompile.passes.plan import Plan
 from cacompile.torch_internals import (
+    boxed,
     detect_fake_mode,
     dynamo_config,
-    eval_frame,
+    expression_of,
+    forget_code,
     functorch_config,
+    is_compiled_code,
     register_bytecode_hook,
 )
 
@@ -111,9 +114,9 @@ class _Sizes(fx.Interpreter):
         if isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor):
             for size, real in zip(value.shape, result.shape):
                 if isinstance(size, torch.SymInt) and type(real) is int:
-                    self._sizes[str(size.node.expr)] = real
+                    self._sizes[str(expression_of(size))] = real
         elif isinstance(value, torch.SymInt) and type(result) is int:
-            self._sizes[str(value.node.expr)] = result
+            self._sizes[str(expression_of(value))] = result
         return result
 
 
@@ -123,8 +126,7 @@ def _interpreted(gm: fx.GraphModule, sizes: dict[str, int]) -> Any:
         with detect_fake_mode(args) or contextlib.nullcontext():
             return _Sizes(gm, sizes).boxed_run(args)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    return boxed(run)
 
 
 def _at_sizes(graph: CompiledGraph, sizes: Mapping[str, int]) -> Plan:
@@ -161,7 +163,7 @@ def _untouched_dynamo() -> Iterator[dict[str, Any]]:
     seen: dict[int, tuple[types.CodeType, bool]] = {}
 
     def note(code: types.CodeType, _: types.CodeType) -> None:
-        seen.setdefault(id(code), (code, not eval_frame._debug_get_cache_entry_list(code)))
+        seen.setdefault(id(code), (code, not is_compiled_code(code)))
 
     limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
     apart = {"isolate_recompiles": True} if CAN_ISOLATE else {}
@@ -173,4 +175,4 @@ def _untouched_dynamo() -> Iterator[dict[str, Any]]:
         hook.remove()
         for code, was_new in seen.values():
             if was_new:
-                eval_frame.reset_code(code)
+                forget_code(code)

@@ -13,7 +13,7 @@ from cacompile.passes.joint import forward_nodes
 from cacompile.passes.mask import FLAGS, HOST_FLAGS
 from cacompile.passes.nodes import reached
 from cacompile.passes.products import producer_of
-from cacompile.torch_internals import GradAOTOutput, PlainAOTInput, TangentAOTInput
+from cacompile.torch_internals import GradAOTOutput, PlainAOTInput, TangentAOTInput, opname
 
 from .code import TITLES
 from .drawing import Box, Drawing, Edge, facts, title
@@ -212,8 +212,7 @@ def _groups(family: ExplainedFamily, param: str) -> Box:
 
 
 def _operation(node: fx.Node) -> str:
-    name = getattr(node.target, "_opname", "")
-    return name or getattr(node.target, "__name__", str(node.target))
+    return opname(node) or getattr(node.target, "__name__", str(node.target))
 
 
 def _shape(node: fx.Node) -> str:

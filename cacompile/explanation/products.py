@@ -8,6 +8,7 @@ from torch import fx
 
 from cacompile.passes.plan import Product, WeightGrad
 from cacompile.passes.products import producer_of, result_of
+from cacompile.torch_internals import opname
 
 from .chosen import is_masked, kernel, masked_blocks, operation
 from .facts import Context
@@ -123,7 +124,7 @@ _VIEWS |= {"_to_copy", "convert_element_type", "slice", "detach", "_unsafe_view"
 
 def is_view(node: fx.Node) -> bool:
     """Whether a node's values are those of its input, turned, reshaped or converted."""
-    return node.op == "call_function" and getattr(node.target, "_opname", "") in _VIEWS
+    return node.op == "call_function" and opname(node) in _VIEWS
 
 
 def through_views(node: fx.Node) -> list[fx.Node]:

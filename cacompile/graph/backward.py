@@ -18,10 +18,11 @@ from cacompile.passes.truncate import deepest_first, grad_places
 from cacompile.state.binding import GraphBinding
 from cacompile.torch_internals import (
     TracingContext,
-    autograd_profiler,
+    boxed,
     compile_lock,
     donated_inputs,
     donating,
+    is_profiling,
     warning_once,
 )
 
@@ -120,12 +121,12 @@ class BackwardVersions:
         with donating(context, donated):
             self._dense = Version(compile_inner(gm, inputs, **settings))
         # in __dict__, because wrappers copy it from there
-        self._boxed_call = True
+        boxed(self)
 
     def __call__(self, args: list[Any]) -> list[Any]:
         handle = args.pop(self._handle)
         version, flags, none, zeros = self._choose(handle, args)
-        if autograd_profiler._is_profiler_enabled:
+        if is_profiling():
             with profiled(self._layout, _name(version), version.masked, flags):
                 grads = list(version.run(args))
         else:

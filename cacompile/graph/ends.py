@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import BackwardCFunction
 
 from cacompile.state.params import registry
+from cacompile.torch_internals import has_hooks, is_view, writes
 
 FARTHEST = 2000
 """Autograd nodes that are looked at; where there are more, gradients are computed."""
@@ -55,13 +56,13 @@ class Endings:
         """Run it as ever, and look at its outputs."""
         wanting = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
         plain = torch.is_grad_enabled() and all(type(arg) in (torch.Tensor, torch.nn.Parameter) for arg in wanting)
-        before = [arg._version for arg in wanting] if plain else []
+        before = [writes(arg) for arg in wanting] if plain else []
         outputs = compiled(*args)
         if isinstance(outputs, (list, tuple)) and torch.is_grad_enabled():
             found = {i: out for i, out in enumerate(outputs) if isinstance(out, torch.Tensor) and out.requires_grad}
-            made = all(type(out) is torch.Tensor and not out._is_view() for out in found.values())
+            made = all(type(out) is torch.Tensor and not is_view(out) for out in found.values())
             returned = set(map(id, wanting)).intersection(map(id, found.values()))
-            self.sound = plain and made and not returned and before == [arg._version for arg in wanting]
+            self.sound = plain and made and not returned and before == [writes(arg) for arg in wanting]
             self._wanting, self.seen = list(found), True
         return outputs
 
@@ -93,7 +94,7 @@ def leads_nowhere(tensor: torch.Tensor) -> bool:
     """
     if tensor.grad_fn is None:
         return _is_frozen(tensor)
-    if tensor._backward_hooks or tensor.retains_grad:
+    if has_hooks(tensor):
         return False
     seen: set[Any] = set()
     waiting: list[Any] = [tensor.grad_fn]

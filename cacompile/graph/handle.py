@@ -13,12 +13,16 @@ from cacompile.torch_internals import (
     GradAOTOutput,
     PlainAOTInput,
     TracingContext,
+    boxed,
     copy_dynamo_graph,
     detect_fake_mode,
+    erase_output,
+    hint_of,
     insert_output_stride,
     name_input,
     root,
     symbolic_int,
+    wrap_compiled,
 )
 
 from .inner import Compile
@@ -58,7 +62,7 @@ def has_handle(graph: fx.Graph, inputs: GraphInputs) -> bool:
     if (position := find_handle(graph, inputs)) is None:
         return False
     value = graph.find_nodes(op="placeholder")[position].meta.get("val")
-    return isinstance(value, torch.SymInt) and value.node.hint == EXAMPLE
+    return isinstance(value, torch.SymInt) and hint_of(value) == EXAMPLE
 
 
 def save_handle(gm: fx.GraphModule, inputs: GraphInputs) -> None:
@@ -114,12 +118,7 @@ def erase_handle(gm: fx.GraphModule, handle: int) -> int | None:
     outputs = list(output.args[0])
     slot = outputs.index(node) if node in outputs else None
     if slot is not None:
-        del outputs[slot]
-        output.args = (tuple(outputs),)
-        if "desc" in output.meta:  # one for each output
-            output.meta["desc"] = [desc for i, desc in enumerate(output.meta["desc"]) if i != slot]
-        if "user_visible_output_idxs" in output.meta:
-            output.meta["user_visible_output_idxs"] = without(output.meta["user_visible_output_idxs"], slot)
+        erase_output(output, slot)
     gm.graph.erase_node(node)
     gm.recompile()
     return slot
@@ -146,21 +145,17 @@ def compile_without_handle(
     )
     if saved_at is not None and not settings.get("is_backward", False):
         insert_output_stride(TracingContext.try_get(), saved_at, outputs)
-    # wrapped inside, so that Inductor still sees its own class (it asks for partitions of CUDA graphs)
-    inside = hasattr(compiled, "current_callable")
-    run: Callable[[list[Any]], Any] = compiled.current_callable if inside else compiled
     is_backward = settings.get("is_backward", False)
 
-    def with_handle(args: list[Any]) -> Any:
-        value = args.pop(handle)
-        if saved_at is None:
-            return run(args)
-        results = list(run(args))
-        results.insert(saved_at, None if is_backward else value)
-        return results
+    def wrap(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        def with_handle(args: list[Any]) -> Any:
+            value = args.pop(handle)
+            if saved_at is None:
+                return run(args)
+            results = list(run(args))
+            results.insert(saved_at, None if is_backward else value)
+            return results
 
-    if inside:
-        compiled.current_callable = with_handle
-        return compiled
-    with_handle._boxed_call = True  # type: ignore[attr-defined]
-    return with_handle
+        return boxed(with_handle)
+
+    return wrap_compiled(compiled, wrap)

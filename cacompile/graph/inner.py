@@ -13,9 +13,11 @@ from cacompile.config import Config
 from cacompile.torch_internals import (
     AotAutograd,
     aot_autograd,
+    boxed,
     compile_fx,
     compile_fx_inner,
     inductor_config,
+    is_boxed,
     lookup_backend,
 )
 
@@ -106,11 +108,10 @@ def _last_step(settings: Mapping[str, Any]) -> Compile:
 
 def _boxed(compiled: Any) -> Callable[[list[Any]], Any]:
     """A callable that takes its arguments as one list, and so may free them while it runs."""
-    if getattr(compiled, "_boxed_call", False):
+    if is_boxed(compiled):
         return compiled
 
     def run(args: list[Any]) -> Any:
         return compiled(*args)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    return boxed(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 
@@ -45,8 +44,3 @@ def missing(library: str, error: ImportError) -> ImportError:
     return ImportError(
         f"{here} needs {library}, which cannot be imported ({error}); pip install 'cacompile[{library}]'"
     )
-
-
-def is_compiled(model: Any) -> bool:
-    """Whether the module as a whole is compiled, by `torch.compile` or in place."""
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None

@@ -21,7 +21,7 @@ from cacompile.errors import ConvAwareError
 from cacompile.sessions.session import session
 from cacompile.settings import settings
 
-from .shared import BACKEND, is_compiled, missing, numbers
+from .shared import BACKEND, missing, numbers
 
 try:
     from transformers import TrainerCallback
@@ -30,6 +30,7 @@ except ImportError as error:
     raise missing("transformers", error) from error
 
 from cacompile.integrations import accelerate as accelerate  # so that torch_compile_backend="convaware" is taken
+from cacompile.torch_internals import is_compiled
 
 log = logging.getLogger(__name__)
 

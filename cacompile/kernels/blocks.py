@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cacompile.torch_internals import DisableAutocast, autograd_profiler
+from cacompile.torch_internals import DisableAutocast, is_profiling
 
 from .ranges import range_of
 
@@ -32,7 +32,7 @@ def without_autocast(device: str) -> Callable[[Callable[..., Tensor]], Callable[
         @functools.wraps(implementation)
         def run(*args: object) -> Tensor:
             autocast = torch.is_autocast_enabled(device)
-            if not (autocast or autograd_profiler._is_profiler_enabled):
+            if not (autocast or is_profiling()):
                 return implementation(*args)
             with range_of(args), DisableAutocast() if autocast else contextlib.nullcontext():
                 return implementation(*args)
@@ -140,15 +140,15 @@ def multiply_runs(
     out = a.new_empty(*a.shape[:-1], b.shape[-1])
     *batch, rows, columns = runs
     if not batch:
-        _fill(out, product, a, b, rows, columns, long_run)
+        fill(out, product, a, b, rows, columns, long_run)
         return out
     clear_gaps(out, batch[0], 0)
     for part, a_live, b_live in zip(*(slices(t, batch[0], 0) for t in (out, a, b)), strict=True):
-        _fill(part, product, a_live, b_live, rows, columns, long_run)
+        fill(part, product, a_live, b_live, rows, columns, long_run)
     return out
 
 
-def _fill(
+def fill(
     out: Tensor,
     product: Callable[..., Tensor],
     a: Tensor,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cacompile.torch_internals import FakeTensorMode
+from cacompile.torch_internals import FakeTensorMode, kernel_of
 
 from .blocks import (
     KERNEL_DTYPES,
@@ -41,6 +41,7 @@ _LIBRARY.define(
 )
 masked_conv_dw = torch.ops.cacompile.masked_conv_dw.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
+_convolution_backward_kernel = kernel_of(_convolution_backward)
 _WEIGHT_ONLY = [False, True, False]
 
 
@@ -116,7 +117,7 @@ def _cpu(
             stride, padding, dilation, transposed, output_padding, groups)  # fmt: skip
     # all on: bit for bit what this op stands in for. Spelled out, for layers and stars take a third of its overhead
     conv = stride, padding, dilation, transposed, output_padding, groups
-    dw = _convolution_backward._op(grad_out, x, weight, None, *conv, _WEIGHT_ONLY)[1]
+    dw = _convolution_backward_kernel(grad_out, x, weight, None, *conv, _WEIGHT_ONLY)[1]
     return dw if x.shape[0] > 1 and weight.shape[2:].numel() > 1 else _as_promised(dw, grad_out, x, weight, *conv)
 
 

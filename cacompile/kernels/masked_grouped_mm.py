@@ -9,12 +9,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cacompile.torch_internals import grouped_mm
+
 from .blocks import (
     KERNEL_DTYPES,
     Run,
-    _fill,
     all_on,
     clear_gaps,
+    fill,
     live_runs,
     readable,
     without_autocast,
@@ -143,7 +145,7 @@ def _dense(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """
     if not _library_takes(a, b, offs):
         return _by_expert(a, b, offs)
-    return torch._grouped_mm(a, b, offs.int()).contiguous()  # rows may come padded to 16 bytes
+    return grouped_mm(a, b, offs.int()).contiguous()  # rows may come padded to 16 bytes
 
 
 def _library_takes(a: Tensor, b: Tensor, offs: Tensor) -> bool:
@@ -196,5 +198,5 @@ def _live(
         elif whole:
             torch.mm(a[:, start:stop], b[start:stop], out=part)
         else:
-            _fill(part, torch.mm, a[:, start:stop], b[start:stop], rows, columns, long_run)
+            fill(part, torch.mm, a[:, start:stop], b[start:stop], rows, columns, long_run)
     return out

@@ -21,6 +21,7 @@ from cacompile.state.history import History, collect, forget, most_points
 from cacompile.state.params import ParamState, registry
 from cacompile.state.pins import Pin, attend, hold_pins, next_pin
 from cacompile.state.spent import Totals, add
+from cacompile.torch_internals import uncompiled
 
 from .about import describe
 from .checkpoint import FORMAT, checked
@@ -38,7 +39,7 @@ def session(model: torch.nn.Module) -> Session:
     """
     if not isinstance(model, torch.nn.Module):
         raise ConvAwareError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     if model not in _sessions:
         _sessions[model] = Session(model)
     return _sessions[model]

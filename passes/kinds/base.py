@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from cacompile.kernels.blocks import KERNEL_DTYPES
+from cacompile.torch_internals import put_in_part_of, rename
 
 from ..marks import MARK, Mark
 
@@ -66,15 +67,11 @@ def replace_node(old: fx.Node, target: Any, args: tuple[Any, ...], *, contiguous
         new = old.graph.call_function(target, args)
     new.meta = dict(old.meta)
     if mark := old.meta.get(MARK):
-        new._rename(f"dw_{mark.param}")  # what a reader of compiled code and traces finds
+        rename(new, f"dw_{mark.param}")  # what a reader of compiled code and traces finds
     if contiguous:
         new.meta["val"] = old.meta["val"].new_empty(old.meta["val"].shape)
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
-
-
-PARTITION = "partitioner_tag"
-"""Key in `node.meta` under which a joint graph says whether a node is of the backward."""
 
 
 def call_before(node: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
@@ -82,6 +79,5 @@ def call_before(node: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)
     new.meta["val"] = value
-    if tag := node.meta.get(PARTITION):
-        new.meta[PARTITION] = tag
+    put_in_part_of(new, node)
     return new

@@ -1,0 +1,77 @@
+"""Every private or moving part of torch that we touch, each with what we need of it and where it was seen to hold.
+
+Other files take from here objects of torch's, by the names of `contracts`, and functions that do what needs more than
+one name. Objects are looked up when they are first asked for, so that a name which has moved is a contract that does
+not hold, not an import that fails: `broken_contracts` lists those before a graph is touched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .contracts import (
+    COMPILE,
+    CONTRACTS,
+    LOOK,
+    RANKS,
+    SEE,
+    STANDALONE,
+    TESTED,
+    Contract,
+    broken_contracts,
+    release,
+    resolve,
+    taken_away,
+)
+from .distributed import follow_joins, group_store, is_zero1, running_ddp
+from .dynamo import (
+    captured_backwards,
+    copy_dynamo_graph,
+    dynamo_source,
+    forget_code,
+    is_compiled,
+    is_compiled_code,
+    is_control_flow,
+    name_input,
+    source_path,
+    symbolic_int,
+    uncompiled,
+)
+from .graphs import (
+    boxed,
+    copy_graph,
+    erase_output,
+    expression_of,
+    hint_of,
+    is_boxed,
+    kernel_of,
+    opname,
+    put_in_part_of,
+    rename,
+    root,
+    traced_parameters,
+)
+from .inductor import (
+    aligned_host_inputs,
+    check_inductor_option,
+    compiling_backward,
+    donated_inputs,
+    donating,
+    inductor_alone,
+    insert_output_stride,
+    wrap_compiled,
+)
+from .tensors import (
+    has_hooks,
+    is_profiling,
+    is_view,
+    replace_swap_tensors,
+    replace_total_norm,
+    storage_id,
+    tensor_stores,
+    writes,
+)
+
+
+def __getattr__(name: str) -> Any:
+    return resolve(name)
