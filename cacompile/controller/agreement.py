@@ -27,7 +27,7 @@ from cacompile.state.replicas import Replicas, can_agree
 from cacompile.torch_internals import is_zero1, warning_once
 
 from .agreed import Agreed, Followed
-from .controller import Controller, capturing
+from .controller import capturing
 from .decider import Decider, flops_told, scores_told
 from .divergence import about, compare, compare_states, digest
 
@@ -278,21 +278,6 @@ class Agreement:
         for followed in self._followed:
             columns |= followed.agreed.columns()
         return digest([param.step for param in self.members], columns)
-
-
-class Shared(Controller):
-    """Fills what all ranks have skipped of parameters that other ranks hold copies of; an Agreement does the rest."""
-
-    def look(self) -> None:
-        pass
-
-    def advance(self, optimizer: Optimizer | None) -> None:
-        pass
-
-    def fill(self, optimizer: Optimizer) -> None:
-        # it follows from the mask: the gradient is the mean of all ranks', whatever has run on this one
-        self.table.skipped[self.rows] = ~self.table.agreed[self.rows]
-        super().fill(optimizer)
 
 
 def _own(optimizer: Optimizer | None) -> set[int] | None:

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from cacompile.config import Config
-from cacompile.controller.agreement import Agreement, Shared
+from cacompile.controller.agreement import Agreement
 from cacompile.controller.controller import Controller
+from cacompile.controller.shared import Shared
 from cacompile.state.params import ParamState, registry
 from cacompile.state.replicas import Replicas
 from cacompile.state.table import newest_structure
