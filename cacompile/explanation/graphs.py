@@ -68,7 +68,7 @@ class Graphs:
         if name == "forward":
             return self._without_handle(self.forward or self._missing(name))
         dense = _copied(self.backward or self._missing(name))
-        return dense if name == "backward" else self._guard(dense)
+        return dense if name == "backward" else self._masked(dense)
 
     def _joint(self) -> fx.Graph:
         """As Inductor's joint passes left it: planned products are among its nodes."""
@@ -76,7 +76,7 @@ class Graphs:
             self._missing("joint")
         return self.plan.params[0].placeholder.graph
 
-    def _guard(self, graph: fx.Graph) -> fx.Graph:
+    def _masked(self, graph: fx.Graph) -> fx.Graph:
         if self.plan.masked == ():
             self._missing("masked")
         for node in graph.nodes:

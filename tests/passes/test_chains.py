@@ -187,7 +187,7 @@ def described(gm: fx.GraphModule, *params: int) -> None:
 
 
 @pytest.mark.parametrize("descs", [True, False])
-def test_guarded_chain_is_right_in_every_row(descs: bool) -> None:
+def test_masked_chain_is_right_in_every_row(descs: bool) -> None:
     tiny = Tiny()
     gm, plan = planned(tiny, *standardized(tiny))
     if descs:

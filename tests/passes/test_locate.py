@@ -1,29 +1,13 @@
 """locate: from a gradient back to the products that make it, and where a parameter's rows lie in them."""
 
-import operator
 from types import SimpleNamespace
 
 import pytest
 import torch
-from experts import experts_backward
-from tiny import Tiny, aten, found, located, param, reason
-from torch import fx
+from tiny import Tiny, aten, found, located, param, reason, where
 
 from cacompile.passes import locate
-from cacompile.passes.plan import Param, Plan, Product
-
-
-def where(product: Product) -> tuple[int, int, int, int]:
-    return product.dim, product.inner, product.lo, product.hi
-
-
-def test_product_itself() -> None:
-    tiny = Tiny()
-    dw = tiny.mm(tiny.input("dy_t", 48, 8), tiny.input("x", 8, 32))
-    grad = found(located(dw))
-    [product] = grad.products
-    assert (product.node, product.kind, where(product)) == (dw, "linear", (0, 1, 0, 48))
-    assert grad.kind == "linear" and grad.dim == 0 and grad.flops == 2 * 48 * 8 * 32
+from cacompile.passes.plan import Param, Plan
 
 
 @pytest.mark.parametrize("permutes", [1, 2, 3])
@@ -65,13 +49,6 @@ def test_reshape(name: str) -> None:
         assert found(plan).products[0].node is product
     else:
         assert where(found(plan).products[0])[:2] == expected
-
-
-def test_heads_of_a_batched_product() -> None:
-    tiny = Tiny()
-    product = tiny.call(aten.bmm.default, tiny.input("a", 4, 16, 8), tiny.input("b", 4, 8, 32))
-    grad = found(located(product))
-    assert grad.kind == "batched" and where(grad.products[0]) == (0, 1, 0, 4)
 
 
 def test_weight_used_twice_is_masked_in_both_products() -> None:
@@ -118,30 +95,6 @@ def test_selected_expert() -> None:
     part = tiny.mm(tiny.input("a", 16, 8), tiny.input("b", 8, 32))
     grad = found(located(tiny.call(aten.select_scatter.default, zeros, part, 0, -1)))
     assert where(grad.products[0]) == (0, 16, 3, 4)
-
-
-def conv_grad(tiny: Tiny, *, transposed: bool = False, groups: int = 1) -> fx.Node:
-    dy, x = tiny.input("dy", 2, 32, 8, 8), tiny.input("x", 2, 16, 8, 8)
-    w = tiny.input("w", *((16, 32 // groups) if transposed else (32, 16 // groups)), 1, 1)
-    conv = tiny.call(aten.convolution_backward.default, dy, x, w, None, [1, 1], [0, 0], [1, 1], transposed, [0, 0],
-                     groups, [False, True, False])  # fmt: skip
-    return tiny.call(operator.getitem, conv, 1)
-
-
-def test_convolution() -> None:
-    grad = found(located(conv_grad(Tiny())))
-    assert (grad.kind, grad.dim, grad.unit) == ("convolution", 0, 1)
-    assert grad.products[0].node.target is aten.convolution_backward.default
-    assert grad.flops == 2 * 32 * 16 * 2 * 64
-
-
-def test_grouped_convolution_is_cut_between_its_groups() -> None:
-    assert found(located(conv_grad(Tiny(), groups=4))).unit == 8
-
-
-def test_transposed_convolution_has_its_filters_along_dimension_one() -> None:
-    assert found(located(conv_grad(Tiny(), transposed=True))).dim == 1
-    assert "transposed convolution with 2 groups" in reason(located(conv_grad(Tiny(), transposed=True, groups=2)))
 
 
 def test_what_stays_says_why() -> None:
@@ -200,37 +153,6 @@ def test_what_has_no_kernel_stays_dense_under_cuda_graphs(dtype: torch.dtype, gr
     plan = locate(Plan(params=(Param("w", 0, (48, 32), placeholder, dw),)), graphs=graphs)
     assert bool(plan.grads) != dense
     assert not dense or "no kernel under CUDA graphs for torch.float64" in plan.dense[0].reason
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1]])
-def test_experts_of_a_grouped_product(order: list[int]) -> None:
-    tiny = Tiny()
-    a, b = tiny.input("dy_t", 48, 64, dtype=torch.bfloat16), tiny.input("x", 64, 32, dtype=torch.bfloat16)
-    product = tiny.graph.call_function(aten._grouped_mm.default, (a, b, tiny.input("offs", 4, dtype=torch.int32)))
-    product.meta["val"] = torch.empty(4, 48, 32, dtype=torch.bfloat16, device="meta")
-    grad = found(located(tiny.call(aten.permute.default, product, order)))
-    assert [(g.dim, where(g.products[0])[0]) for g in (grad, *grad.others)] == list(enumerate(order))
-    assert grad.kind == "grouped" and grad.flops == 2 * 48 * 32 * 64
-
-
-def test_grouped_product_of_tokens_makes_no_weight_gradient() -> None:
-    tiny = Tiny()
-    dy, w = tiny.input("dy", 64, 48), tiny.input("w", 4, 48, 32)
-    product = tiny.graph.call_function(aten._grouped_mm.default, (dy, w, tiny.input("offs", 4, dtype=torch.int32)))
-    product.meta["val"] = torch.empty(64, 32, device="meta")
-    plan = located(product)
-    assert "_grouped_mm" in reason(plan) and plan.dense[0].kind == "other"
-
-
-@pytest.mark.parametrize("index", [0, 1])
-def test_experts_backward_of_transformers(index: int) -> None:
-    grad = experts_backward(Tiny(), transposed=False)[index]
-    if index == 0:
-        assert "is output 0 of transformers" in reason(located(grad))
-        return
-    weight = found(located(grad))
-    assert weight.kind == "grouped" and weight.flops == 2 * 24 * 12 * 16 and len(weight.others) == 2
-    assert weight.products[0].node is grad.args[0]
 
 
 def test_weights_gathered_for_each_token_are_named_and_counted() -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from cacompile.passes import group, locate, mark_products
-from cacompile.passes.plan import Param, Plan, WeightGrad
+from cacompile.passes import group, locate, mark_products, mask_weight_grads
+from cacompile.passes.plan import Param, Plan, Product, WeightGrad
 
 aten = torch.ops.aten
+
+FLAGS = torch.tensor([1, 0, 0, 1], dtype=torch.uint8)
+"""Of blocks of 16 rows."""
 
 
 class Tiny:
@@ -100,3 +104,35 @@ def _marked(
 
 def copied(gm: fx.GraphModule) -> fx.Graph:
     return copy.deepcopy(gm.graph)
+
+
+def on(rows: int) -> torch.Tensor:
+    return FLAGS.repeat_interleave(16)[:rows].bool()
+
+
+def where(product: Product) -> tuple[int, int, int, int]:
+    return product.dim, product.inner, product.lo, product.hi
+
+
+def by_hand(tiny: Tiny, grad: fx.Node, dim: int, *others: fx.Node) -> tuple[fx.GraphModule, Plan]:
+    """A graph that returns this gradient, and its plan in blocks of 2 along `dim`."""
+    gm = tiny.returns(grad, *others)
+    [found] = locate(Plan(params=(param(grad),))).grads
+    [found] = [cut for cut in (found, *found.others) if cut.dim == dim]
+    plan = Plan(grads=(replace(found, block=2, first_flag=3, others=()),))
+    mark_products(plan)
+    return gm, plan
+
+
+Graphs = tuple[fx.Graph, fx.GraphModule]
+
+
+def masked(make: Callable[[], tuple], host: bool = False) -> Graphs:
+    gm, plan = make()
+    before = copied(gm)
+    assert mask_weight_grads(gm, plan, host).masked == ("w",)
+    return before, gm
+
+
+def node_of(gm: fx.GraphModule, target: object) -> fx.Node:
+    return next(node for node in gm.graph.nodes if node.target is target)

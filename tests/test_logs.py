@@ -81,7 +81,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return log
 
 
-def test_torch_trace_has_the_plan_and_the_guarded_backward(trace: Path) -> None:
+def test_torch_trace_has_the_plan_and_the_masked_backward(trace: Path) -> None:
     text = trace.read_text()
     entries = [json.loads(line[line.index("{") :]) for line in text.splitlines() if '"artifact"' in line]
     ours = {e["artifact"]["name"]: e for e in entries if e["artifact"]["name"].startswith("convaware")}
