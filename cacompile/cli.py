@@ -55,6 +55,7 @@ def explain(
     if out is not None and out.suffix not in FORMATS:
         raise _fail(f"--out must end in {', '.join(FORMATS)}, got {str(out)!r}")
     from cacompile.explanation.explain import explain as explain_model
+    from cacompile.explanation.tables import parameters
 
     model, args, kwargs = _model_of(target)
     options = None if block_rows is None else {"block_rows": block_rows}
@@ -62,43 +63,15 @@ def explain(
         found = explain_model(model, *args, options=options, **kwargs)
     except ConvAwareError as error:
         raise _fail(error) from None
-    _console().print(_parameters(found))
-    _console().print(
-        f"{sum(bool(row.operation) for row in found.rows)} of {len(found.rows)} parameters masked, "
-        f"{found.coverage:.1%} of {found.counted_of}, {len(found.families)} families of groups, "
-        f"{found.graphs} graph{'s' if found.graphs != 1 else ''}",
-        highlight=False,
-    )
-    for text in found.beyond:
-        _console().print(escape(text), highlight=False)
-    for reason, count in found.untraced.items():
-        _console().print(f"groups end at: {escape(reason)} ({count}x)", highlight=False)
+    _console().print(parameters(found))
+    for line in found.summary:
+        _console().print(escape(line), highlight=False)
     if out is not None:
         if out.suffix == ".json":
             found.to_json(out)
         else:
             (found.to_html if out.suffix == ".html" else found.to_svg)(out)
         typer.echo(f"written: {out}")
-
-
-def _parameters(found: Any) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for head, where in (("parameter", "left"), ("shape", "right"), ("dW FLOPs", "right"), ("blocks", "right")):
-        table.add_column(head, justify=where, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("groups")
-    table.add_column("when skipping, or why not")
-    for row in found.rows:
-        blocks = f"{row.blocks} x {row.block} {row.along}" if row.blocks else ""
-        cells = (
-            row.param,
-            "x".join(map(str, row.shape)),
-            row.share_text,
-            blocks,
-            ", ".join(row.families),
-            row.fate,
-        )
-        table.add_row(*map(escape, cells), style=None if row.operation else "dim")
-    return table
 
 
 def _model_of(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from cacompile.errors import ConvAwareError
 from cacompile.passes.plan import SharedAxis
 
-from .facts import ExplainedGroup, ExplainedParam, Facts, Uncounted
+from .facts import DOCUMENTED, ExplainedGroup, ExplainedParam, Facts, Uncounted
 from .graphs import VERSIONS, Graphs
 from .products import ExplainedProduct, Version
 
@@ -93,17 +93,7 @@ def text(found: Facts) -> str:
         format="cacompile.explain",
         version=VERSION,
         made_by=MadeBy(version("cacompile"), version("torch")),
-        graphs=found.graphs,
-        nodes=found.nodes,
-        coverage=found.coverage,
-        semantic=found.semantic,
-        outside=found.outside,
-        uncounted=found.uncounted,
-        untraced=dict(found.untraced),
-        rows=found.rows,
-        groups=found.groups,
-        axes=found.axes,
-        families=found.families,
+        **{name: getattr(found, name) for name in DOCUMENTED},
         versions=tuple(VersionSizes(each.number, {name: _nodes(each, name) for name in VERSIONS}) for each in graphs),
         products=tuple(product for each in graphs for product in _products(found, each)),
     )

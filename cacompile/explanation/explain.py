@@ -22,10 +22,11 @@ from cacompile.settings import settings
 from cacompile.torch_internals import uncompiled
 
 from . import code as annotated
+from . import tables
 from .document import text as document
 from .drawing import Svg, dot, svg
 from .facts import ExplainedParam, Facts
-from .families import families_of, slice_text
+from .families import families_of
 from .graphs import Graphs, along
 from .groups import list_groups
 from .look import RanGraph, running, trace
@@ -36,9 +37,6 @@ from .way_down import way_down
 Text = TypeVar("Text", bound=str)
 
 _UNSEEN = "in no compiled graph that has run"
-
-_GUARDED = "guarded"
-"""What version `masked` was called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +49,7 @@ class Explanation(Facts):
         version: `joint`, `forward`, `backward` (the dense one) or `masked`, as Inductor gets them.
         graph: which one, as in `rows`. Written to `path` as well. Raises ConvAwareError for what there is not.
         """
-        if version == _GUARDED:
-            renamed("version 'guarded'", "'masked'")
-            version = "masked"
-        return _written(annotated.code(self.context(graph), version), path)
+        return _written(annotated.code(self.context(graph), _version(version)), path)
 
     def diff(self, graph: int = 0, path: str | os.PathLike[str] | None = None) -> str:
         """Unified diff of a graph's dense backward to its masked one, with comments; written to `path` as well."""
@@ -77,10 +72,7 @@ class Explanation(Facts):
         """
         if format not in ("svg", "dot"):
             raise unknown("format", format, ("svg", "dot"))
-        if version == _GUARDED:
-            renamed("version 'guarded'", "'masked'")
-            version = "masked"
-        drawing = neighbourhood(self, param, version, graph)
+        drawing = neighbourhood(self, param, version and _version(version), graph)
         return _written(dot(drawing) if format == "dot" else svg(drawing), path)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -93,37 +85,18 @@ class Explanation(Facts):
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """A page of its own: the picture, all families and all parameters; written to `path` as well."""
-        values = {"found": self, "svg": svg(picture(self)), "families": families_of(self), "slice_text": slice_text}
+        values = {"found": self, "svg": svg(picture(self)), "families": families_of(self), "tables": tables}
         return _written(render("explanation.html.jinja", **values), path)
 
     def __str__(self) -> str:
-        from tabulate import tabulate  # here, so that training needs torch and numpy alone
+        return "\n".join([str(tables.parameters(self)), *self.summary])
 
-        heads = ["parameter", "shape", "gradient from", "dW FLOPs", "blocks", "groups", "when skipping, or why not"]
-        table = [
-            (
-                row.param,
-                "x".join(map(str, row.shape)),
-                ", ".join(row.nodes) or row.kind,
-                row.share_text,
-                f"{row.blocks} x {row.block} {row.along}" if row.blocks else "",
-                ", ".join(row.families),
-                row.fate,
-            )
-            for row in self.rows
-        ]
-        masked = sum(bool(row.operation) for row in self.rows)
-        foot = (
-            f"{masked} of {len(self.rows)} parameters masked, {self.coverage:.1%} of {self.counted_of} (counted), "
-            f"{self.semantic:.1%} of those in groups with a meaning, "
-            f"{self.graphs} graph{'s' if self.graphs != 1 else ''}"
-        )
-        if not self.rows:
-            foot += "\nnothing is trained: no parameter requires a gradient"
-        foot += "".join(f"\n{text}" for text in (*self.ways_down, *self.beyond))
-        if self.untraced:
-            foot += "\ngroups end at: " + ", ".join(f"{reason} ({count}x)" for reason, count in self.untraced.items())
-        return f"{tabulate(table, headers=heads, disable_numparse=True)}\n{foot}"
+
+def _version(name: str) -> str:
+    if name != "guarded":
+        return name
+    renamed("version 'guarded'", "'masked'", depth=1)
+    return "masked"
 
 
 def _written(text: Text, path: str | os.PathLike[str] | None) -> Text:
@@ -216,7 +189,7 @@ def _explanation(runs: Sequence[RanGraph], model: torch.nn.Module) -> Explanatio
         groups=groups,
         axes=_axes(plans, called),
         families=families_of_plans,
-        untraced=untraced,
+        untraced=dict(untraced),
         nodes=sum(plan.nodes for plan in plans),
         analysis_s=sum(plan.analysis_s for plan in plans),
         ways_down=tuple(f"graph {i}: {text}" for i, text in enumerate(_ways_down(runs, called, since)) if text),

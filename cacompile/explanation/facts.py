@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
 from cacompile.errors import ConvAwareError, renamed
+from cacompile.pages.numbers import count
 from cacompile.passes.plan import SharedAxis, Slice
 
 from .fold import fold, fold_name, pattern
@@ -81,8 +82,7 @@ class Uncounted:
     def text(self) -> str:
         """`2 weights with 4,160 parameters (b.weight, b.bias)`, layers that repeat named once."""
         names = ", ".join(map(fold_name, fold(self.params, pattern)))
-        weights = f"{len(self.params)} weight{'s' if len(self.params) != 1 else ''}"
-        return f"{weights} with {self.elements:,} parameters ({names})"
+        return f"{count(len(self.params), 'weight')} with {self.elements:,} parameters ({names})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,21 @@ class Context:
     """dW FLOPs of the model."""
     families: Mapping[str, tuple[str, ...]]
     """Parameter -> the families that it has groups in."""
+
+
+DOCUMENTED = (
+    "graphs", "nodes", "coverage", "semantic", "outside", "uncounted", "untraced", "rows", "groups", "axes", "families",
+)  # fmt: skip
+"""What a Document has of Facts, under the same names."""
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, lists for tuples of them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, tuple):
+        return list(map(to_plain, value))
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +205,27 @@ class Facts:
         return texts
 
     @property
+    def masked(self) -> int:
+        """Parameters, of each graph, that can be skipped."""
+        return sum(bool(row.operation) for row in self.rows)
+
+    @property
+    def summary(self) -> list[str]:
+        """What stands below a table of parameters."""
+        lines = [
+            f"{self.masked} of {len(self.rows)} parameters masked, {self.coverage:.1%} of {self.counted_of} (counted), "
+            f"{self.semantic:.1%} of those in groups with a meaning, "
+            f"{count(len(self.families), 'family', 'families')}, {count(self.graphs, 'graph')}"
+        ]
+        if not self.rows:
+            lines.append("nothing is trained: no parameter requires a gradient")
+        lines += [*self.ways_down, *self.beyond]
+        if self.untraced:
+            ends = ", ".join(f"{reason} ({times}x)" for reason, times in self.untraced.items())
+            lines.append(f"groups end at: {ends}")
+        return lines
+
+    @property
     def semantic(self) -> float:
         """Share of masked dW FLOPs in groups that mean something (not plain rows), 0 to 1."""
         masked = {row.param for row in self.rows if row.operation}
@@ -198,19 +234,8 @@ class Facts:
         return sum(group.flops for group in groups if group.kind != "rows") / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "graphs": self.graphs,
-            "nodes": self.nodes,
-            "coverage": self.coverage,
-            "semantic": self.semantic,
-            "outside": asdict(self.outside),
-            "uncounted": asdict(self.uncounted),
-            "untraced": dict(self.untraced),
-            "rows": [asdict(row) for row in self.rows],
-            "groups": [asdict(group) for group in self.groups],
-            "axes": [asdict(axis) for axis in self.axes],
-            "families": list(self.families),
-        }
+        """Plain values of all that JSON has too, but for versions and products."""
+        return {name: to_plain(getattr(self, name)) for name in DOCUMENTED}
 
     def context(self, graph: int) -> Context:
         """What notes on one of the graphs need to know of the model."""

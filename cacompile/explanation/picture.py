@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from cacompile.pages.html import kind_class
+from cacompile.pages.numbers import count
 
 from .drawing import Box, Cluster, Drawing, Edge, Word, facts, title
 from .facts import ExplainedParam, Facts
@@ -39,7 +40,7 @@ def picture(found: Facts) -> Drawing:
     heading += ["Lines: axes in common" + (f", among them {names}." if names else ".")] * bool(edges)
     if outside:
         share = _of_flops(sum(row.share for row in outside))
-        heading.append(f"Not in any group: {_count(len(outside), 'parameter')}, always computed{share}.")
+        heading.append(f"Not in any group: {count(len(outside), 'parameter')}, always computed{share}.")
     # Graphviz draws no frame around nothing: a family of which all is drawn elsewhere is a box
     boxes += [Box(f"groups {c.tip}", c.lines, c.classes, c.tip) for c in clusters if not c.boxes]
     clusters = [cluster for cluster in clusters if cluster.boxes]
@@ -60,7 +61,7 @@ def _cluster(run: Sequence[ExplainedFamily], rows: dict[str, ExplainedParam], ke
     first = run[0]
     name = fold_name([family.name for family in run])
     times = f" × {len(run)}" if len(run) > 1 else ""
-    text = f"{_count(first.count, 'group')} × {first.units}{' in each' if times else ''}"
+    text = f"{count(first.count, 'group')} × {first.units}{' in each' if times else ''}"
     more = [text + (_of_flops(sum(family.share for family in run)) or " · always computed")]
     if first.elsewhere:
         more.append("also slices of " + ", ".join(_relative(name, first.name) for name in first.elsewhere))
@@ -115,7 +116,7 @@ def _edges(found: Facts, families: Sequence[ExplainedFamily], keys: dict[str, st
         if len(ports) < 2 or (owner and all(home.get(name) == owner for name, _ in members)):
             continue
         label = owner or f"{axis.kind or 'axis'} {axis.size}"
-        tip = [f"{label}: an axis of {_count(len(members), 'dimension')}"]
+        tip = [f"{label}: an axis of {count(len(members), 'dimension')}"]
         tip += [f"{name} [{dim}]" for name, dim in members[:12]]
         tip += [f"and {len(members) - 12} more"] * (len(members) > 12)
         kind = axis.kind if owner or axis.kind == "stream" else ""
@@ -149,7 +150,3 @@ def _relative(name: str, beside: str) -> str:
 
 def _of_flops(share: float) -> str:
     return f" · {share:.1%} of dW FLOPs" if share else ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 
-from cacompile.config import Config
 from cacompile.pages.html import render
 from cacompile.pages.libraries import library
 from cacompile.pages.numbers import amount, count, duration, percent
-from cacompile.sessions.about import frozen_lines, plain
+from cacompile.sessions.about import frozen_lines
 
+from . import tables
 from .data import RunData
 
 Picture = tuple[str, str, str, str]
@@ -33,8 +31,7 @@ def page(run: RunData) -> str:
         whole=_whole(run) if drawn else [],
         heats=_heats(run) if drawn else [],
         curves=_curves(run) if drawn else [],
-        all_flops=sum(family.flops for family in run.families) or 1.0,
-        defaults={name: plain(value) for name, value in asdict(Config()).items()},
+        tables=tables,
         colours=colours,
     )
 
