@@ -16,6 +16,7 @@ from functorch.compile import make_boxed_func
 from helpers import compare as compare_models
 from helpers import compile_all, masks, mlp, square_mean
 from torch import Tensor, fx, nn
+from torch._inductor.compile_fx import compile_fx
 from torch.nn.utils.parametrizations import weight_norm
 
 from cacompile.config import Config
@@ -25,10 +26,27 @@ from cacompile.passes import locate, mask_weight_grads, verify
 from cacompile.passes.plan import Param, Plan
 
 
+def interpret(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """In place of Inductor's last step, which makes C++ of a graph: the graph, operation by operation."""
+    return make_boxed_func(gm.forward)
+
+
+@pytest.fixture(autouse=True)
+def last_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked at here is in the graphs that Inductor makes, not in its code, but in tests marked `compiled`."""
+    if request.node.get_closest_marker("compiled") is None:
+        monkeypatch.setattr("cacompile.graph.inner.compile_fx_inner", interpret)
+        monkeypatch.setitem(PLAIN, "inductor", functools.partial(compile_fx, inner_compile=interpret))
+
+
+PLAIN: dict[str, Any] = {}
+"""Backends in the place of torch's."""
+
+
 def small_blocks(model: nn.Module, backend: str, **settings: Any) -> Callable[..., Any]:
     """What is looked at here are single layers: of rows that lead nowhere a group has many."""
     options = {"options": {"block_rows": 4}} if backend == "convaware" else {}
-    return compile_all(model, backend, **options, **settings)
+    return compile_all(model, PLAIN.get(backend, backend), **options, **settings)
 
 
 compare = functools.partial(compare_models, compile_it=small_blocks)
@@ -65,6 +83,7 @@ def test_linear(shape: tuple[int, ...], bias: bool) -> None:
     )
 
 
+@pytest.mark.compiled
 def test_linear_under_autocast() -> None:
     class Autocast(nn.Module):
         def __init__(self) -> None:
@@ -100,6 +119,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution(name: str) -> None:
     layer, inputs = CONVOLUTIONS[name]
@@ -116,6 +136,7 @@ def test_grouped_transposed_convolution_stays_dense() -> None:
     compare(make, normal(2, 32, 5, 5), grouped=["1.weight"], stays=stays)
 
 
+@pytest.mark.compiled
 def test_batch_norm_and_residual_stream() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
