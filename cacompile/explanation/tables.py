@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cacompile.pages.tables import Column, Names, Table
+from cacompile.pages.tables import Column, Lines, Names, Table
 
 from .facts import Facts
 from .families import ExplainedFamily, slice_text
@@ -25,7 +25,7 @@ _FAMILIES = (
     Column("groups", lambda family: str(family.count), "number"),
     Column("each of", lambda family: family.units),
     Column("dW FLOPs", lambda family: f"{family.share:.1%}", "number"),
-    Column("slices of the first group", lambda family: Names(map(slice_text, family.groups[0].slices))),
+    Column("slices of the first group", lambda family: Lines(map(slice_text, family.groups[0].slices))),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,8 +18,10 @@ class Names(tuple[str, ...]):
     """Names in a cell; on a page they stand as code."""
 
     __slots__ = ()
-    most = 6
+    most = sys.maxsize
     """How many are told."""
+    broken = False
+    """Whether each has a line of its own on a page."""
 
     @property
     def more(self) -> str:
@@ -26,6 +29,20 @@ class Names(tuple[str, ...]):
 
     def __str__(self) -> str:
         return ", ".join(self[: self.most]) + self.more
+
+
+class Some(Names):
+    """The first of many names."""
+
+    __slots__ = ()
+    most = 6
+
+
+class Lines(Names):
+    """Names, or slices, one a line."""
+
+    __slots__ = ()
+    broken = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from cacompile.config import Config
 from cacompile.pages.numbers import percent, scientific
-from cacompile.pages.tables import Column, Names, Table
+from cacompile.pages.tables import Column, Names, Some, Table
 from cacompile.sessions.about import plain
 
 from .data import RunData
@@ -44,7 +44,7 @@ def reasons(run: RunData) -> Table:
         Column("why", lambda reason: reason.text, wraps=True),
         Column("dW FLOPs", lambda reason: percent(reason.share), "number"),
         Column("parameters", lambda reason: str(len(reason.params)), "number"),
-        Column("which", lambda reason: Names(reason.params), wraps=True),
+        Column("which", lambda reason: Some(reason.params), wraps=True),
     )
     return Table(columns, tuple(run.reasons), "What stays dense")
 
