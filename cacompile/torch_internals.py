@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode as FakeTensorMode
     from torch.autograd import profiler as autograd_profiler
     from torch.autograd.graph import get_gradient_edge as get_gradient_edge
+    from torch.distributed._composable_state import _module_state_mapping as module_states
     from torch.distributed.distributed_c10d import _get_process_group_store as process_group_store
     from torch.fx.experimental.symbolic_shapes import DimDynamic as DimDynamic
     from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
@@ -83,6 +84,8 @@ LOOK = "explaining"
 """Without it `explain` cannot look at a model that is not compiled."""
 RANKS = "agreeing"
 """Without it ranks that hold copies of parameters cannot agree on what to skip: they compute everything."""
+SHARDS = "sharding"
+"""Without it what `fully_shard` has spread over ranks stays dense."""
 SEE = "doctor"
 """Without it a check of `cacompile doctor` is left out."""
 
@@ -206,6 +209,13 @@ CONTRACTS = (
         parameters=("pg",),
         purpose=RANKS,
         seen=TRIED,
+    ),
+    Contract(
+        "module_states",
+        "torch.distributed._composable_state:_module_state_mapping",
+        ("values",),
+        purpose=SHARDS,
+        seen=("2.11", "2.13", "2.14"),
     ),
     Contract("swap_tensors", "torch.utils:swap_tensors", parameters=("t1", "t2")),
 )
@@ -377,6 +387,46 @@ def running_ddp() -> Any:
 def group_store(group: Any) -> Any:
     """The key-value store that the ranks of a process group have met in."""
     return __getattr__("process_group_store")(group)
+
+
+@dataclass(frozen=True)
+class FullySharded:
+    """A parameter that `fully_shard` has spread over ranks, and what is spread with it."""
+
+    name: str
+    param: Any
+    """What optimizers step: a DTensor."""
+    root: Any
+    """One object for all that one root module has."""
+
+    @property
+    def all(self) -> list[tuple[str, Any]]:
+        """Names and parameters of all that its root has, in the order of the modules."""
+        each = (of for state in self.root.all_states for of in _fully_sharded(state))
+        return [(of._param_fqn, of.sharded_param) for of in each]
+
+
+def may_be_sharded() -> bool:
+    """Whether anything in this process has asked for FSDP."""
+    return "torch.distributed.fsdp" in sys.modules
+
+
+def fully_sharded(param: Any) -> FullySharded | None:
+    """What a parameter was gathered from for a forward pass of FSDP2; None for any other."""
+    for reference in list(__getattr__("module_states").values()):
+        state = reference()
+        for of in _fully_sharded(state):
+            if getattr(of, "_unsharded_param", None) is param:
+                return FullySharded(of._param_fqn, of.sharded_param, state._state_ctx)
+    return None
+
+
+def _fully_sharded(state: Any) -> list[Any]:
+    """What `fully_shard` keeps of each parameter of one call."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # one a state before torch 2.13
+        groups = [group] if (group := getattr(state, "_fsdp_param_group", None)) is not None else []
+    return [of for group in groups for of in group.fsdp_params]
 
 
 @functools.cache
