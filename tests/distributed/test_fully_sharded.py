@@ -187,3 +187,60 @@ def test_clipping_counts_what_is_skipped(ranks: Callable[..., list[Any]]) -> Non
     assert found == others
     whole, clipped, plain = found
     assert clipped == pytest.approx(whole, rel=1e-4) and plain < 0.95 * whole
+
+
+def looked_at(rank: int) -> tuple[list[str], str, str]:
+    """What one rank alone sees before the model has run, what each sees after, and its status."""
+    model = Net()
+    run = compiled(model, "blocks")
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    before = cacompile.explain(model, batch(0, 0), options=OPTIONS) if rank == 0 else None
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+    for i in range(10):
+        loss_of(run, batch(i, rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    masked = [row.param for row in before.rows if row.operation] if before else []
+    return masked, str(cacompile.explain(model)), str(cacompile.status(model))
+
+
+def test_it_can_be_explained(ranks: Callable[..., list[Any]]) -> None:
+    (masked, found, status), (_, other, other_status) = ranks(looked_at)
+    assert masked == [f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")]
+    assert found == other and "4 of 10 parameters masked" in found
+    assert status == other_status and "groups skipped" in status
+
+
+def frozen(rank: int) -> tuple[list[str], list[bool]]:
+    """What was frozen, and of what trained after: did the frozen layer stay, the frozen neurons, and the others."""
+    model = Net()
+    run = compiled(model, "blocks")
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    session, optimizer = cacompile.session(model), optim.AdamW(model.parameters(), lr=1e-3)
+
+    def steps(count: int) -> dict[str, Tensor]:
+        for i in range(count):
+            loss_of(run, batch(i, rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: param.full_tensor().detach().clone() for name, param in model.named_parameters()}
+
+    steps(2)
+    names = session.freeze("blocks.0.*", "blocks.1.neurons[48:64]")
+    before, after = steps(1), steps(4)
+    layer = all(torch.equal(before[name], after[name]) for name in before if name.startswith("blocks.0."))
+    up, down = (before[f"blocks.1.{name}.weight"] == after[f"blocks.1.{name}.weight"] for name in ("up", "down"))
+    stayed = [layer, bool(up[48:64].all()), bool(down[:, 48:64].all()), bool(up[:48].any())]
+    session.thaw()
+    return names, [*stayed, torch.equal(after["blocks.0.up.weight"], steps(1)["blocks.0.up.weight"])]
+
+
+def test_what_is_frozen_stays(ranks: Callable[..., list[Any]]) -> None:
+    """Neurons 48 to 63 lie on both ranks."""
+    found, others = ranks(frozen)
+    assert found == others and len(found[0]) == 5
+    assert found[1] == [True, True, True, False, False]
