@@ -406,6 +406,12 @@ class FullySharded:
         return [(of._param_fqn, of.sharded_param) for of in each]
 
 
+def is_fsdp1(model: Any) -> bool:
+    """Whether any part of a model is under FullyShardedDataParallel."""
+    wrapper = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    return any(isinstance(module, wrapper) for module in model.modules())
+
+
 def may_be_sharded() -> bool:
     """Whether anything in this process has asked for FSDP."""
     return "torch.distributed.fsdp" in sys.modules

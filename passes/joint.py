@@ -40,6 +40,16 @@ def has_trainable(example_inputs: Sequence[Any]) -> bool:
     return any(isinstance(value, torch.nn.Parameter) and value.requires_grad for value in example_inputs)
 
 
+def made_anew(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
+    """Names of what modules hold as weights that are no parameters, but results of operations on other tensors."""
+    names = []
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf:
+            text = source_text(dynamo_source(node)) or ""
+            names += [source_name(dynamo_source(node), node.name)] if "_modules[" in text else []
+    return names
+
+
 @dataclass(frozen=True, slots=True)
 class GraphInputs:
     """What Dynamo's graph says of its inputs: position -> parameter name, and where our handle was appended."""

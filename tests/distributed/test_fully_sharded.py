@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from ranks import OPTIONS, two_ranks
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
 import cacompile
+from cacompile.errors import ConvAwareError
 
 WIDTH = 33
 HIDDEN = 100
@@ -139,7 +141,7 @@ def alone(
         pytest.param("wrapped", {"optimizer": "fused"}, marks=pytest.mark.slow),
         pytest.param("blocks", {"every": 3}, marks=pytest.mark.slow),
         pytest.param("blocks", {"mesh": (2, 1)}, marks=pytest.mark.slow),
-        ("blocks", {"mesh": (1, 2)}),
+        pytest.param("blocks", {"mesh": (1, 2)}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -244,3 +246,40 @@ def test_what_is_frozen_stays(ranks: Callable[..., list[Any]]) -> None:
     found, others = ranks(frozen)
     assert found == others and len(found[0]) == 5
     assert found[1] == [True, True, True, False, False]
+
+
+class Heard(logging.Handler):
+    """What cacompile says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def in_flat_parameters(rank: int) -> tuple[list[str], str]:
+    """What is said of FSDP1, and the error of explain, on the first rank alone."""
+    heard = Heard()
+    logging.getLogger("cacompile").addHandler(heard)
+    model = FullyShardedDataParallel(Net(), use_orig_params=True, device_id=torch.device("cpu"))
+    run = torch.compile(model, backend="convaware", options=OPTIONS)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+    for i in range(3):
+        loss_of(run, batch(i, rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    try:
+        return heard.texts, "" if rank else str(cacompile.explain(run, batch(0, 0)))
+    except ConvAwareError as error:
+        return heard.texts, str(error)
+    finally:
+        logging.getLogger("cacompile").removeHandler(heard)
+
+
+@pytest.mark.slow
+def test_the_first_fsdp_stays_dense_and_says_so(ranks: Callable[..., list[Any]]) -> None:
+    found = ranks(in_flat_parameters)
+    assert all(any("made anew for each forward pass" in text for text in texts) for texts, _ in found)
+    assert "FSDP1" in found[0][1]
