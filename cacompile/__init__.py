@@ -10,6 +10,7 @@ from .version import VERSION
 if TYPE_CHECKING:
     from cacompile.controller.optimizers import Statistic as Statistic
     from cacompile.explanation.explain import explain as explain
+    from cacompile.hooks.reducing import reduce_less as reduce_less
     from cacompile.report.run import report_state as report_state
     from cacompile.sessions.session import session as session
     from cacompile.sessions.status import status as status
@@ -28,6 +29,7 @@ _HOMES = {
     "OptimizerAdapter": "controller.optimizers",
     "Statistic": "controller.optimizers",
     "explain": "explanation.explain",
+    "reduce_less": "hooks.reducing",
     "register_optimizer": "controller.optimizers",
     "report_state": "report.run",
     "session": "sessions.session",
@@ -42,6 +44,7 @@ __all__ = [
     "Statistic",
     "__version__",
     "explain",
+    "reduce_less",
     "register_optimizer",
     "report_state",
     "session",

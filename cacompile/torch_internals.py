@@ -455,6 +455,11 @@ def follow_joins(joined: Callable[[Any], None], together: Callable[[Any, bool], 
     hook.main_hook, hook.post_hook = main, post
 
 
+def joins(wrapper: Any) -> bool:
+    """Whether a DistributedDataParallel runs under `Join`, where ranks run out of batches one by one."""
+    return bool(getattr(getattr(wrapper, "_join_config", None), "enable", True))
+
+
 def is_zero1(optimizer: Any) -> bool:
     """Whether it is a ZeroRedundancyOptimizer, within which each rank steps its own parameters: `optimizer.optim`."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
+import numpy as np
 from torch.optim import Optimizer
 
 from cacompile.config import Config
@@ -286,7 +287,10 @@ class Agreement:
         return about(self.members)
 
     def _digest(self) -> dict[str, int]:
-        columns: dict[str, bytes] = {}
+        frozen = (
+            (param.place, param.is_frozen or np.flatnonzero(param.frozen_blocks).tolist()) for param in self.members
+        )
+        columns = {"frozen parameters": repr([each for each in frozen if each[1]]).encode()}
         for followed in self._followed:
             columns |= followed.agreed.columns()
         return digest([param.step for param in self.members], columns)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import OPTIONS, two_ranks
+from ranks import OPTIONS
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -21,12 +21,6 @@ from cacompile.errors import ConvAwareError
 WIDTH = 33
 HIDDEN = 100
 STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
-    with two_ranks() as run:
-        yield run
 
 
 class Block(nn.Module):

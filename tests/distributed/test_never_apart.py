@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,6 @@ import cacompile
 from cacompile.errors import ConvAwareError
 
 WIDTH = 32
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
-    with two_ranks() as run:
-        yield run
 
 
 class Block(nn.Module):
