@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cacompile.hooks.reducing import reduce_less as reduce_less
     from cacompile.report.run import report_state as report_state
     from cacompile.sessions.session import session as session
+    from cacompile.sessions.stateful import StatefulSession as StatefulSession
     from cacompile.sessions.status import status as status
     from cacompile.sessions.status import step as step
 
@@ -27,6 +28,7 @@ _HOMES = {
     "Config": "config",
     "ConvAwareError": "errors",
     "OptimizerAdapter": "controller.optimizers",
+    "StatefulSession": "sessions.stateful",
     "Statistic": "controller.optimizers",
     "explain": "explanation.explain",
     "reduce_less": "hooks.reducing",
@@ -41,6 +43,7 @@ __all__ = [
     "Config",
     "ConvAwareError",
     "OptimizerAdapter",
+    "StatefulSession",
     "Statistic",
     "__version__",
     "explain",

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from ranks import two_ranks
+from ranks import some_ranks
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[..., list[Any]]]:
-    with two_ranks() as run:
+    with some_ranks() as run:
         yield run

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import OPTIONS
+from ranks import OPTIONS, some_ranks
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -143,6 +143,18 @@ def test_as_one_process(ranks: Callable[..., list[Any]], how: str, settings: dic
     (masks, weights, skipped), (others, _, _) = ranks(run_rank, how, settings)
     assert masks == others and skipped > 0.05
     expected = alone(masks, **{name: settings[name] for name in ("optimizer", "every") if name in settings})
+    for name, weight in weights.items():
+        np.testing.assert_allclose(weight, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_copies_of_shards() -> None:
+    """HSDP: two copies, each in two shards."""
+    with some_ranks(4) as run:
+        found = run(run_rank, "blocks", {"mesh": (2, 2)})
+    masks, weights, skipped = found[0]
+    assert all(each[0] == masks for each in found) and skipped > 0.05
+    expected = alone(masks, ranks=4)
     for name, weight in weights.items():
         np.testing.assert_allclose(weight, expected[name], rtol=1e-4, atol=1e-6)
 
