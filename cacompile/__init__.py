@@ -10,8 +10,10 @@ from .version import VERSION
 if TYPE_CHECKING:
     from cacompile.controller.optimizers import Statistic as Statistic
     from cacompile.explanation.explain import explain as explain
+    from cacompile.hooks.reducing import reduce_less as reduce_less
     from cacompile.report.run import report_state as report_state
     from cacompile.sessions.session import session as session
+    from cacompile.sessions.stateful import StatefulSession as StatefulSession
     from cacompile.sessions.status import status as status
     from cacompile.sessions.status import step as step
 
@@ -26,8 +28,10 @@ _HOMES = {
     "Config": "config",
     "ConvAwareError": "errors",
     "OptimizerAdapter": "controller.optimizers",
+    "StatefulSession": "sessions.stateful",
     "Statistic": "controller.optimizers",
     "explain": "explanation.explain",
+    "reduce_less": "hooks.reducing",
     "register_optimizer": "controller.optimizers",
     "report_state": "report.run",
     "session": "sessions.session",
@@ -39,9 +43,11 @@ __all__ = [
     "Config",
     "ConvAwareError",
     "OptimizerAdapter",
+    "StatefulSession",
     "Statistic",
     "__version__",
     "explain",
+    "reduce_less",
     "register_optimizer",
     "report_state",
     "session",

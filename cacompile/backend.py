@@ -22,6 +22,7 @@ from .torch_internals import (
     inductor_alone,
     is_control_flow,
     release,
+    warning_once,
 )
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,12 @@ log = logging.getLogger(__name__)
 count_steps()
 
 PLAIN = "this graph is compiled by the inner compiler alone, and all its weight gradients are computed"
+
+
+MADE_ANEW = (
+    "%s is no parameter, but a tensor that is made anew for each forward pass, as FullyShardedDataParallel (FSDP1) has "
+    "them: of such weights nothing is skipped. Use fully_shard (FSDP2)"
+)
 
 
 def convaware(
@@ -52,11 +59,14 @@ def convaware(
         _note_untested()
     try:
         from .graph.compiled import compile_graph  # inside the net
-        from .passes.joint import has_trainable
+        from .passes.joint import has_trainable, made_anew
 
-        if torch.is_grad_enabled() and has_trainable(example_inputs):
-            ours, compiled = compile_graph(gm, example_inputs, config, patches)
-            return ours.bind(compiled)
+        if torch.is_grad_enabled():
+            if has_trainable(example_inputs):
+                ours, compiled = compile_graph(gm, example_inputs, config, patches)
+                return ours.bind(compiled)
+            if names := made_anew(gm, example_inputs):
+                warning_once(log, MADE_ANEW, names[0])
     except Exception as error:
         if is_control_flow(error):
             raise

@@ -25,12 +25,17 @@ class Partition:
     def blocks(self) -> int:
         return -(-self.rows // self.block)
 
-    def spans(self, chosen: np.ndarray) -> Iterator[tuple[int, int]]:
-        """(start, length) in rows of each run of chosen blocks. chosen: bool [blocks]."""
+    def spans(self, chosen: np.ndarray, within: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
+        """(start, length) in rows of each run of chosen blocks. chosen: bool [blocks].
+
+        within: only what lies in these rows, and counted from the first of them.
+        """
+        low, high = within or (0, self.rows)
         edges = np.flatnonzero(np.diff(np.concatenate(([False], chosen, [False])).astype(np.int8)))
         for first, last in edges.reshape(-1, 2):
-            start = int(first) * self.block
-            yield start, min(int(last) * self.block, self.rows) - start
+            start, stop = max(int(first) * self.block, low), min(int(last) * self.block, high)
+            if start < stop:
+                yield start - low, stop - start
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from cacompile.torch_internals import (
     GradAOTOutput,
     PlainAOTInput,
     dynamo_source,
+    in_a_module,
     is_traceable_subclass,
     root,
     source_path,
@@ -30,6 +31,16 @@ def source_name(source: Any, fallback: str) -> str:
 def has_trainable(example_inputs: Sequence[Any]) -> bool:
     """Whether any input is a parameter that wants a gradient."""
     return any(isinstance(value, torch.nn.Parameter) and value.requires_grad for value in example_inputs)
+
+
+def made_anew(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
+    """Names of what modules hold as weights that are no parameters, but results of operations on other tensors."""
+    names = []
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        source = dynamo_source(node)
+        if isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf and in_a_module(source):
+            names.append(source_name(source, node.name))
+    return names
 
 
 @dataclass(frozen=True, slots=True)

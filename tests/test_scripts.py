@@ -20,6 +20,7 @@ COMMANDS = (
     "benchmarks.speed.freeze",
     "benchmarks.speed.host_time",
     "benchmarks.speed.overhead",
+    "benchmarks.speed.slow_link",
     "benchmarks.speed.startup",
     "benchmarks.speed.step_time",
     "benchmarks.zoo.__main__",

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
+import numpy as np
 from torch.optim import Optimizer
 
 from cacompile.config import Config
@@ -28,7 +29,7 @@ from cacompile.torch_internals import is_zero1, warning_once
 
 from .agreed import Agreed, Followed
 from .controller import capturing
-from .decider import Decider, flops_told, scores_told
+from .decider import Decider, Parts, flops_told, scores_told
 from .divergence import about, compare, compare_states, digest
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,9 @@ class Agreement:
         self._fruitless = 0
         """Readings in a row at which nothing could be decided."""
         self._watching: list[Decider] = []
-        """Those that read scores here: of all parameters on rank 0, else of those that this rank alone steps."""
+        """Those that read scores here: of all parameters on rank 0, else of those, or shards, that it alone steps."""
+        self._parts: tuple[int, Parts] = 0, {}
+        """The last reading, and what this rank's shards had at it."""
         self._followed: list[Followed] = []
 
     @property
@@ -85,13 +88,13 @@ class Agreement:
             return
         params = [param for param in self.members if param.blocks]
         if self._leads:
-            self._told = self._channel.told()
+            self._told = self._channel.told(self._clock + 1)
             params = [param for param in params if self._known_to_all(param)]
         elif is_zero1(optimizer):
             own = _own(optimizer) or set()
             params = [param for param in params if id(param.param) in own]
         else:
-            params = []
+            params = [param for param in params if param.shard is not None]
         by_config: dict[Config, list[ParamState]] = {}
         for param in params:
             by_config.setdefault(param.config, []).append(param)
@@ -163,14 +166,14 @@ class Agreement:
                 hello = {"every": self._every, "clock": self._clock, "steps": steps, **self._about()}
                 self._channel.greet({**hello, "epoch": self._epoch})
             return
-        hello = self._channel.hello() or {}
-        if hello:
-            compare(self._about(), hello, self.replicas.rank, 0)
-            self._every, self._epoch = hello["every"], max(self._epoch, hello["epoch"])
-            self._from = max(self._clock, hello["clock"]) + 1
-            passed = self._clock - hello["clock"]
-            self._set_steps({place: step + passed for place, step in hello["steps"].items()})
-        self._tell({})
+        said = self._channel.hello()
+        if said is not None and said["clock"] < self._clock:  # it is surely there by then, on every run
+            compare(self._about(), said, self.replicas.rank, 0)
+            self._every, self._epoch = said["every"], max(self._epoch, said["epoch"])
+            self._from = self._clock + 1
+            passed = self._clock - said["clock"]
+            self._set_steps({place: step + passed for place, step in said["steps"].items()})
+        self._tell()
 
     def _read(self, optimizer: Optimizer | None) -> None:
         self._due = self._clock
@@ -183,10 +186,14 @@ class Agreement:
                 self._decide(optimizer, owner, own)
             return
         scores: dict[int, Any] = {}
+        parts: Parts = {}
         for decider in self._watching:
-            decider.measure(owner)
-            scores |= scores_told(decider.params, decider.averaged(owner))
-        self._tell(scores)
+            if own is None:
+                parts |= decider.parts(owner)
+            else:
+                decider.measure(owner)
+                scores |= scores_told(decider.params, decider.averaged(owner))
+        self._tell(scores, parts)
 
     def _decide(self, optimizer: Optimizer | None, owner: Optimizer | None, own: set[int] | None) -> None:
         told, ours = self._told or [], self._about()
@@ -194,10 +201,15 @@ class Agreement:
             compare(ours, known, 0, rank)
             if known["clock"] in self._digests and known["digest"] is not None:
                 compare_states(self._digests[known["clock"]], known["digest"], 0, rank)
+        # what others have at this reading is on its way, so all shards count as they were at the one before
+        before, ours_before = self._parts
+        shards = [ours_before, *(known["parts"] if known["clock"] == before else {} for known in told)]
+        self._parts = self._clock, {}
         parts = []
         for decider in self._watching:
             if decider.structure == decider.table.structure:
-                parts.append(decider.decide(optimizer, owner, own, told).to_dict())
+                parts.append(decider.decide(optimizer, owner, own, told, shards).to_dict())
+                self._parts[1].update(decider.fresh)
         self._fruitless = 0 if parts else self._fruitless + 1
         if self._fruitless == PATIENCE:
             some = self.members[0].name
@@ -217,13 +229,14 @@ class Agreement:
             self._said[clock] = decision
             self._channel.decide(self._epoch, clock, decision)
 
-    def _tell(self, scores: dict[int, Any]) -> None:
-        known = {
+    def _tell(self, scores: dict[int, Any] | None = None, parts: Parts | None = None) -> None:
+        known: dict[str, Any] = {
             "clock": self._clock,
             "follows": self._from if self._every is not None else None,
             "blocks": {param.place: astuple(param.partition) for param in self.members if param.partition},
             "flops": flops_told(self.members),
-            "scores": scores,
+            "scores": scores or {},
+            "parts": parts or {},
             "digest": self._digests.get(self._clock),
         }
         self._channel.tell({**known, **self._about()})
@@ -274,7 +287,10 @@ class Agreement:
         return about(self.members)
 
     def _digest(self) -> dict[str, int]:
-        columns: dict[str, bytes] = {}
+        frozen = (
+            (param.place, param.is_frozen or np.flatnonzero(param.frozen_blocks).tolist()) for param in self.members
+        )
+        columns = {"frozen parameters": repr([each for each in frozen if each[1]]).encode()}
         for followed in self._followed:
             columns |= followed.agreed.columns()
         return digest([param.step for param in self.members], columns)

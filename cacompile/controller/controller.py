@@ -14,13 +14,14 @@ from cacompile.kernels.segments import Tables
 from cacompile.state.beginning import warn_of_unfound
 from cacompile.state.groups import GroupIndex
 from cacompile.state.history import note
+from cacompile.state.measurements import Measurement
 from cacompile.state.params import ParamState
 from cacompile.state.table import BlockTable
 from cacompile.torch_internals import warning_once
 
 from .estimate import fill, fill_together
-from .monitor import learn, measure, measure_together, settings_by_param
-from .movement import moved, sample
+from .monitor import Found, learn, measure, measure_together, settings_by_param
+from .movement import moved, moved_here, sample
 from .optimizers import adapter_of, statistic_of
 from .policy import keep_probabilities, mean_descent
 from .spikes import EARLY, believed_ratio, was_spike
@@ -107,11 +108,12 @@ class Controller:
         return max(param.step for param in self.params)
 
     def _by_device(self) -> tuple[list[ParamState], list[ParamState]]:
-        """CUDA parameters, and the others."""
+        """CUDA parameters that lie here whole, and the others."""
         near: list[ParamState] = []
         far: list[ParamState] = []
         for param in self.params:
-            (near if param.param is not None and param.param.is_cuda else far).append(param)
+            is_near = param.param is not None and param.param.is_cuda and param.shard is None
+            (near if is_near else far).append(param)
         return near, far
 
     def _look_before(self, step: int) -> None:
@@ -121,7 +123,7 @@ class Controller:
             self._before = {id(param): found for param, found in samples if found is not None}
 
     def _update_ratios(self, optimizer: Optimizer | None) -> dict[int, torch.Tensor]:
-        """A state's id -> how far its blocks have moved in this step, float32 [blocks]; those that could be seen.
+        """A state's id -> how far its blocks have moved in this step, as `measure` takes it; those that could be seen.
 
         NaN where a GradScaler has held a fused step back, which only the device knows.
         """
@@ -134,7 +136,7 @@ class Controller:
                 continue
             if (now := sample(state)) is None or now.device != before[id(state)].device:
                 continue
-            ratio = moved(before[id(state)], now)
+            ratio = (moved if state.shard is None else moved_here)(before[id(state)], now)
             if isinstance(held_back, torch.Tensor):
                 ratio = torch.where(held_back.to(ratio.device) > 0.0, torch.nan, ratio)
             ratios[id(state)] = ratio
@@ -190,7 +192,15 @@ class Controller:
         self._decide(optimizer, *last)
 
     def measure(self, optimizer: Optimizer | None, own: Container[int] | None = None) -> None:
-        """Use each last measurement, or this one if it needs no waiting: always the same one, so that runs agree.
+        """Learn what `read` finds, where this rank can see all of it."""
+        settings = settings_by_param(optimizer)
+        for param, known in self.read(optimizer, own):
+            if param.shard is not None:
+                known = Measurement.whole([known.values()], known.sampled)
+            learn(param, known, rate_of(settings.get(id(param.param), {})))
+
+    def read(self, optimizer: Optimizer | None, own: Container[int] | None = None) -> Found:
+        """Measure; gives the last measurement, or this one if it needs no waiting: always the same, so that runs agree.
 
         own: ids of the parameters to look at, where it is not all of them.
         """
@@ -198,12 +208,13 @@ class Controller:
         if own is not None:
             near, far = ([state for state in each if id(state.param) in own] for each in (near, far))
         ratios = self._update_ratios(optimizer)
-        settings = settings_by_param(optimizer)
         found, left = measure_together(near, optimizer, self._segments, ratios)
+        ready = []
         for param, taken in found + measure(far + left, optimizer, ratios):
             known, param.in_flight = (taken, None) if taken.event is None else (param.in_flight, taken)
             if known is not None:
-                learn(param, known, _rate(settings.get(id(param.param), {})))
+                ready.append((param, known))
+        return ready
 
     def _count(self) -> None:
         """Bring the FLOPs of each block up to date."""
@@ -214,7 +225,7 @@ class Controller:
         """How often each group is computed from here on, by what has been measured now and, for comparison, before."""
         self._count()
         index, flops, settings = self._index, self.column("flops"), settings_by_param(optimizer)
-        rate = np.repeat([_rate(settings.get(id(param.param), {})) for param in self.params], self._blocks)
+        rate = np.repeat([rate_of(settings.get(id(param.param), {})) for param in self.params], self._blocks)
         descent, last = self.column("score") * rate, last_score * rate
         # what is frozen wins nothing and costs nothing; what is always kept is not to be weighed against others
         fixed = np.concatenate([param.frozen_blocks for param in self.params])
@@ -250,7 +261,7 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _rate(settings: Mapping[str, Any]) -> float:
+def rate_of(settings: Mapping[str, Any]) -> float:
     """A group's learning rate as a number; one that lives on a device is not waited for, and some have none."""
     lr = settings.get("lr", 1.0)
     if isinstance(lr, torch.Tensor):

@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 from torch.optim import Optimizer
 
+from cacompile.state.measurements import Measurement
 from cacompile.state.params import ParamState
 
 from .agreed import FREE, SHOWN, Agreed
-from .controller import Controller
+from .controller import Controller, rate_of
+from .monitor import learn, settings_by_param
+
+Parts = dict[int, tuple[np.ndarray | None, np.ndarray | None]]
+"""Place -> what a rank's shard adds to its measurement, None where another speaks for the same rows, and `sampled`."""
 
 
 def flops_told(members: Sequence[ParamState]) -> dict[int, float]:
@@ -41,16 +46,36 @@ class Decider(Controller):
     def __init__(self, params: Sequence[ParamState]) -> None:
         super().__init__(params)
         self.structure = self.table.structure
+        self.fresh: Parts = {}
+        """What this rank's shards had at this reading."""
         self._flops: list[dict[int, float]] = []
 
+    def parts(self, optimizer: Optimizer | None) -> Parts:
+        """What this rank's shards have at this reading."""
+        found = ((param.place, param.shard, known) for param, known in self.read(optimizer))
+        return {
+            place: (known.values() if shard.counts else None, known.sampled)
+            for place, shard, known in found
+            if shard is not None
+        }
+
     def decide(
-        self, optimizer: Optimizer | None, owner: Optimizer | None, own: set[int] | None, told: list[dict[str, Any]]
+        self,
+        optimizer: Optimizer | None,
+        owner: Optimizer | None,
+        own: set[int] | None,
+        told: Sequence[Mapping[str, Any]],
+        shards: Sequence[Parts],
     ) -> Agreed:
         """optimizer: whose learning rates count; owner: what keeps the state of the parameters whose ids are in `own`,
-        of all where that is None; the others are known from what their ranks have told."""
+        of all where that is None; the others are known from what their ranks have told. shards: of each rank."""
         before = self.column("keep").copy()
         last = self.column("score").copy(), self.column("update_ratio").copy()
-        self.measure(owner, own)
+        if self.params[0].shard is None:
+            self.measure(owner, own)
+        else:
+            self.fresh = self.parts(owner)
+            self._learn(optimizer, shards)
         averaged = self.averaged(owner)
         scores: Mapping[int, tuple[np.ndarray, ...]] = {
             place: values for known in told for place, values in known["scores"].items()
@@ -66,6 +91,15 @@ class Decider(Controller):
         keep = self.column("keep").copy()
         self.table.keep[self.rows] = before  # all ranks take it over together, in the next step
         return self._agreed(keep, averaged & ~np.isnan(self.column("score")))
+
+    def _learn(self, optimizer: Optimizer | None, shards: Sequence[Parts]) -> None:
+        """Put together what all ranks have measured on their shards, of the parameters that all tell of."""
+        settings = settings_by_param(optimizer)
+        for param in self.params:
+            if all(param.place in each for each in shards):
+                parts = [values for values, _ in (each[param.place] for each in shards) if values is not None]
+                known = Measurement.whole(parts, shards[0][param.place][1])
+                learn(param, known, rate_of(settings.get(id(param.param), {})))
 
     def _count(self) -> None:
         """The mean of all ranks: each has other batches."""

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from cacompile.kernels.segments import Batch, StridedPartition, Tables, find_partition, fits
 from cacompile.state.params import ParamState
+from cacompile.state.shards import local
 from cacompile.torch_internals import warning_once
 
 from .optimizers import Term, estimate_of
@@ -129,7 +130,7 @@ def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamS
     if optimizer is not None and state.config.estimate == "momentum":
         try:
             terms = estimate_of(optimizer, settings, param)
-            _fill(param.grad, state, of_groups, terms, getattr(optimizer, "grad_scale", None))
+            _fill(local(param.grad), state, of_groups, terms, getattr(optimizer, "grad_scale", None))
             return
         except Exception:
             warning_once(
@@ -138,7 +139,7 @@ def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamS
                 type(optimizer).__name__,
                 exc_info=True,
             )
-    _fill(param.grad, state, of_groups, [], None)
+    _fill(local(param.grad), state, of_groups, [], None)
 
 
 def _fill(
@@ -150,7 +151,7 @@ def _fill(
     for weight in map(float, np.unique(of_groups)):
         if weight == 1.0 or (weight > 0.0 and not terms):
             continue
-        for start, length in state.partition.spans(of_groups == weight):
+        for start, length in state.partition.spans(of_groups == weight, state.held):
             rows = grad.narrow(dim, start, length)
             estimate = rows if weight == 0.0 else torch.empty_like(rows)
             _write(estimate, ((t.narrow(dim, start, length), factor) for t, factor in terms))

@@ -28,21 +28,22 @@ SMOOTHING = 0.5
 
 Found = list[tuple[ParamState, Measurement]]
 Ratios = Mapping[int, torch.Tensor]
-"""A state's id -> movement of its blocks in this step over their size, float32 [blocks] on its device, where known."""
+"""A state's id -> movement of its blocks in this step over their size, float32 [blocks] on its device, where known; of
+a shard [2, blocks], its part of the squares of both."""
 
 
 @torch.no_grad()
 def measure(states: Sequence[ParamState], optimizer: Optimizer | None, ratios: Ratios) -> Found:
     """Measurements of each parameter's blocks on their way to the host; taken without waiting for the device."""
     settings = settings_by_param(optimizer)
-    taken: dict[torch.device, list[tuple[ParamState, torch.Tensor, bool]]] = {}
+    taken: dict[tuple[torch.device, bool], list[tuple[ParamState, torch.Tensor, bool]]] = {}
     for state in states:
         param = state.param
         if param is None or state.partition is None:
             continue
         sums, averaged = _sums(optimizer, settings.get(id(param), {}), state, param)
         if sums is not None:
-            taken.setdefault(sums.device, []).append((state, sums, averaged))
+            taken.setdefault((sums.device, state.shard is None), []).append((state, sums, averaged))
     found: Found = []
     for parts in taken.values():
         found += _measurements(
@@ -91,14 +92,16 @@ def measure_together(
 
 
 def _measurements(states: Sequence[tuple[ParamState, bool]], sums: torch.Tensor, ratios: Ratios) -> Found:
-    """states: each with whether its sums are averages; sums: [groups of all of them]."""
-    unknown = sums.new_full((1,), math.nan)
+    """states: each with whether its sums are averages, all shards or none; sums: [groups of all of them]."""
+    unknown = sums.new_full((1 if states[0][0].shard is None else 2, 1), math.nan)
     known = ((state, ratios.get(id(state))) for state, _ in states)
     each = [
-        unknown.expand(state.blocks) if ratio is None or ratio.device != sums.device else ratio
+        unknown.expand(-1, state.blocks)
+        if ratio is None or ratio.device != sums.device
+        else ratio.view(len(unknown), -1)
         for state, ratio in known
     ]
-    host, event = _fetch(torch.stack([sums, torch.cat(each)]))
+    host, event = _fetch(torch.cat([sums[None], torch.cat(each, dim=1)]))
     parts = host.split([state.blocks for state, _ in states], dim=1)
     return [
         (r, Measurement(part, event, None if averaged else ~r.skipped)) for (r, averaged), part in zip(states, parts)
@@ -170,11 +173,12 @@ def _log2(beta: float) -> float:
 
 
 def sum_groups(values: torch.Tensor, state: ParamState) -> torch.Tensor:
-    """Sum over each block of rows: [rows, ...] -> [G], in the order that is the same every time."""
+    """Sum over each block of rows: [rows that this rank holds, ...] -> [G], in an order that is the same every time."""
     assert state.partition is not None
-    dim, block, rows = state.partition.dim, state.partition.block, state.partition.rows
+    dim, block = state.partition.dim, state.partition.block
+    first, last = state.held
     by_row = values.float().sum([d for d in range(values.dim()) if d != dim])
-    return torch.nn.functional.pad(by_row, (0, state.blocks * block - rows)).view(-1, block).sum(1)
+    return torch.nn.functional.pad(by_row, (first, state.blocks * block - last)).view(-1, block).sum(1)
 
 
 def learn(param: ParamState, measurement: Measurement, rate: float = 1.0) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from cacompile.layout import Partition
 from cacompile.state.params import ParamState
+from cacompile.state.shards import local
 
 SAMPLES = 64
 """Weights of a block that are looked at: a group's movement is known to about an eighth then."""
@@ -30,16 +31,28 @@ def coordinates(partition: Partition, shape: Sequence[int]) -> tuple[np.ndarray,
 
 @torch.no_grad()
 def sample(state: ParamState) -> torch.Tensor | None:
-    """Some weights of each block, float32 [blocks, SAMPLES] on the parameter's device; None where none can be read."""
+    """Some weights of each block, float32 [blocks, SAMPLES] on the parameter's device; None where none can be read.
+
+    What lies on other ranks is zero.
+    """
     param = state.param
-    if param is None or state.partition is None or type(param) is not torch.nn.Parameter:
+    if param is None or state.partition is None or not (state.shard or type(param) is torch.nn.Parameter):
         return None
     if param.numel() == 0 or tuple(param.shape) != state.shape:
         return None
-    if state.sampled is None or state.sampled[0].device != param.device:
+    mine = local(param.detach())
+    if state.sampled is None or state.sampled[0].device != mine.device:
         made = coordinates(state.partition, state.shape)
-        state.sampled = tuple(torch.from_numpy(each).to(param.device) for each in made)
-    return param.detach()[state.sampled].float().view(-1, SAMPLES)
+        here = np.arange(len(made[0]))
+        if (shard := state.shard) is not None:
+            here = np.flatnonzero((made[shard.dim] >= shard.start) & (made[shard.dim] < shard.stop))
+            made = tuple(each[here] - (shard.start if d == shard.dim else 0) for d, each in enumerate(made))
+        state.sampled = tuple(torch.from_numpy(each).to(mine.device) for each in (*made, here))
+    *where, here = state.sampled
+    found = mine[tuple(where)].float()
+    if state.shard is not None:
+        found = found.new_zeros(state.blocks * SAMPLES).index_copy_(0, here, found)
+    return found.view(-1, SAMPLES)
 
 
 @torch.no_grad()
@@ -51,3 +64,10 @@ def moved(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     way = (now - before).norm(dim=1)
     way = torch.where(way.isfinite(), way, torch.nan)
     return torch.where(way == 0.0, 0.0, way / before.norm(dim=1))
+
+
+@torch.no_grad()
+def moved_here(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """What a shard adds to the squares of movement and size of each block: float32 [2, blocks]."""
+    way = (now - before).square().sum(1)
+    return torch.stack([torch.where(way.isfinite(), way, torch.nan), before.square().sum(1)])

@@ -19,7 +19,7 @@ from cacompile.passes.kinds import kind_called
 from cacompile.passes.plan import Plan, SharedAxis, WeightGrad
 from cacompile.sessions.session import named_parameters, session
 from cacompile.settings import settings
-from cacompile.torch_internals import uncompiled
+from cacompile.torch_internals import is_fsdp1, uncompiled
 
 from . import code as annotated
 from . import tables
@@ -114,13 +114,19 @@ def explain(
     Without, the graphs are explained that the model was already compiled to and has run with. Weights that are in none
     of them are listed as well: they run in eager mode, or have not run yet.
     `options` as for `torch.compile`; of a model that has run, its own are taken by default.
-    Raises ConvAwareError without example inputs for a model that has not run, or with gradients disabled only.
+    Raises ConvAwareError without example inputs for a model that has not run, or with gradients disabled only, and for
+    one under FullyShardedDataParallel (FSDP1).
     """
     asked, _ = settings(options)
     view = session(model)
     model = uncompiled(model)
     if lazy := [name for name, param in model.named_parameters() if is_lazy(param)]:
         raise ConvAwareError(f"{lazy[0]} has no shape yet: call the lazy module once before it is explained")
+    if is_fsdp1(model):  # to run it would hold up the other ranks
+        raise ConvAwareError(
+            "nothing can be skipped under FullyShardedDataParallel (FSDP1), where compiled graphs get tensors that are "
+            "no parameters: explain the model before it is wrapped, or use fully_shard (FSDP2)"
+        )
     trained = [param for _, param in named_parameters(model) if param.requires_grad]
     runs = running(trained)
     if example_inputs or example_kwargs:

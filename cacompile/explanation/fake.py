@@ -1,4 +1,7 @@
-"""Models without values: on meta, or made under a FakeTensorMode. They are looked at as they are, in no memory."""
+"""Models without values: on meta, made under a FakeTensorMode, or spread over ranks by `fully_shard`.
+
+They are looked at as they are, in no memory; what is spread without a word to other ranks, which may not look.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ from cacompile.torch_internals import (
     FakeTensorMode,
     detect_fake_mode,
     disable_current_modes,
+    forward_hooks,
     tensor_stores,
     tree_map_only,
 )
 
 HOME = torch.device("cpu")
 """Where what is on meta is taken to be: of operations on meta Inductor leaves nothing."""
+
+FSDP = "torch.distributed.fsdp"
+"""Where the hooks of `fully_shard` come from."""
 
 Call = tuple[dict[int, torch.Tensor], Sequence[Any], Mapping[str, Any]]
 """The model's own tensor for the id of each stand-in, and the arguments to call it with."""
@@ -32,7 +39,7 @@ def faked(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     """
     tensors = [*model.parameters(), *model.buffers()]
     mode = detect_fake_mode([tensor for tensor in tensors if isinstance(tensor, FakeTensor)])
-    if mode is None and not any(tensor.is_meta for tensor in tensors):
+    if mode is None and not any(tensor.is_meta or hasattr(tensor, "to_local") for tensor in tensors):
         yield {}, args, kwargs
         return
     mode = mode or FakeTensorMode()
@@ -40,11 +47,27 @@ def faked(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     # Dynamo has a mode of its own, and what runs between its graphs may make tensors that are not fake
     before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
     try:
-        with disable_current_modes(), stand_ins.inside(model):
+        with disable_current_modes(), stand_ins.inside(model), _without_sharding(model):
             args, kwargs = tree_map_only(torch.Tensor, stand_ins.of, (tuple(args), dict(kwargs)))
             yield stand_ins.originals, args, kwargs
     finally:
         mode.allow_non_fake_inputs = before
+
+
+@contextlib.contextmanager
+def _without_sharding(model: torch.nn.Module) -> Iterator[None]:
+    """Leave out the hooks of `fully_shard`, which would gather parameters."""
+    hooks = [of for module in model.modules() for of in forward_hooks(module)]
+    before = [dict(of) for of in hooks]
+    try:
+        for of in hooks:
+            for key in [key for key, hook in of.items() if str(hook.__module__).startswith(FSDP)]:
+                del of[key]
+        yield
+    finally:
+        for of, all_of_them in zip(hooks, before):
+            of.clear()
+            of.update(all_of_them)
 
 
 class _StandIns:

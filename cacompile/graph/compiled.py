@@ -23,7 +23,7 @@ from cacompile.passes.plan import Plan
 from cacompile.state.binding import GraphBinding
 from cacompile.state.frozen import any_frozen
 from cacompile.state.identity import identity_of
-from cacompile.torch_internals import FakeTensor, captured_backwards, functorch_config, warning_once
+from cacompile.torch_internals import FakeTensor, captured_backwards, functorch_config, running_ddp, warning_once
 
 from .backward import BackwardVersions
 from .ends import Endings
@@ -211,7 +211,8 @@ class CompiledGraph:
             dead, nothing_else = self._endings.dead(args, self.layout.params)
             handle = binding.handle_for(dead)
             self._numbered[handle] = binding
-            ends = nothing_else and binding.is_frozen and torch.is_grad_enabled()
+            # DistributedDataParallel waits for all its parameters, if only for them to have no gradient
+            ends = nothing_else and binding.is_frozen and torch.is_grad_enabled() and running_ddp() is None
         except Exception:
             warn_of_fault(log, "looking for what wants a gradient", DENSE)
             return compiled(*args, binding.handle)

@@ -17,7 +17,7 @@ element by itself and needs no help.
 With nothing skipped it is the very same call and costs looking through the states of parameters. Else it takes one
 more reduction of each gradient that has groups, and waits for no device. Left alone: DTensors, orders that are not
 above zero, calls inside compiled graphs and CUDA graphs, and norms that are taken in other ways, such as FSDP's own
-method's.
+method's. What `fully_shard` has spread over ranks counts on each for the rows that it holds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.nn.utils import clip_grad
 
 from cacompile.state.measurements import NormShares
 from cacompile.state.params import ParamState, registry
+from cacompile.state.shards import local, over_shards, with_replicas
 from cacompile.torch_internals import replace_total_norm, warning_once
 
 log = logging.getLogger(__name__)
@@ -50,17 +51,19 @@ Part = tuple[ParamState, Tensor, NormShares]
 def missing_norm(grads: Sequence[Any], order: float) -> Tensor | None:
     """p-norm that is expected of the skipped slices of these gradients: a scalar on the first one's device.
 
-    None if nothing of them is skipped, or if they cannot be judged. Takes in what the computed groups have.
+    Of shards, what lies on this rank. None if nothing of them is skipped, or if they cannot be judged. Takes in what
+    the computed groups have.
     """
     found = _find(grads)
     if not any(state.skipped.any() for state, _ in found) or not order > 0.0:
         return None
+    found = [(state, grad if state.shard is None else local(grad)) for state, grad in found]
     if any(type(grad) is not Tensor or grad.layout is not torch.strided for _, grad in found):
         return None
     by_device: dict[torch.device, list[Part]] = {}
     for state, grad in found:
         by_device.setdefault(grad.device, []).append((state, grad, _norm_shares_of(state, order, grad.device)))
-    missing = [_missing_on(device, parts, order).to(grads[0].device) for device, parts in by_device.items()]
+    missing = [_missing_on(device, parts, order).to(local(grads[0]).device) for device, parts in by_device.items()]
     return missing[0] if len(missing) == 1 else torch.linalg.vector_norm(torch.stack(missing), order)
 
 
@@ -114,25 +117,26 @@ def _missing_on(device: torch.device, parts: list[Part], order: float) -> Tensor
 def _with_unknown(state: ParamState, grad: Tensor, order: float, expected: Tensor, now: Tensor, read: Tensor) -> Tensor:
     """`expected`, with what the parameter's computed groups have per element where nothing is known."""
     assert state.partition is not None
-    block, rows = state.partition.block, state.partition.rows
-    sizes = np.full(state.blocks, grad.numel() / rows * block, np.float32)
-    sizes[-1] -= grad.numel() / rows * (state.blocks * block - rows)
+    block, (first, last) = state.partition.block, state.held
+    starts = np.arange(state.blocks) * block
+    rows = np.clip(np.minimum(starts + block, last) - np.maximum(starts, first), 0, None)
+    sizes = (grad.numel() / max(1, last - first) * rows).astype(np.float32)
     size = _send(np.ones_like(sizes) if order == torch.inf else sizes, grad.device)
     return torch.where(expected.isnan(), size * (_sum(now, read) / _sum(size, read)), expected)
 
 
 def _norms(state: ParamState, grad: Tensor, order: float) -> Tensor:
-    """p-norm of each block: float32 [blocks]."""
+    """p-norm of each block, of what lies on this rank: float32 [blocks]."""
     assert state.partition is not None
-    dim, block, rows = state.partition.dim, state.partition.block, state.partition.rows
-    short = state.blocks * block - rows
-    if not short:
+    dim, block, (first, last) = state.partition.dim, state.partition.block, state.held
+    around = first, state.blocks * block - last
+    if not any(around):
         grad = grad.unflatten(dim, (state.blocks, block))
     others = [d for d in range(grad.dim()) if d != dim]
     dtype = torch.promote_types(grad.dtype, torch.float32)
     norms = torch.linalg.vector_norm(grad, order, others, dtype=dtype) if others else grad.abs()
-    if short:
-        norms = torch.linalg.vector_norm(torch.nn.functional.pad(norms, (0, short)).view(-1, block), order, 1)
+    if any(around):
+        norms = torch.linalg.vector_norm(torch.nn.functional.pad(norms, around).view(-1, block), order, 1)
     return norms.float()
 
 
@@ -153,18 +157,44 @@ def _followed(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         total = plain(tensors, norm_type, *args, **kwargs)
         try:
-            missing = None if _captured() or type(total) is not Tensor else missing_norm(tensors, float(norm_type))
-            if missing is None:
+            if _captured():
                 return total
-            with torch.no_grad():
-                dtype = torch.promote_types(total.dtype, torch.float32)
-                both = torch.stack([total.to(dtype), missing.to(dtype)])
-                return torch.linalg.vector_norm(both, float(norm_type)).to(total.dtype)
+            if type(total) is not Tensor:
+                return _of_shards(total, tensors, float(norm_type))
+            missing = missing_norm(tensors, float(norm_type))
+            return total if missing is None else _both(total, missing, float(norm_type))
         except Exception:
             warning_once(log, "the norm of gradients is taken without what is skipped of them", exc_info=True)
             return total
 
     return get_total_norm
+
+
+@torch.no_grad()
+def _both(total: Tensor, missing: Tensor, order: float) -> Tensor:
+    dtype = torch.promote_types(total.dtype, torch.float32)
+    return torch.linalg.vector_norm(torch.stack([total.to(dtype), missing.to(dtype)]), order).to(total.dtype)
+
+
+@torch.no_grad()
+def _of_shards(total: Any, grads: Sequence[Any], order: float) -> Any:
+    """The norm with what is missing on all ranks, which is asked of them: here, as where torch sums up its own part.
+
+    What is skipped follows from the mask, so all ranks come here or none; what fails on one counts nothing.
+    """
+    sharded = next((state.param for state, _ in _find(grads) if state.shard is not None and state.replicas), None)
+    if sharded is None or not order > 0.0:
+        return total
+    try:
+        missing = missing_norm(grads, order)
+    except Exception:
+        missing = None
+        warning_once(log, "the norm of gradients is taken without what is skipped of them", exc_info=True)
+    mine = torch.zeros((), device=local(total).device) if missing is None else missing
+    if order == torch.inf:
+        return with_replicas(total, lambda norm: _both(norm, over_shards(sharded, mine, "max"), order))
+    summed = over_shards(sharded, mine.pow(order), "sum").pow(1.0 / order)
+    return with_replicas(total, lambda norm: _both(norm, summed, order))
 
 
 def _captured() -> bool:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from cacompile.state.frozen import any_frozen
 from cacompile.state.params import ParamState, registry
+from cacompile.state.shards import local
 
 Held = tuple[torch.Tensor, torch.Tensor]
 """A view of what a step may change, and what it was."""
@@ -45,6 +46,6 @@ def _of(state: ParamState, optimizer: Optimizer) -> Iterable[Held]:
         return
     kept = optimizer.state.get(param, {}).values()
     for tensor in (param, *(v for v in kept if isinstance(v, torch.Tensor) and v.shape == param.shape)):
-        for start, length in partition.spans(frozen):
-            view = tensor.narrow(partition.dim, start, length)
+        for start, length in partition.spans(frozen, state.held):
+            view = local(tensor).narrow(partition.dim, start, length)
             yield view, view.clone()

@@ -18,11 +18,12 @@ from cacompile.torch_internals import warning_once
 
 from .beginning import begin
 from .frozen import newest_freeze
-from .identity import identity_of
-from .params import ParamState
+from .identity import Identity, identity_of
+from .params import ParamState, registry
 from .parting import part, tie_groups, together
 from .pins import hold_pins, newest_pin
 from .replicas import find_replicas
+from .shards import stepped
 from .spent import Spent
 from .table import BlockTable
 
@@ -50,10 +51,13 @@ class GraphBinding:
         self._freeze = -1
         self._frozen: frozenset[int] = frozenset()
         self._steps = 0
-        self.alone = not find_replicas()
+        self.alone = not find_replicas(inputs)
         """Whether no other rank is known to hold copies of its parameters."""
         self._params = together(layout, [part(grad, inputs[grad.index], config) for grad in layout.grads])
         self._inputs = {name: identity_of(inputs[index]) for name, index in layout.params}
+        for name, index in layout.params:
+            if stepped(inputs[index]) is not None:
+                registry.track(inputs[index], name)
         tie_groups(layout, self._params)
         self._pins = newest_pin()
         hold_pins()
@@ -69,7 +73,7 @@ class GraphBinding:
         self._left_out: tuple[np.ndarray, list[int]] | None = None
         """Rows that the masked version leaves out with the present flags, and how many dW FLOPs those are to one of
         each monomial; None until it runs."""
-        self._whole: dict[int, ParamState] | None = None
+        self._whole: dict[int, Identity] | None = None
         """Of which parameters, by position, it leaves out everything; None until it is asked for."""
         self._host = torch.ones(layout.blocks, dtype=torch.uint8, device="cpu")
         device = inputs[layout.grads[0].index].device if layout.grads else torch.device("cpu")
@@ -99,12 +103,14 @@ class GraphBinding:
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """The graph's name of a parameter -> the one that this binding runs with, if it is alive."""
-        return {name: param for name, one in self._inputs.items() if (param := one.tensor) is not None}
+        """The graph's name of a parameter -> the one that this binding runs with, as optimizers have it, if alive."""
+        owners = ((name, one.tensor if one.data is None else one.data.param) for name, one in self._inputs.items())
+        return {name: param for name, param in owners if param is not None}
 
     def live_inputs(self) -> Iterator[torch.Tensor]:
-        """Its parameters that have blocks in this graph, one by one."""
-        return (param for state in self._params if state is not None and (param := state.param) is not None)
+        """Its parameters that have blocks in this graph, one by one, as the graph gets them."""
+        tensors = (self._inputs[grad.param].tensor for grad, state in self._pairs() if state is not None)
+        return (tensor for tensor in tensors if tensor is not None)
 
     @property
     def frozen(self) -> frozenset[int]:
@@ -123,9 +129,9 @@ class GraphBinding:
         """Position -> parameter, of those of which the masked version would leave out everything."""
         if self._whole is None:
             off = self._host.numpy() == 0
-            pairs = ((grad, param) for grad, param in self._pairs() if param is not None and self._masks(grad))
-            self._whole = {grad.index: param for grad, param in pairs if off[grad.flags].all()}
-        return {index: param for index, state in self._whole.items() if (param := state.param) is not None}
+            masked = (grad for grad, param in self._pairs() if param is not None and self._masks(grad))
+            self._whole = {grad.index: self._inputs[grad.param] for grad in masked if off[grad.flags].all()}
+        return {index: tensor for index, one in self._whole.items() if (tensor := one.tensor) is not None}
 
     def handle_for(self, dead: frozenset[int]) -> int:
         """The handle of a call in which these inputs, by position, want no gradient in the end."""

@@ -22,6 +22,7 @@ class Channel:
     def __init__(self, store: dist.Store, name: str, rank: int, size: int) -> None:
         self._store, self._name, self.rank, self.size = store, name, rank, size
         self._decided: list[tuple[int, list[str]]] = []
+        self._told: dict[str, Any] | None = None
 
     def greet(self, hello: dict[str, Any]) -> None:
         """The deciding rank is there."""
@@ -32,16 +33,22 @@ class Channel:
         return self._get("hello") if self._store.check([f"{self._name}/hello"]) else None
 
     def tell(self, known: dict[str, Any]) -> None:
-        """What this rank knows now, instead of what it has told before."""
-        self._set(f"known/{self.rank}", known)
+        """What this rank knows now, with its `clock`: optimizer steps done."""
+        self._set(f"known/{self.rank}", {"now": known, "before": self._told})
+        self._told = known
 
-    def told(self) -> list[dict[str, Any]] | None:
-        """What each other rank has told last; None while one of them has told nothing."""
+    def told(self, clock: int) -> list[dict[str, Any]] | None:
+        """What each other rank has told last before its optimizer step `clock`; None while one has told nothing.
+
+        One that is a step ahead by now, by chance, may have told more since, which is not looked at.
+        """
         keys = [f"{self._name}/known/{rank}" for rank in range(self.size) if rank != self.rank]
         if not self._store.check(keys):
             return None
         many = self._store.multi_get(keys) if self._store.has_extended_api() else map(self._store.get, keys)
-        return [self._whole(key, first) for key, first in zip(keys, many)]
+        told = [self._whole(key, first) for key, first in zip(keys, many)]
+        found = [each["now"] if each["now"]["clock"] < clock else each["before"] for each in told]
+        return None if None in found else found
 
     def decide(self, epoch: int, clock: int, decision: dict[str, Any]) -> None:
         self._decided.append((clock, self._set(f"decided/{epoch}/{clock}", decision)))

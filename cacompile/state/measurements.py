@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +16,25 @@ class Measurement:
     """One look at the statistics of one parameter's blocks, maybe still on its way to the host."""
 
     host: Tensor
-    """float [2, blocks] on the host, expected descent and update ratio; complete once `event` has passed."""
+    """float [2, blocks] on the host, expected descent and update ratio; complete once `event` has passed. Of a shard
+    [3, blocks]: its part of the descent, of the squared movement of the samples, and of their squared size."""
     event: torch.cuda.Event | None
     sampled: np.ndarray | None
     """bool [blocks]: those whose gradient was computed; None if the descents are averages that any step may read."""
 
     def values(self) -> np.ndarray:
-        """float64 [2, blocks]. Waits only if it is called sooner than the copy takes."""
+        """float64 [2, blocks], of a shard [3, blocks]. Waits only if it is called sooner than the copy takes."""
         if self.event is not None:
             self.event.synchronize()
         return self.host.double().numpy()
+
+    @classmethod
+    def whole(cls, parts: Sequence[np.ndarray], sampled: np.ndarray | None) -> Measurement:
+        """What ranks have measured on shards of one parameter, put together. parts: float64 [3, blocks] of each."""
+        descent, way, size = np.sum(parts, axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(way == 0.0, 0.0, np.sqrt(way / size))
+        return cls(torch.from_numpy(np.stack([descent, ratio])), None, sampled)
 
     def to_dict(self) -> dict[str, Tensor | None]:
         sampled = None if self.sampled is None else torch.from_numpy(self.sampled.copy())

@@ -21,6 +21,7 @@ from .identity import find_identity, identity_of, known
 from .measurements import Measurement, NormShares
 from .pins import Pin
 from .series import Series
+from .shards import Shard, stepped
 from .spent import Spent
 from .table import BlockTable
 
@@ -40,6 +41,8 @@ class ParamState(Freezable):
         super().__init__()
         self.identity = identity_of(param)
         self.shape = tuple(param.shape)
+        self.shard = Shard.of(param)
+        """What lies on this rank, of a DTensor; None: all does."""
         self.name = name
         self.key: int | None = None
         """Names it in random draws and fixes the order: given when it is parted, so the same on every rank."""
@@ -92,6 +95,12 @@ class ParamState(Freezable):
     def rows(self) -> slice:
         """Its rows in the table."""
         return slice(self.start, self.start + self.blocks)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """First and last but one of its parted rows that lie on this rank."""
+        assert self.partition is not None
+        return (0, self.partition.rows) if self.shard is None else self.shard.rows(self.partition)
 
     def column(self, name: str) -> np.ndarray:
         """Its part of one of the table's columns, [blocks]; a view."""
@@ -213,8 +222,10 @@ class ParamState(Freezable):
                 "blocks": self.table.save(self.rows),
                 "norm_shares": None if self.norm_shares is None else self.norm_shares.to_dict(),
             }
+            if self.shard is not None:  # only this rank's shard of it
+                blocks["norm_shares"] = None
         pin = None if self.pin is None else astuple(self.pin)
-        in_flight = None if self.in_flight is None else self.in_flight.to_dict()
+        in_flight = None if self.in_flight is None or self.shard is not None else self.in_flight.to_dict()
         entry = {"shape": self.shape, "key": self.key, "step": self.step, "counted_from": self.counted_from}
         entry["frozen"] = self.frozen
         return {**entry, "pin": pin, "in_flight": in_flight, **blocks}
@@ -263,16 +274,18 @@ class _Registry:
         self._names: Counter[str] = Counter()
 
     def all(self) -> list[ParamState]:
-        return [identity.data for identity in known() if identity.data is not None]
+        return list(dict.fromkeys(identity.data for identity in known() if identity.data is not None))
 
     def find(self, param: Any) -> ParamState | None:
         identity = find_identity(param)
         return None if identity is None else identity.data
 
     def track(self, param: torch.nn.Parameter, name: str) -> ParamState:
+        """The state of a parameter; what was gathered for a forward pass has that of the shards it was made of."""
         identity = identity_of(param)
         if identity.data is None:
-            identity.data = ParamState(param, name)
+            owner = stepped(param)
+            identity.data = ParamState(param, name) if owner is None else self.track(owner, name)
         return identity.data
 
     def track_anew(self, param: torch.nn.Parameter, name: str) -> ParamState:

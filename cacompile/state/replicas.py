@@ -1,4 +1,4 @@
-"""Replicas: the ranks that DistributedDataParallel keeps equal, and the parameters that they hold copies of."""
+"""Replicas: the ranks that train the same parameters, as copies that DistributedDataParallel keeps equal, or shards."""
 
 from __future__ import annotations
 
@@ -6,50 +6,59 @@ import logging
 import weakref
 import zlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import distributed as dist
 
-from cacompile.torch_internals import RANKS, broken_contracts, group_store, running_ddp, warning_once
+from cacompile.torch_internals import (
+    RANKS,
+    broken_contracts,
+    fully_sharded,
+    group_store,
+    running_ddp,
+    warning_once,
+)
 
 from .params import registry
+from .shards import Shard, stepped
 
 if TYPE_CHECKING:
     from .params import ParamState
 
 log = logging.getLogger(__name__)
 
-_by_wrapper: weakref.WeakKeyDictionary[Any, Replicas] = weakref.WeakKeyDictionary()
+Named = Iterable[tuple[int, str, Any]]
+
+_by_wrapper: weakref.WeakKeyDictionary[Any, list[Replicas]] = weakref.WeakKeyDictionary()
+"""By a DistributedDataParallel, or by what all share that one root of `fully_shard` has."""
 _alike: Counter[tuple[Any, ...]] = Counter()
 
 
 class Replicas:
-    """One DistributedDataParallel's parameters on all ranks of its group, under the names of the module in it.
+    """Parameters of which all ranks of a group skip the same, under the names that one module has for them.
 
     Ranks tell each other things through the store of the process group. That is no collective: it cannot come out of
     order with those of the user, and a rank that does not take part holds up nobody but who asks it for an answer.
     """
 
-    def __init__(self, wrapper: Any) -> None:
-        group = wrapper.process_group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, meeting: str, rank: int, size: int, store: dist.Store, named: Named) -> None:
+        """meeting: what this group of ranks is called on all of them; named: place among all parameters, name, each."""
+        self.rank, self.size = rank, size
         self.params: list[ParamState] = []
         """In the order of the model."""
-        left_out = set(wrapper.parameters_to_ignore)
         shapes = []
-        for place, (name, param) in enumerate(wrapper.module.named_parameters()):
-            if param.requires_grad and name not in left_out:
-                state = registry.track(param, name.replace("_orig_mod.", ""))
-                if state.replicas is None:
-                    state.join(self, place, name.replace("_orig_mod.", ""))
-                self.params.append(state)
-                shapes.append((place, tuple(param.shape), str(param.dtype)))
+        for place, name, param in named:
+            state = registry.track(param, name)
+            if state.replicas is None:
+                state.join(self, place, name)
+            self.params.append(state)
+            shapes.append((place, tuple(param.shape), str(param.dtype)))
         # names may differ and are compared by those who meet; what differs in shape does not meet
-        alike = group.group_name, self.rank, zlib.crc32(repr(shapes).encode())
+        alike = meeting, rank, zlib.crc32(repr(shapes).encode())
         if broken := broken_contracts(RANKS):
             reasons = "; ".join(map(str, broken))
             warning_once(log, "ranks cannot agree on what to skip, and compute everything: %s", reasons)
-        store = dist.HashStore() if broken else group_store(group)
         self.store = dist.PrefixStore(f"cacompile/{alike[0]}/{alike[2]}/{_alike[alike]}", store)
         _alike[alike] += 1
         self.agreements: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -57,17 +66,54 @@ class Replicas:
         self.names: Counter[str] = Counter()
         """How many agreements have been made under a name."""
 
+    @classmethod
+    def of_ddp(cls, wrapper: Any) -> Replicas:
+        """What a DistributedDataParallel keeps equal."""
+        group, left_out = wrapper.process_group, set(wrapper.parameters_to_ignore)
+        every = ((name, None if name in left_out else param) for name, param in wrapper.module.named_parameters())
+        return cls(group.group_name, dist.get_rank(group), dist.get_world_size(group), _store(group), _trained(every))
 
-def find_replicas() -> bool:
+    @classmethod
+    def of_shards(cls, every: Iterable[tuple[str, Any]]) -> list[Replicas]:
+        """What `fully_shard` has spread, for each mesh of ranks that it lies on. every: name and sharded parameter."""
+        by_mesh: dict[tuple[int, ...], list[tuple[int, str, Any]]] = {}
+        for place, name, param in _trained(every):
+            ranks = tuple(param.device_mesh.mesh.flatten().tolist())
+            if len(ranks) > 1 and Shard.of(param) is not None:
+                by_mesh.setdefault(ranks, []).append((place, name, param))
+        store = _store(dist.group.WORLD)
+        return [
+            cls(f"ranks/{zlib.crc32(repr(ranks).encode())}", ranks.index(dist.get_rank()), len(ranks), store, named)
+            for ranks, named in by_mesh.items()
+        ]
+
+
+def _trained(every: Iterable[tuple[str, Any]]) -> Iterator[tuple[int, str, Any]]:
+    for place, (name, param) in enumerate(every):
+        if param is not None and param.requires_grad:
+            yield place, name.replace("_orig_mod.", ""), param
+
+
+def _store(group: Any) -> dist.Store:
+    return dist.HashStore() if broken_contracts(RANKS) else group_store(group)
+
+
+def find_replicas(inputs: Iterable[Any] = ()) -> bool:
     """See which ranks train the parameters of the graph that runs now; whether there are any others.
 
-    Known while DistributedDataParallel runs its module forward, which it does before it first reduces a gradient.
+    Known while DistributedDataParallel runs its module forward, which it does before it first reduces a gradient, or
+    by the graph's inputs, of which `fully_shard` knows what they were gathered from.
     """
     wrapper = running_ddp()
-    if wrapper is None or dist.get_world_size(wrapper.process_group) < 2:
+    if wrapper is not None and dist.get_world_size(wrapper.process_group) > 1:
+        if wrapper not in _by_wrapper:
+            _by_wrapper[wrapper] = [Replicas.of_ddp(wrapper)]
+        return True
+    found = next((of for value in inputs if stepped(value) is not None and (of := fully_sharded(value))), None)
+    if found is None:
         return False
-    if wrapper not in _by_wrapper:
-        _by_wrapper[wrapper] = Replicas(wrapper)
+    if found.root not in _by_wrapper:
+        _by_wrapper[found.root] = Replicas.of_shards(found.all)
     return True
 
 

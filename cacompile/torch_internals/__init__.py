@@ -15,6 +15,7 @@ from .contracts import (
     LOOK,
     RANKS,
     SEE,
+    SHARDS,
     STANDALONE,
     TESTED,
     Contract,
@@ -23,12 +24,23 @@ from .contracts import (
     resolve,
     taken_away,
 )
-from .distributed import follow_joins, group_store, is_zero1, running_ddp
+from .distributed import (
+    FullySharded,
+    follow_joins,
+    fully_sharded,
+    group_store,
+    is_fsdp1,
+    is_zero1,
+    joins,
+    may_be_sharded,
+    running_ddp,
+)
 from .dynamo import (
     captured_backwards,
     copy_dynamo_graph,
     dynamo_source,
     forget_code,
+    in_a_module,
     is_compiled,
     is_compiled_code,
     is_control_flow,
@@ -62,6 +74,7 @@ from .inductor import (
     wrap_compiled,
 )
 from .tensors import (
+    forward_hooks,
     has_hooks,
     is_profiling,
     is_view,

@@ -22,6 +22,8 @@ LOOK = "explaining"
 """Without it `explain` cannot look at a model that is not compiled."""
 RANKS = "agreeing"
 """Without it ranks that hold copies of parameters cannot agree on what to skip: they compute everything."""
+SHARDS = "sharding"
+"""Without it what `fully_shard` has spread over ranks stays dense."""
 STANDALONE = "running passes standalone"
 """Without it `cacompile.passes` finds no parameters, or changes no graph, under plain `torch.compile`."""
 SEE = "doctor"
@@ -198,6 +200,13 @@ CONTRACTS = (
         "is_backward",  # tells a joint graph's nodes apart by the key under which we tell as well
         "torch._functorch.partitioners:_has_tag_is_backward",
         probe=lambda has_tag: has_tag.__code__.co_consts.index("partitioner_tag"),
+    ),
+    Contract(
+        "module_states",
+        "torch.distributed._composable_state:_module_state_mapping",
+        ("values",),
+        purpose=SHARDS,
+        seen=("2.11", "2.13", "2.14"),
     ),
     Contract("swap_tensors", "torch.utils:swap_tensors", parameters=("t1", "t2")),
 )

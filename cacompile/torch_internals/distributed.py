@@ -1,10 +1,11 @@
-"""Several processes: DistributedDataParallel, `Join`, ZeRO, and the store in which a group's ranks have met."""
+"""Several processes: DistributedDataParallel, `fully_shard`, `Join`, ZeRO, and the store where ranks have met."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from .contracts import resolve
@@ -21,6 +22,52 @@ def running_ddp() -> Any:
 def group_store(group: Any) -> Any:
     """The key-value store that the ranks of a process group have met in."""
     return resolve("process_group_store")(group)
+
+
+@dataclass(frozen=True)
+class FullySharded:
+    """A parameter that `fully_shard` has spread over ranks, and what is spread with it."""
+
+    name: str
+    param: Any
+    """What optimizers step: a DTensor."""
+    root: Any
+    """One object for all that one root module has."""
+
+    @property
+    def all(self) -> list[tuple[str, Any]]:
+        """Names and parameters of all that its root has, in the order of the modules."""
+        each = (of for state in self.root.all_states for of in _fully_sharded(state))
+        return [(of._param_fqn, of.sharded_param) for of in each]
+
+
+def is_fsdp1(model: Any) -> bool:
+    """Whether any part of a model is under FullyShardedDataParallel."""
+    wrapper = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    return any(isinstance(module, wrapper) for module in model.modules())
+
+
+def may_be_sharded() -> bool:
+    """Whether anything in this process has asked for FSDP."""
+    return "torch.distributed.fsdp" in sys.modules
+
+
+def fully_sharded(param: Any) -> FullySharded | None:
+    """What a parameter was gathered from for a forward pass of FSDP2; None for any other."""
+    for reference in list(resolve("module_states").values()):
+        state = reference()
+        for of in _fully_sharded(state):
+            if getattr(of, "_unsharded_param", None) is param:
+                return FullySharded(of._param_fqn, of.sharded_param, state._state_ctx)
+    return None
+
+
+def _fully_sharded(state: Any) -> list[Any]:
+    """What `fully_shard` keeps of each parameter of one call."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # one a state before torch 2.13
+        groups = [group] if (group := getattr(state, "_fsdp_param_group", None)) is not None else []
+    return [of for group in groups for of in group.fsdp_params]
 
 
 @functools.cache
@@ -41,6 +88,11 @@ def follow_joins(joined: Callable[[Any], None], together: Callable[[Any, bool], 
         together(self.ddp, is_last_joiner)
 
     hook.main_hook, hook.post_hook = main, post
+
+
+def joins(wrapper: Any) -> bool:
+    """Whether a DistributedDataParallel runs under `Join`, where ranks run out of batches one by one."""
+    return bool(getattr(getattr(wrapper, "_join_config", None), "enable", True))
 
 
 def is_zero1(optimizer: Any) -> bool:

@@ -36,10 +36,18 @@ def source_path(source: Any) -> list[str]:
 
     Of `L['self']._modules['up']._parameters['weight']`, as Dynamo calls it.
     """
-    name = getattr(source, "name", None)
-    text = name() if callable(name) else name  # a method before torch 2.12, a property since
-    steps = [a or b or c for a, b, c in _STEP.findall(text or "")]
+    steps = [a or b or c for a, b, c in _STEP.findall(_source_text(source))]
     return [step for step in steps[1:] if step not in _PLUMBING]
+
+
+def in_a_module(source: Any) -> bool:
+    """Whether one of Dynamo's sources is something that a module inside the user's model holds."""
+    return "_modules[" in _source_text(source)
+
+
+def _source_text(source: Any) -> str:
+    name = getattr(source, "name", None)
+    return (name() if callable(name) else name) or ""  # a method before torch 2.12, a property since
 
 
 def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:

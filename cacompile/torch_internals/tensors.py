@@ -46,6 +46,11 @@ def tensor_stores(module: torch.nn.Module) -> tuple[dict[str, Any], ...]:
     return module._parameters, module._buffers, vars(module)
 
 
+def forward_hooks(module: torch.nn.Module) -> tuple[dict[int, Any], ...]:
+    """The dictionaries of what is called before and after a module's forward pass."""
+    return module._forward_pre_hooks, module._forward_hooks
+
+
 def replace_total_norm(norm: Callable[..., Any]) -> bool:
     """Let `clip_grad_norm_` take its norm from `norm`; False in a torch where it does not look it up by that name."""
     module = resolve("clip_grad")

@@ -1,4 +1,4 @@
-"""Two processes that train together over gloo, each of which runs what a test hands it."""
+"""Processes that train together over gloo, each of which runs what a test hands it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ OPTIONS = {"warmup_steps": 2, "monitor_every": 2, "tolerance": 0.5, "block_rows"
 
 
 @contextmanager
-def two_ranks() -> Iterator[Callable[..., list[Any]]]:
-    """run(function, *args): calls function(rank, *args) in both processes at once; what they return, by rank.
+def some_ranks(count: int = RANKS) -> Iterator[Callable[..., list[Any]]]:
+    """run(function, *args): calls function(rank, *args) in all processes at once; what they return, by rank.
 
     first: only what the first one returns that has something to say, as where the other waits for it in vain.
     """
@@ -30,7 +30,7 @@ def two_ranks() -> Iterator[Callable[..., list[Any]]]:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     spawn = multiprocessing.get_context("spawn")
-    pools = [ProcessPoolExecutor(1, spawn, _begin, (rank, port)) for rank in range(RANKS)]
+    pools = [ProcessPoolExecutor(1, spawn, _begin, (rank, port, count)) for rank in range(count)]
 
     def run(function: Callable[..., Any], *args: Any, first: bool = False) -> list[Any]:
         waiting = [pool.submit(_fresh, function, rank, *args) for rank, pool in enumerate(pools)]
@@ -47,13 +47,13 @@ def two_ranks() -> Iterator[Callable[..., list[Any]]]:
                 process.kill()  # one may wait for the other for ever
 
 
-def _begin(rank: int, port: int) -> None:
+def _begin(rank: int, port: int, count: int) -> None:
     from cacompile.controller import policy
 
     torch.set_num_threads(1)
     policy.FAST = np.inf  # few steps at high rates suffice
     address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count, timeout=timedelta(seconds=60))
 
 
 def _fresh(function: Callable[..., Any], rank: int, *args: Any) -> Any:

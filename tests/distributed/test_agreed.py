@@ -74,10 +74,13 @@ def test_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "PIECE", 64)
     store = dist.HashStore()
     leader, other = (Channel(store, "x", rank, 2) for rank in range(2))
-    assert other.hello() is None and leader.told() is None
+    assert other.hello() is None and leader.told(3) is None
     leader.greet({"every": 2})
-    other.tell({"score": np.arange(100.0)})
-    assert other.hello() == {"every": 2} and (leader.told()[0]["score"] == np.arange(100.0)).all()
+    other.tell({"clock": 2, "score": np.arange(100.0)})
+    assert other.hello() == {"every": 2} and (leader.told(3)[0]["score"] == np.arange(100.0)).all()
+    assert leader.told(2) is None
+    other.tell({"clock": 4, "score": np.zeros(100)})
+    assert leader.told(4)[0]["clock"] == 2 and leader.told(6)[0]["clock"] == 4
     for clock in (2, 4):
         leader.decide(0, clock, {"parts": [np.full(50, clock)]})
     assert (other.decision(0, 4)["parts"][0] == 4).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import OPTIONS, apart, two_ranks
+from ranks import OPTIONS, apart, some_ranks
 from torch import Tensor, nn, optim
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -22,12 +22,6 @@ import cacompile
 from cacompile.errors import ConvAwareError
 
 WIDTH = 32
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
-    with two_ranks() as run:
-        yield run
 
 
 class Block(nn.Module):
@@ -251,7 +245,7 @@ def other_option(rank: int, name: str, values: list[Any]) -> str:
     ("name", "values"), [("seed", [0, 1]), pytest.param("monitor_every", [2, 4], marks=pytest.mark.slow)]
 )
 def test_what_differs_between_ranks_is_named(name: str, values: list[Any]) -> None:
-    with two_ranks() as run:
+    with some_ranks() as run:
         (text,) = run(other_option, name, values, first=True)
     assert f"option '{name}'" in text and "rank 1" in text
 
@@ -280,7 +274,7 @@ def drifted(rank: int) -> str:
 
 @pytest.mark.slow
 def test_drift_is_an_error() -> None:
-    with two_ranks() as run:
+    with some_ranks() as run:
         (text,) = run(drifted, first=True)
     assert "drifted apart: their optimizer steps differ" in text
 

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
+from cacompile.state.shards import local
+
 Term = tuple[torch.Tensor, float]
 """A tensor of the parameter's shape, and what it is multiplied by."""
 
@@ -38,8 +40,14 @@ class Kept(NamedTuple):
 
     @classmethod
     def of(cls, optimizer: Optimizer, settings: Mapping[str, Any], param: torch.Tensor, seen: int = 0) -> Kept:
+        """Of a DTensor, what this rank holds."""
         maximize = settings.get("maximize", getattr(optimizer, "maximize", False))
-        return cls(param, optimizer.state.get(param, {}), settings, seen, bool(maximize))
+        state: Mapping[str, Any] = optimizer.state.get(param, {})
+        if (mine := local(param)) is not param:
+            mine = mine.detach()
+            mine.grad = local(param.grad)
+            param, state = mine, {name: local(value) for name, value in state.items()}
+        return cls(param, state, settings, seen, bool(maximize))
 
     def tensor(self, name: str) -> torch.Tensor | None:
         """A state of the parameter's shape; None where there is none, or it has another form.
@@ -109,7 +117,7 @@ class OptimizerAdapter:
 
 def gradient_statistic(param: torch.Tensor) -> Statistic | None:
     """The gradient of this step, as plain SGD would follow it."""
-    return None if param.grad is None else Statistic((param.grad,), (1.0,), averaged=False)
+    return None if param.grad is None else Statistic((local(param.grad),), (1.0,), averaged=False)
 
 
 def descent(statistic: Statistic) -> torch.Tensor:
