@@ -383,6 +383,34 @@ def test_a_truncated_version_that_cannot_be_compiled(monkeypatch: pytest.MonkeyP
             assert (grad is None) if name.startswith("blocks.0") else torch.equal(grad, dense.grads[name])
 
 
+def test_each_version_is_a_recording_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA graphs Inductor's last step records what it is given: every version must go through it by itself."""
+    seen: list[tuple[bool, bool, int]] = []
+
+    def last_step(gm: Any, inputs: Any, **settings: Any) -> Any:
+        seen.append((settings.get("is_backward", False), bool(settings["cudagraphs"]), id(gm)))
+
+        def run(args: list[Any]) -> Any:
+            return gm(*args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    monkeypatch.setattr("cacompile.graph.inner.compile_fx_inner", last_step)
+    model, batch = Stack(), rows()
+    run = compile_all(model, "convaware", options={"triton.cudagraphs": True})
+    session = cacompile.session(model)
+    step_of((model, run), batch)
+    for pattern in ("blocks.0", "blocks.[01]"):
+        session.freeze(pattern)
+        for _ in range(2):
+            step_of((model, run), batch)
+    session.thaw()
+    step_of((model, run), batch)
+    assert [backward for backward, _, _ in seen] == [False, True, *2 * [True, False]]
+    assert all(recorded for _, recorded, _ in seen) and len({number for _, _, number in seen}) == len(seen)
+
+
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, 0.01, 0.9, weight_decay=0.1),
     "adamw": lambda params: torch.optim.AdamW(params, 0.01),
