@@ -134,8 +134,13 @@ def minilm(args: argparse.Namespace, adapters: bool) -> Case:
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes = {"hidden_size": args.hidden, "intermediate_size": 4 * args.hidden, "num_attention_heads": args.hidden // 32}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = BertForSequenceClassification(BertConfig(num_hidden_layers=args.layers, **sizes, **dropout))
+    # of its own accord transformers sets the problem's type in the first forward, and Dynamo compiles again for that
+    other = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "problem_type": "single_label_classification",
+    }
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=args.layers, **sizes, **other))
     batch = {"input_ids": torch.randint(0, 30000, (args.batch, args.length)), "labels": torch.arange(args.batch) % 2}
     if adapters:
         adapt(model)
@@ -143,6 +148,9 @@ def minilm(args: argparse.Namespace, adapters: bool) -> Case:
     below = [] if adapters else ["bert.embeddings"]
     name = f"MiniLM of width {args.hidden}, {args.layers} layers, {args.batch * args.length} tokens"
     return Case(f"{name}{', adapters' * adapters}", model, layers, below, lambda model: model(**batch).loss)
+
+
+MODELS = {"gpt": gpt, "minilm": minilm}
 
 
 def compiled() -> int:
@@ -240,6 +248,7 @@ def measure(case: Case, rounds: int) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--width", type=int, default=256, help="of the GPT")
     parser.add_argument("--depth", type=int, default=4, help="of the GPT")
     parser.add_argument("--context", type=int, default=128, help="of the GPT")
@@ -255,7 +264,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         args.width, args.depth, args.context, args.batch, args.rounds = 64, 4, 16, 2, 3
         args.hidden, args.layers, args.length = 32, 4, 16
     rows: list[Row] = []
-    for make in (gpt, minilm):
+    for make in (MODELS[name] for name in args.models):
         for adapters in (False, True):
             torch._dynamo.reset()
             torch.manual_seed(0)
