@@ -17,12 +17,13 @@ COMMANDS = (
     "benchmarks.quality.__main__",
     "benchmarks.quality.policies",
     "benchmarks.speed.controller",
-    "benchmarks.speed.freeze",
+    "benchmarks.speed.flipping",
     "benchmarks.speed.host_time",
     "benchmarks.speed.overhead",
     "benchmarks.speed.slow_link",
     "benchmarks.speed.startup",
     "benchmarks.speed.step_time",
+    "benchmarks.speed.truncated",
     "benchmarks.zoo.__main__",
     "benchmarks.zoo.removal",
     "benchmarks.zoo.scale",
@@ -75,7 +76,7 @@ def test_example_compares_and_draws(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step_time", "startup", "controller", "host_time", "freeze"])
+@pytest.mark.parametrize("name", ["step_time", "startup", "controller", "host_time", "truncated", "flipping"])
 def test_benchmark_writes_its_rows(name, tmp_path):
     against = ("--against", str(ROOT)) if name == "host_time" else ()
     out = run_module(f"benchmarks.speed.{name}", "--smoke", "--out", str(tmp_path / "rows.csv"), *against)

@@ -209,3 +209,15 @@ def test_compiled_autograd_stays_dense_and_says_so_once(caplog: pytest.LogCaptur
     said = [record for record in caplog.records if "compiled autograd" in record.getMessage()]
     assert len(said) == 1 and "dense" in said[0].getMessage()
     assert not any(i.masked_backwards for i in cacompile.session(model).bindings)
+
+
+def test_compiled_autograd_finds_all_that_it_reads_of_a_frozen_model() -> None:
+    model = Block()
+    theirs = copy.deepcopy(model)
+    theirs.up.requires_grad_(False)
+    run = compile_all(model, "convaware", options={"inner": "aot_eager"})
+    cacompile.session(model).freeze("up")
+    x = batch()
+    for _ in range(2):
+        with torch._dynamo.compiled_autograd._enable(lambda gm: gm):
+            assert_same(train_step((model, run), x), train_step((theirs, theirs), x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from cacompile.torch_internals import (
 from .fallback import warn_of_fault
 from .handle import erase_handle, without, without_input
 from .inner import Compile
+from .lean import Cut
 from .log import CompileLog, profiled
 from .masked import MaskedMaker
 from .reading import reads_gradients
@@ -66,6 +67,7 @@ class BackwardVersions:
         "_deepest",
         "_dense",
         "_find_binding",
+        "_find_cut",
         "_handle",
         "_layout",
         "_log",
@@ -94,12 +96,14 @@ class BackwardVersions:
         find_binding: Callable[[Any], GraphBinding | None],
         compile_log: CompileLog,
         max_truncated: int = 0,
+        find_cut: Callable[[Any], Cut | None] = lambda handle: None,
     ) -> None:
         self._handle = handle
         self._slot = erase_handle(gm, handle)
         self._layout = layout
         self._on_masked = on_masked
         self._find_binding = find_binding
+        self._find_cut = find_cut
         self._log = compile_log
         inputs = [value for i, value in enumerate(inputs) if i != handle]
         settings = without_input(settings, handle)
@@ -140,22 +144,26 @@ class BackwardVersions:
         return grads
 
     def _choose(self, handle: Any, args: list[Any]) -> Choice:
-        """The version to run, whose flags are added to `args`; dense where anything fails."""
-        count = len(args)
+        """The version to run, whose flags are added to `args`; dense, or that of its cut, where anything fails."""
+        count, cut = len(args), self._find_cut(handle)
+        whole = self._dense if cut is None else cut.backward
         try:
             binding = self._find_binding(handle)
             if binding is not None:
                 sizes = self._sizes(args)
                 binding.count_backward(sizes)
                 if (binding.wants_masked() or binding.frozen) and self._is_read(binding):
-                    return Choice(self._dense)
+                    return Choice(whole)
                 masked = self.masked_version() if binding.wants_masked() else None
-                none = self._none(binding, handle)
+                none = self._none(binding, handle) | whole.truncated
                 zeros = self._zeros(binding, none) if masked is not None else ()
-                version = masked or self._dense
+                version = masked or whole
                 places = none | {place for place, _ in zeros}
                 if places and self._truncated is not None:
+                    self._truncated.tick()
                     version = self._truncated.find(places, self._plan if masked is not None else None) or version
+                if not version.unread >= whole.unread:
+                    masked, version = None, whole
                 if binding.ran != (name := _name(version)):
                     binding.ran = name
                     self._log.switched(name)
@@ -170,21 +178,30 @@ class BackwardVersions:
         except Exception:
             del args[count:]
             warn_of_fault(log, "choosing the version of a backward", "this backward computes all weight gradients")
-        return Choice(self._dense)
+        return Choice(whole)
+
+    def truncated_version(self, binding: GraphBinding, dead: frozenset[int]) -> Version | None:
+        """The version for what is frozen now and these inputs, by position, before any mask; None for the dense one."""
+        places = self._places_of((*binding.frozen, *dead))
+        return self._truncated.find(places, None) if places and self._truncated is not None else None
+
+    def _places_of(self, positions: Iterable[int]) -> frozenset[int]:
+        return frozenset(self._places[i] for i in positions if i in self._places)
 
     def _none(self, binding: GraphBinding, handle: int) -> frozenset[int]:
         """Places of gradients of frozen parameters, and of inputs below which nothing wants one."""
-        return frozenset(self._places[i] for i in (*binding.frozen, *binding.dead_of(handle)) if i in self._places)
+        return self._places_of((*binding.frozen, *binding.dead_of(handle)))
 
     def _zeros(self, binding: GraphBinding, none: frozenset[int]) -> tuple[tuple[int, torch.Tensor], ...]:
         """Places and parameters that are skipped whole, up from where the backward ends or could: no dX for them."""
         off = {self._places[i]: param for i, param in binding.skipped_whole.items() if i in self._places}
         found: list[tuple[int, torch.Tensor]] = []
         for place in self._deepest if off else ():
-            if place in off:
-                found.append((place, off[place]))
-            elif place not in none:
+            if place in none:
+                continue
+            if place not in off:
                 break
+            found.append((place, off[place]))
         pays = found and self._truncated and self._truncated.pays(none, frozenset(place for place, _ in found))
         return tuple(found) if pays else ()
 

@@ -23,14 +23,23 @@ from cacompile.passes.plan import Plan
 from cacompile.state.binding import GraphBinding
 from cacompile.state.frozen import any_frozen
 from cacompile.state.identity import identity_of
-from cacompile.torch_internals import FakeTensor, captured_backwards, functorch_config, running_ddp, warning_once
+from cacompile.torch_internals import (
+    FakeTensor,
+    captured_backwards,
+    dynamo_config,
+    functorch_config,
+    running_ddp,
+    warning_once,
+)
 
 from .backward import BackwardVersions
 from .ends import Endings
 from .fallback import warn_of_fault
 from .handle import NOWHERE, compile_without_handle, find_handle, has_handle, save_handle, with_handle
 from .inner import Compile, Inner, inner_of
+from .lean import Cut, LeanForwards
 from .log import CompileLog
+from .source import Run
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +110,10 @@ class CompiledGraph:
         self._numbered: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
         self._analysed = False
         self._endings = Endings()
+        self._lean: LeanForwards | None = None
+        self._cuts: dict[int, Cut] = {}
+        """By the handle of a call whose forward is lean."""
+        self._captured = captured_backwards()
         self._inner = inner
         self._log = compile_log
         _alive.add(self)
@@ -142,7 +155,15 @@ class CompiledGraph:
         without = functools.partial(compile_without_handle, handle=handle, compile_inner=self._inner.compile)
         if not is_backward:
             self.forward = copy.deepcopy(gm.graph)
-            return without(gm, inputs, settings)
+            if settings.get("is_inference", False) or not self.config.max_truncated or not self.plan.grads:
+                return without(gm, inputs, settings)
+            lean = LeanForwards(
+                gm, inputs, settings, handle=handle, compile_inner=self._inner.compile, compile_log=self._log
+            )
+            compiled = without(gm, inputs, settings, instead=self._forward_of)
+            lean.compiled()
+            self._lean = lean
+            return compiled
         for param in self.plan.params[:1]:
             param.placeholder.graph.owning_module = None  # partitioned by now: its constants are not needed any more
         untouched = fx.GraphModule(gm, copy.deepcopy(gm.graph))
@@ -159,6 +180,7 @@ class CompiledGraph:
                 find_binding=self.find_binding,
                 compile_log=self._log,
                 max_truncated=self.config.max_truncated,
+                find_cut=self._cuts.get,
             )
             return self.backward
         except Exception:
@@ -176,6 +198,21 @@ class CompiledGraph:
         for binding in self.bindings.values():
             binding.layout = layout
         return layout
+
+    def _forward_of(self, handle: Any) -> Run | None:
+        """What runs in place of the whole forward."""
+        cut = self._cuts.get(handle) if self._cuts else None
+        return None if cut is None else cut.forward
+
+    def _find_cut(self, binding: GraphBinding, dead: frozenset[int]) -> Cut | None:
+        """The lean forward for what is frozen now, with its backward; None where the whole one must run."""
+        # a backward that compiled autograd traces reads all that is saved, so one must have come through us
+        if self.backward is None or self._lean is None or not torch.is_grad_enabled() or not binding.spent.backwards:
+            return None
+        if dynamo_config.compiled_autograd or captured_backwards() != self._captured:
+            return None
+        version = self.backward.truncated_version(binding, dead)
+        return self._lean.find(version) if version is not None else None
 
     def find_binding(self, handle: Any) -> GraphBinding | None:
         """The binding of this graph that a handle names; None for one that leads nowhere, such as a traced one."""
@@ -209,16 +246,19 @@ class CompiledGraph:
         """Run while something is frozen: what wants no gradient in the end, here and below, is not to get any."""
         try:
             dead, nothing_else = self._endings.dead(args, self.layout.params)
-            handle = binding.handle_for(dead)
+            over = nothing_else and binding.is_frozen and torch.is_grad_enabled() and self._endings.sound
+            cut = None if over else self._find_cut(binding, dead)
+            handle = binding.handle_for(dead, None if cut is None else cut.backward.truncated)
             self._numbered[handle] = binding
-            # DistributedDataParallel waits for all its parameters, if only for them to have no gradient
-            ends = nothing_else and binding.is_frozen and torch.is_grad_enabled() and running_ddp() is None
+            if cut is not None:
+                self._cuts[handle] = cut
         except Exception:
             warn_of_fault(log, "looking for what wants a gradient", DENSE)
             return compiled(*args, binding.handle)
         if not self._endings.seen:
             return self._endings.learn(compiled, [*args, handle])
-        if ends and self._endings.sound:
+        # DistributedDataParallel waits for all its parameters, if only for them to have no gradient
+        if over and running_ddp() is None:
             return self._endings.run(compiled, [*args, handle])
         return compiled(*args, handle)
 

@@ -135,9 +135,18 @@ def without_input(settings: dict[str, Any], handle: int) -> dict[str, Any]:
 
 
 def compile_without_handle(
-    gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any], *, handle: int, compile_inner: Compile
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    settings: dict[str, Any],
+    *,
+    handle: int,
+    compile_inner: Compile,
+    instead: Callable[[Any], Callable[[list[Any]], Any] | None] = lambda handle: None,
 ) -> Any:
-    """Compile a graph as if our handle were not among its inputs and saved tensors."""
+    """Compile a graph as if our handle were not among its inputs and saved tensors.
+
+    instead: what runs in its place for a handle, if anything; without the handle as well.
+    """
     saved_at = erase_handle(gm, handle)
     outputs = len(gm.graph.output_node().args[0])
     compiled: Any = compile_inner(
@@ -150,9 +159,10 @@ def compile_without_handle(
     def wrap(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
         def with_handle(args: list[Any]) -> Any:
             value = args.pop(handle)
+            chosen = instead(value) or run
             if saved_at is None:
-                return run(args)
-            results = list(run(args))
+                return chosen(args)
+            results = list(chosen(args))
             results.insert(saved_at, None if is_backward else value)
             return results
 

@@ -92,6 +92,11 @@ class CompileLog:
                 seconds,
             )
 
+    def lean(self, places: int) -> None:
+        """A forward that saves less is compiled."""
+        if not self._quiet:
+            log.info("graph %s: forward compiled that saves %d activations less", self._graph, places)
+
     def switched(self, name: str) -> None:
         """Another version runs than in the last backward of the same parameters; maybe often, so no more than DEBUG."""
         self._count("version switches")

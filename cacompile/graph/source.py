@@ -1,4 +1,4 @@
-"""A backward graph as it came, and the surroundings in which any edit of it is compiled later."""
+"""A backward or forward graph as it came, and the surroundings in which any edit of it is compiled later."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from cacompile.torch_internals import (
     aligned_host_inputs,
     compiling_backward,
     donating,
+    reported_strides,
 )
 
+from .handle import without, without_input
 from .inner import Compile
 from .log import CompileLog
 
@@ -36,6 +38,8 @@ class Version(NamedTuple):
     """Places of its output that are None."""
     nodes: int = 0
     """How many nodes its graph had."""
+    unread: frozenset[str] = frozenset()
+    """Names of the graph's inputs that it does not read."""
 
 
 class BackwardSource:
@@ -78,19 +82,39 @@ class BackwardSource:
         name: str,
         flags: Sequence[torch.Tensor] = (),
         note: Callable[[], None] = lambda: None,
+        *,
+        gone: Sequence[int] = (),
+        strides: list[Any] | None = None,
     ) -> Run:
-        """Compile an edited copy. flags: values for the inputs that were added; note: called as a part of it."""
-        return self._overrides.run(self._compile_in, gm, name, flags, note)
+        """Compile an edited copy.
+
+        flags: values for the inputs that were added; note: called as a part of it; gone: positions of inputs that the
+        copy has not; strides: gets those that the compiler says the outputs have, None for each that is no tensor.
+        """
+        return self._overrides.run(self._compile_in, gm, name, flags, note, gone, [] if strides is None else strides)
 
     def _compile_in(
-        self, gm: fx.GraphModule, name: str, flags: Sequence[torch.Tensor], note: Callable[[], None]
+        self,
+        gm: fx.GraphModule,
+        name: str,
+        flags: Sequence[torch.Tensor],
+        note: Callable[[], None],
+        gone: Sequence[int],
+        strides: list[Any],
     ) -> Run:
+        inputs, settings, donated = self.inputs, self.settings, self._donated
+        for i in sorted(gone, reverse=True):
+            inputs, settings = [*inputs[:i], *inputs[i + 1 :]], without_input(settings, i)
+            donated = None if donated is None else without(donated, i)
         with (
             torch.no_grad(),
             compiling_backward(self._context, self._compile_id),
-            donating(self._context, self._donated),
+            donating(self._context, donated),
             aligned_host_inputs(len(flags) > 1),
+            reported_strides(self._context) as reported,
         ):
             self.log.version(name)
             note()
-            return self._compile(gm, [*self.inputs, *flags], **self.settings)
+            run = self._compile(gm, [*inputs, *flags], **settings)
+            strides += reported
+            return run

@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import fx
+
 from cacompile.passes.plan import Plan
 from cacompile.passes.truncate import saves_more, truncate
 from cacompile.passes.verify import Broken, verify_truncated
 from cacompile.torch_internals import compile_lock
 
 from .masked import MaskedMaker
-from .source import BackwardSource, Version
+from .source import BackwardSource, Run, Version
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +50,15 @@ class TruncatedVersions:
             self._saves[key] = saves_more(self._source.module.graph, places, more)
         return self._saves[key]
 
+    def tick(self) -> None:
+        """A backward runs."""
+        self._clock += 1
+
     def find(self, places: frozenset[int], plan: Plan | None) -> Version | None:
         """The version whose outputs in these places are None, or the nearest; None where the whole backward must run.
 
         plan: what is masked as well, if anything.
         """
-        self._clock += 1
         key = places, plan is not None
         if key not in self._made:
             with compile_lock:  # as for the masked version
@@ -110,11 +116,33 @@ class TruncatedVersions:
             return None
         verify_truncated(before, module.graph, places)
         nodes = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+        inputs = module.graph.find_nodes(op="placeholder")
+        unread = [i for i, node in enumerate(inputs) if not node.users and isinstance(_value(node), torch.Tensor)]
+        names = frozenset(inputs[i].name for i in unread)
         if not nodes and not any(value is not None for value in module.graph.output_node().args[0]):
             run = _nothing(len(module.graph.output_node().args[0]))
         else:
-            run = self._source.compile(module, "truncated", flags)
-        return Version(run, masked, host, places, len(nodes))
+            for i in unread:
+                module.graph.erase_node(inputs[i])
+            module.recompile()
+            run = _with_fewer(self._source.compile(module, "truncated", flags, gone=unread), unread)
+        return Version(run, masked, host, places, len(nodes), names)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def _with_fewer(run: Run, gone: Sequence[int]) -> Run:
+    """Called with all inputs of the graph, of which the version has not those in these positions."""
+    positions = sorted(gone, reverse=True)
+
+    def run_with_fewer(args: list[Any]) -> Any:
+        for i in positions:
+            del args[i]
+        return run(args)
+
+    return run_with_fewer
 
 
 def _nothing(outputs: int) -> Callable[[list[Any]], Any]:

@@ -7,18 +7,23 @@ Compile in the LightningModule, in place, so that names in checkpoints stay as t
     def configure_model(self):
         self.net.compile(backend="convaware", options={"tolerance": 0.1})
 
-One class for both packages, `lightning` and `pytorch_lightning`.
+`FreezingCallback(schedule)` freezes and thaws layers. One class each for both packages, `lightning` and
+`pytorch_lightning`.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import weakref
 from typing import Any
 
+from cacompile.schedules import Follow, Schedule
 from cacompile.sessions.session import session
 
 from .shared import missing, numbers
+
+log = logging.getLogger(__name__)
 
 
 def _bases() -> tuple[type, ...]:
@@ -77,3 +82,34 @@ class ConvAwareCallback(_Callback):
             self._waiting = state_dict
         elif state_dict:
             session(module).load_state_dict(state_dict)
+
+
+class FreezingCallback(_Callback):
+    """Freezes and thaws layers as a schedule says, before each optimizer step's first batch, by the Trainer's steps.
+
+    schedule: one of `cacompile.schedules`. It is saved in checkpoints; a run that continues follows the saved one, and
+    the log says so if it is another. `trainer.global_step` counts the steps of all optimizers.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self._follow: Follow | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Where the schedule is in `checkpoint["callbacks"]`."""
+        return "cacompile.schedule"
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._follow is None or self._follow.schedule is not self.schedule:
+            self._follow = Follow(pl_module, self.schedule)
+        self._follow(trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.to_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Follow the saved schedule. Raises ConvAwareError for one that cannot be made."""
+        if state_dict != self.schedule.to_dict():
+            log.warning("this run continues with the saved schedule %s instead of %s", state_dict, self.schedule)
+            self.schedule = Schedule.of(state_dict)

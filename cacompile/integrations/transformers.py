@@ -4,6 +4,7 @@
 
 `TrainingArguments(torch_compile=True, torch_compile_backend="convaware")` works as well once this module is imported;
 then Accelerate compiles, and the callback only adds its options, logs and checkpoints.
+`FreezingCallback(schedule)` freezes and thaws layers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from cacompile.errors import ConvAwareError
+from cacompile.schedules import Follow, Schedule
 from cacompile.sessions.session import session
 from cacompile.settings import settings
 
@@ -25,7 +27,7 @@ from .shared import BACKEND, missing, numbers
 
 try:
     from transformers import TrainerCallback
-    from transformers.trainer_callback import CallbackHandler
+    from transformers.trainer_callback import CallbackHandler, ExportableState
 except ImportError as error:
     raise missing("transformers", error) from error
 
@@ -105,6 +107,28 @@ class ConvAwareCallback(TrainerCallback):
         """
         if isinstance(handler, CallbackHandler) and handler.callbacks[:1] != [self] and self in handler.callbacks:
             handler.callbacks = [self, *(each for each in handler.callbacks if each is not self)]
+
+
+class FreezingCallback(TrainerCallback, ExportableState):
+    """Freezes and thaws layers as a schedule says, before each optimizer step's first batch, by the Trainer's steps.
+
+    schedule: one of `cacompile.schedules`, or its `to_dict`. Beside a ConvAwareCallback, or a model that is compiled.
+    What is saved with `TrainerState` is the schedule, which `restore_callback_states_from_checkpoint` brings back.
+    """
+
+    def __init__(self, schedule: Schedule | Mapping[str, Any]) -> None:
+        self.schedule = schedule if isinstance(schedule, Schedule) else Schedule.of(schedule)
+        self._follow: Follow | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._follow = Follow(model, self.schedule)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._follow is not None:
+            self._follow(state.global_step)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"schedule": self.schedule.to_dict()}, "attributes": {}}
 
 
 def _asked_for(args: Any) -> bool:

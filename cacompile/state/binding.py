@@ -45,8 +45,8 @@ class GraphBinding:
         self.spent = Spent()
         self.ran = "dense"
         """The version that the last backward ran."""
-        self._dead: dict[frozenset[int], int] = {}
-        """Positions of inputs that want no gradient in the end -> the handle that says so."""
+        self._dead: dict[tuple[frozenset[int], frozenset[int] | None], int] = {}
+        """Positions of inputs that want no gradient in the end, and the forward's cut -> the handle that says so."""
         self._dead_of: dict[int, frozenset[int]] = {}
         self._freeze = -1
         self._frozen: frozenset[int] = frozenset()
@@ -133,14 +133,18 @@ class GraphBinding:
             self._whole = {grad.index: self._inputs[grad.param] for grad in masked if off[grad.flags].all()}
         return {index: tensor for index, one in self._whole.items() if (tensor := one.tensor) is not None}
 
-    def handle_for(self, dead: frozenset[int]) -> int:
-        """The handle of a call in which these inputs, by position, want no gradient in the end."""
-        if not dead:
+    def handle_for(self, dead: frozenset[int], cut: frozenset[int] | None = None) -> int:
+        """The handle of a call in which these inputs, by position, want no gradient in the end.
+
+        cut: the places of gradients for which its forward saves nothing; None: it saves all.
+        """
+        if not dead and cut is None:
             return self.handle
-        if dead not in self._dead:
-            self._dead[dead] = handle = next(_numbers)
+        key = dead, cut
+        if key not in self._dead:
+            self._dead[key] = handle = next(_numbers)
             self._dead_of[handle] = dead
-        return self._dead[dead]
+        return self._dead[key]
 
     def dead_of(self, handle: int) -> frozenset[int]:
         """What `handle_for` was given."""

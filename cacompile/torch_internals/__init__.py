@@ -71,6 +71,8 @@ from .inductor import (
     donating,
     inductor_alone,
     insert_output_stride,
+    output_strides,
+    reported_strides,
     wrap_compiled,
 )
 from .tensors import (

@@ -73,6 +73,24 @@ def aligned_host_inputs(wanted: bool) -> Iterator[None]:
         module.should_assume_input_aligned = before
 
 
+@contextlib.contextmanager
+def reported_strides(context: Any) -> Iterator[list[Any]]:
+    """What Inductor says of the strides of a graph's outputs; the list stays empty where it says nothing."""
+    if context is None:
+        yield []
+        return
+    before, context.output_strides = context.output_strides, []
+    try:
+        yield context.output_strides
+    finally:
+        context.output_strides = before
+
+
+def output_strides(context: Any) -> list[Any]:
+    """What Inductor has said of the strides of a forward's outputs; empty where it says nothing."""
+    return list(context.output_strides or ()) if context is not None else []
+
+
 def insert_output_stride(context: Any, position: int, outputs: int) -> None:
     """Say that a forward has one more output, of no known stride. outputs: how many it had before.
 
