@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
     from torch._dynamo.source import ConstantSource as ConstantSource
     from torch._dynamo.utils import counters as counters
+    from torch._functorch import config as aot_cache_config
     from torch._functorch import config as functorch_config
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache as AOTAutogradCacheBypass
     from torch._functorch._aot_autograd.descriptors import GradAOTOutput as GradAOTOutput
     from torch._functorch._aot_autograd.descriptors import ParamAOTInput as ParamAOTInput
     from torch._functorch._aot_autograd.descriptors import PlainAOTInput as PlainAOTInput
@@ -52,9 +54,13 @@ if TYPE_CHECKING:
     from torch._inductor import graph as inductor_graph
     from torch._inductor import inductor_prims as inductor_prims
     from torch._inductor import list_mode_options as list_mode_options
+    from torch._inductor.codecache import FxGraphCache as FxGraphCache
     from torch._inductor.compile_fx import compile_fx as compile_fx
     from torch._inductor.compile_fx import compile_fx_inner as compile_fx_inner
     from torch._inductor.cpp_builder import get_cpp_compiler as get_cpp_compiler
+    from torch._inductor.output_code import CompiledFxGraph as CompiledFxGraph
+    from torch._inductor.output_code import CompiledFxGraphConstants as CompiledFxGraphConstants
+    from torch._inductor.output_code import OutputCode as OutputCode
     from torch._logging import trace_structured as trace_structured
     from torch._logging import warning_once as warning_once
     from torch._subclasses import FakeTensor as FakeTensor
@@ -62,6 +68,8 @@ if TYPE_CHECKING:
     from torch.autograd import profiler as autograd_profiler
     from torch.autograd.graph import get_gradient_edge as get_gradient_edge
     from torch.distributed.distributed_c10d import _get_process_group_store as process_group_store
+    from torch.fx._graph_pickler import GraphPickler as GraphPickler
+    from torch.fx._graph_pickler import Options as GraphPicklerOptions
     from torch.fx.experimental.symbolic_shapes import DimDynamic as DimDynamic
     from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
     from torch.nn.parallel.distributed import DistributedDataParallel as DDP
@@ -83,9 +91,14 @@ LOOK = "explaining"
 """Without it `explain` cannot look at a model that is not compiled."""
 RANKS = "agreeing"
 """Without it ranks that hold copies of parameters cannot agree on what to skip: they compute everything."""
+CACHE = "starting from a cache"
+"""Without it AOTAutograd's cache stays off for our graphs: each start traces them again."""
 SEE = "doctor"
 """Without it a check of `cacompile doctor` is left out."""
 
+
+CACHED = ("2.11", "2.13", "2.14")
+"""Releases on which training has started from AOTAutograd's cache."""
 
 TRIED = ("2.13",)
 """Releases on which several processes have trained."""
@@ -208,6 +221,56 @@ CONTRACTS = (
         seen=TRIED,
     ),
     Contract("swap_tensors", "torch.utils:swap_tensors", parameters=("t1", "t2")),
+    Contract(
+        "OutputCode",
+        "torch._inductor.output_code:OutputCode",
+        ("post_compile", "prepare_for_serialization"),
+        (),
+        CACHE,
+        CACHED,
+    ),
+    Contract(
+        "CompiledFxGraph",
+        "torch._inductor.output_code:CompiledFxGraph",
+        ("post_compile", "prepare_for_serialization"),
+        (),
+        CACHE,
+        CACHED,
+    ),
+    Contract("CompiledFxGraphConstants", "torch._inductor.output_code:CompiledFxGraphConstants", (), (), CACHE, CACHED),
+    Contract(
+        "FxGraphCache",
+        "torch._inductor.codecache:FxGraphCache",
+        ("cache_hit_post_compile", "load_with_key", "_save_graph"),
+        (),
+        CACHE,
+        CACHED,
+    ),
+    Contract(
+        "AOTAutogradCacheBypass",
+        "torch._functorch._aot_autograd.autograd_cache:BypassAOTAutogradCache",
+        (),
+        (),
+        CACHE,
+        CACHED,
+    ),
+    Contract(
+        "aot_cache_config",
+        "torch._functorch.config",
+        ("bundled_autograd_cache", "force_non_lazy_backward_lowering"),
+        (),
+        CACHE,
+        CACHED,
+    ),
+    Contract("GraphPickler", "torch.fx._graph_pickler:GraphPickler", ("dumps", "loads"), (), CACHE, CACHED),
+    Contract(
+        "GraphPicklerOptions",
+        "torch.fx._graph_pickler:Options",
+        (),
+        ("ops_filter", "node_metadata_key_filter"),
+        CACHE,
+        CACHED,
+    ),
 )
 
 _by_name = {contract.name: contract for contract in CONTRACTS}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cacompile import torch_internals
+from cacompile import torch_internals, torch_internals_cache
 from cacompile.torch_internals import CONTRACTS, Contract, broken_contracts
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ ALLOWED = {
 def test_contract(contract: Contract) -> None:
     assert contract.fault() is None
     assert getattr(torch_internals, contract.name) is contract.resolve()
-    purposes = (torch_internals.COMPILE, torch_internals.LOOK, torch_internals.RANKS, torch_internals.SEE)
+    purposes = [getattr(torch_internals, name) for name in ("COMPILE", "LOOK", "RANKS", "CACHE", "SEE")]
     assert contract.seen and contract.purpose in purposes
 
 
@@ -84,7 +84,8 @@ def private_names(path: Path) -> Iterator[str]:
 
 def sources() -> list[Path]:
     found = [*(ROOT / "cacompile").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]
-    return sorted({path.resolve() for path in found} - {Path(torch_internals.__file__).resolve()})
+    internals = {Path(module.__file__ or "").resolve() for module in (torch_internals, torch_internals_cache)}
+    return sorted({path.resolve() for path in found} - internals)
 
 
 def test_nobody_else_touches_private_parts_of_torch() -> None:

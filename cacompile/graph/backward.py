@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from cacompile.layout import MaskLayout
-from cacompile.passes.plan import Plan
+from cacompile.passes.marks import MARK
+from cacompile.passes.plan import Plan, without_nodes
 from cacompile.passes.truncate import deepest_first, grad_places
 from cacompile.state.binding import GraphBinding
 from cacompile.torch_internals import (
@@ -25,14 +26,17 @@ from cacompile.torch_internals import (
     warning_once,
 )
 
+from .cache_key import package_key
+from .facts import BackwardFacts
 from .fallback import warn_of_fault
 from .handle import erase_handle, without, without_input
 from .inner import Compile
 from .log import CompileLog, profiled
 from .masked import MaskedMaker
 from .reading import reads_gradients
-from .source import BackwardSource, Version
+from .source import BackwardSource, Run, StoredSource, Version
 from .truncated import TruncatedVersions
+from .version_cache import VersionCache, digest
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,7 @@ class BackwardVersions:
         "_dense",
         "_find_binding",
         "_handle",
+        "_identity",
         "_layout",
         "_log",
         "_maker",
@@ -93,34 +98,104 @@ class BackwardVersions:
         find_binding: Callable[[Any], GraphBinding | None],
         compile_log: CompileLog,
         max_truncated: int = 0,
+        cache: Callable[[str], VersionCache] | None = None,
     ) -> None:
+        """cache: where later versions are kept, given a hash of what they are made of; None: nowhere."""
         self._handle = handle
         self._slot = erase_handle(gm, handle)
-        self._layout = layout
-        self._on_masked = on_masked
-        self._find_binding = find_binding
-        self._log = compile_log
         inputs = [value for i, value in enumerate(inputs) if i != handle]
         settings = without_input(settings, handle)
         context = TracingContext.try_get()
         donated = donated_inputs(context)
         donated = None if donated is None else without(donated, handle)
-        self._source = BackwardSource(
+        source = BackwardSource(
             gm, inputs, settings, donated=donated, compile_inner=compile_inner, compile_log=compile_log
         )
-        self._plan = plan
         self._places = grad_places(gm.graph)
         self._deepest = deepest_first(gm.graph)
-        self._truncated = TruncatedVersions(self._source, max_truncated) if max_truncated else None
-        self._maker: MaskedMaker | None = MaskedMaker(self._source, plan)
-        self.host = self._maker.wants_host
-        """Whether the masked version takes, or would take, the flags in CPU memory too."""
-        self._masked: Version | None = None
+        device = next((g.param.placeholder.meta["val"].device for g in plan.grads), torch.device("cpu"))
+        self._prepare(source, MaskedMaker(source, plan, device), layout, on_masked, find_binding, max_truncated)
         compile_log.version("dense")
         with donating(context, donated):
             self._dense = Version(compile_inner(gm, inputs, **settings))
+        self._keep_versions(cache, _identity(source, layout, self._dense.run) if cache is not None else None)
+
+    @classmethod
+    def load(
+        cls,
+        facts: BackwardFacts,
+        dense: Run,
+        settings: dict[str, Any],
+        *,
+        compile_inner: Compile,
+        on_masked: Callable[[Plan], MaskLayout],
+        find_binding: Callable[[Any], GraphBinding | None],
+        compile_log: CompileLog,
+        max_truncated: int,
+        cache: Callable[[str], VersionCache],
+    ) -> BackwardVersions:
+        """Those of a backward that another process has traced. dense: the dense version, which that has compiled."""
+        self = cls.__new__(cls)
+        self._handle, self._slot = facts.handle, facts.slot
+        self._places, self._deepest = facts.places, facts.deepest
+        source = StoredSource(
+            facts.source, settings, donated=facts.donated, compile_inner=compile_inner, compile_log=compile_log
+        )
+        maker = MaskedMaker(source, facts.plan, torch.device(facts.device))
+        self._prepare(source, maker, facts.layout, on_masked, find_binding, max_truncated)
+        self._dense = Version(dense)
+        self._keep_versions(cache, facts.versions)
+        return self
+
+    def _prepare(
+        self,
+        source: BackwardSource,
+        maker: MaskedMaker,
+        layout: MaskLayout,
+        on_masked: Callable[[Plan], MaskLayout],
+        find_binding: Callable[[Any], GraphBinding | None],
+        max_truncated: int,
+    ) -> None:
+        self._source = source
+        self._layout = layout
+        self._on_masked = on_masked
+        self._find_binding = find_binding
+        self._log = source.log
+        self._plan = maker.plan
+        self._truncated = TruncatedVersions(source, max_truncated, maker.device) if max_truncated else None
+        self._maker: MaskedMaker | None = maker
+        self.host = maker.wants_host
+        """Whether the masked version takes, or would take, the flags in CPU memory too."""
+        self._masked: Version | None = None
         # in __dict__, because wrappers copy it from there
         self._boxed_call = True
+
+    def _keep_versions(self, cache: Callable[[str], VersionCache] | None, identity: str | None) -> None:
+        self._identity = identity
+        self._source.cache = cache(identity) if cache is not None and identity is not None else None
+
+    def stored(self) -> tuple[BackwardFacts, Any]:
+        """What another process needs in order to go on from here, and the dense version's code.
+
+        Raises ValueError where Inductor itself does not cache it, and whatever pickling the graph raises.
+        """
+        if self._identity is None or self._maker is None:
+            raise ValueError("Inductor does not cache it")
+        settings = {name: value for name, value in self._source.settings.items() if _is_plain(value)}
+        facts = BackwardFacts(
+            handle=self._handle,
+            slot=self._slot,
+            plan=without_nodes(self._plan),
+            layout=self._layout,
+            places=self._places,
+            deepest=self._deepest,
+            device=str(self._maker.device),
+            donated=self._source.donated,
+            settings=settings,
+            source=self._source.stored(),
+            versions=self._identity,
+        )
+        return facts, self._dense.run
 
     def __call__(self, args: list[Any]) -> list[Any]:
         handle = args.pop(self._handle)
@@ -223,6 +298,22 @@ class BackwardVersions:
     def graph(self) -> fx.Graph:
         """The backward graph as it came, without our handle and the tensors of its constants: to be looked at."""
         return copy.deepcopy(self._source.module.graph)
+
+
+def _identity(source: BackwardSource, layout: MaskLayout, dense: Any) -> str | None:
+    """A hash of all that versions are made of; None where Inductor has no key for the dense one."""
+    key = getattr(dense, "_fx_graph_cache_key", None)
+    if key is None:
+        return None
+    marks = [(node.name, mark) for node in source.module.graph.nodes if (mark := node.meta.get(MARK))]
+    sizes = [value.node.hint for value in source.inputs if isinstance(value, torch.SymInt) and value.node.has_hint()]
+    return digest([package_key(), key, dense.guards_expr, source.donated, marks, layout, sizes])
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting means the same in another process."""
+    of_ints = isinstance(value, (list, tuple, range)) and all(type(each) is int for each in value)
+    return of_ints or value is None or type(value) in (bool, str)
 
 
 def _name(version: Version) -> str:

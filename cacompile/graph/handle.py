@@ -136,9 +136,18 @@ def without_input(settings: dict[str, Any], handle: int) -> dict[str, Any]:
 
 
 def compile_without_handle(
-    gm: fx.GraphModule, inputs: Sequence[Any], settings: dict[str, Any], *, handle: int, compile_inner: Compile
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    settings: dict[str, Any],
+    *,
+    handle: int,
+    compile_inner: Compile,
+    wrap: Callable[[Any, int, int | None], Any] | None = None,
 ) -> Any:
-    """Compile a graph as if our handle were not among its inputs and saved tensors."""
+    """Compile a graph as if our handle were not among its inputs and saved tensors.
+
+    wrap: for Inductor's code, what gives it the handle back, at these positions of inputs and outputs.
+    """
     saved_at = erase_handle(gm, handle)
     outputs = len(gm.graph.output_node().args[0])
     compiled: Any = compile_inner(
@@ -148,8 +157,18 @@ def compile_without_handle(
         insert_output_stride(TracingContext.try_get(), saved_at, outputs)
     # wrapped inside, so that Inductor still sees its own class (it asks for partitions of CUDA graphs)
     inside = hasattr(compiled, "current_callable")
+    if inside and wrap is not None:
+        return wrap(compiled, handle, saved_at)
     run: Callable[[list[Any]], Any] = compiled.current_callable if inside else compiled
-    is_backward = settings.get("is_backward", False)
+    with_handle = around_handle(run, handle, saved_at, settings.get("is_backward", False))
+    if inside:
+        compiled.current_callable = with_handle
+        return compiled
+    return with_handle
+
+
+def around_handle(run: Any, handle: int, saved_at: int | None, is_backward: bool = False) -> Callable[[list[Any]], Any]:
+    """A callable that takes the handle too, and where it was saved gives it back."""
 
     def with_handle(args: list[Any]) -> Any:
         value = args.pop(handle)
@@ -159,8 +178,5 @@ def compile_without_handle(
         results.insert(saved_at, None if is_backward else value)
         return results
 
-    if inside:
-        compiled.current_callable = with_handle
-        return compiled
     with_handle._boxed_call = True  # type: ignore[attr-defined]
     return with_handle

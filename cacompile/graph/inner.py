@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from cacompile.torch_internals import (
     inductor_config,
     lookup_backend,
 )
+from cacompile.torch_internals_cache import in_own_cache
 
 Compile = Callable[..., Callable[[list[Any]], Any]]
 """Inductor's `compile_fx_inner`, or one with its signature: (graph, inputs, is_backward=..., ...) -> boxed callable."""
@@ -38,6 +41,8 @@ class Inner:
     """All of it, as if we were not there."""
     captured: Callable[[], bool]
     """Whether what it compiles may be recorded into a CUDA graph, where nothing on the host can decide."""
+    patched: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    """Inductor's configuration while it compiles."""
 
 
 def inner_of(config: Config, patches: Mapping[str, Any], compile_inner: Compile | None = None) -> Inner:
@@ -53,10 +58,11 @@ def inner_of(config: Config, patches: Mapping[str, Any], compile_inner: Compile 
 def _inductor(patches: dict[str, Any], last: Compile) -> Inner:
     return Inner(
         # versions are compiled late, when compile_fx's own patches are over
-        compile=inductor_config.patch(patches)(last) if patches else last,
+        compile=in_own_cache(inductor_config.patch(patches)(last) if patches else last),
         pipeline=lambda gm, inputs, hook: compile_fx(gm, inputs, inner_compile=hook, config_patches=patches),
         alone=lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches),
         captured=lambda: bool(inductor_config.triton.cudagraphs),
+        patched=lambda: inductor_config.patch(patches) if patches else contextlib.nullcontext(),
     )
 
 

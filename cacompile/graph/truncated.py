@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from cacompile.passes.plan import Plan
 from cacompile.passes.truncate import saves_more, truncate
 from cacompile.passes.verify import Broken, verify_truncated
 from cacompile.torch_internals import compile_lock
 
+from .facts import VersionFacts
 from .masked import MaskedMaker
 from .source import BackwardSource, Version
 
@@ -32,7 +35,9 @@ class TruncatedVersions:
     has not run for long.
     """
 
-    def __init__(self, source: BackwardSource, limit: int) -> None:
+    def __init__(self, source: BackwardSource, limit: int, device: torch.device) -> None:
+        """limit: how many are kept; device: where the weights are."""
+        self._device = device
         self._source = source
         self._limit = limit
         self._made: dict[Key, Version | None] = {}
@@ -97,12 +102,17 @@ class TruncatedVersions:
         return version
 
     def _compiled(self, places: frozenset[int], plan: Plan | None) -> Version | None:
+        name = f"truncated {sorted(places)} {'masked' if plan is not None else 'dense'}"
+        if (found := self._source.find(name)) is not None:
+            run, facts = found
+            host = bool(facts.masked) and plan is not None and MaskedMaker(self._source, plan, self._device).wants_host
+            return Version(run, frozenset(facts.masked), host, places, facts.nodes)
         flags: Sequence[Any] = ()
         masked, host = frozenset[str](), False
         if plan is None:
             module = self._source.copy()
         else:
-            maker = MaskedMaker(self._source, plan)
+            maker = MaskedMaker(self._source, plan, self._device)
             masked, host, module = frozenset(maker.edit().masked or ()), maker.wants_host, maker.module
             flags = maker.fake_flags(plan.blocks) if masked else ()
         before = copy.deepcopy(module.graph)
@@ -114,6 +124,7 @@ class TruncatedVersions:
             run = _nothing(len(module.graph.output_node().args[0]))
         else:
             run = self._source.compile(module, "truncated", flags)
+            self._source.save(name, run, VersionFacts(tuple(sorted(masked)), (), len(nodes)))
         return Version(run, masked, host, places, len(nodes))
 
 
