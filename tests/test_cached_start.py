@@ -23,6 +23,8 @@ from torch._inductor import config as inductor_config
 import cacompile
 from cacompile import torch_internals
 from cacompile.config import Config
+from cacompile.errors import ConvAwareError
+from cacompile.explanation.graphs import mark_of
 from cacompile.explanation.look import running
 from cacompile.graph import cache_key
 
@@ -148,6 +150,27 @@ def test_versions_that_nobody_has_made_are_made_of_what_was_stored() -> None:
     again = start(frozen="blocks.0")
     assert not again.compiled
     assert_equal(again, late)
+
+
+def test_graphs_of_a_cached_start_can_be_looked_at() -> None:
+    torch._dynamo.reset()
+    start()
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x = Deep(), torch.randn(8, 32)
+    run = compile_all(model, "convaware")
+    run(x).sum().backward()
+    assert counters["cacompile"]["graphs found in the cache"]
+    found = cacompile.explain(model)
+    (graphs,) = found.traced
+    for version in ("backward", "masked"):
+        assert "blocks.0.up.weight" in {mark.param for node in graphs.version("backward").nodes if (mark := mark_of(node))}
+        assert graphs.version(version).nodes
+    for version in ("joint", "forward"):
+        with pytest.raises(ConvAwareError, match="found in torch's cache.*example inputs"):
+            graphs.version(version)
+    (traced,) = cacompile.explain(model, x).traced
+    assert traced.version("joint").nodes and traced.version("forward").nodes
 
 
 class Renamed(Deep):
