@@ -18,6 +18,9 @@ from . import torch_internals as internals  # names are looked up late: some may
 KEY = "_convaware_key"
 """Attribute of Dynamo's graph; its attributes are part of the key of AOTAutograd's cache, and passes are not."""
 
+CAN_COMPILE_ASIDE = torch.__version__ >= "2.12"
+"""Whether a thread may have settings of Inductor of its own; in torch 2.11 they are the process's."""
+
 _LEFT_OUT = ("from_node", "source_fn_stack", "nn_module_stack", "fwd_source_fn_stack", "stack_trace")
 """Entries of `node.meta` that nothing after AOTAutograd needs to compile."""
 

@@ -164,10 +164,12 @@ def test_graphs_of_a_cached_start_can_be_looked_at() -> None:
     found = cacompile.explain(model)
     (graphs,) = found.traced
     for version in ("backward", "masked"):
-        assert "blocks.0.up.weight" in {mark.param for node in graphs.version("backward").nodes if (mark := mark_of(node))}
+        assert "blocks.0.up.weight" in {
+            mark.param for node in graphs.version("backward").nodes if (mark := mark_of(node))
+        }
         assert graphs.version(version).nodes
     for version in ("joint", "forward"):
-        with pytest.raises(ConvAwareError, match="found in torch's cache.*example inputs"):
+        with pytest.raises(ConvAwareError, match=r"found in torch's cache.*example inputs"):
             graphs.version(version)
     (traced,) = cacompile.explain(model, x).traced
     assert traced.version("joint").nodes and traced.version("forward").nodes
@@ -220,7 +222,7 @@ def test_options_of_training_are_not() -> None:
 def test_every_option_is_of_one_kind() -> None:
     """A new option must be looked at: does it decide what is compiled?"""
     training = {"tolerance", "max_skip", "warmup_steps", "monitor_every", "max_age", "estimate", "keep", "frozen"}
-    assert {*cache_key.READ} | training | {"max_truncated", "seed", "inner"} == {*Config.__dataclass_fields__}
+    assert {*cache_key.READ} | training | {"max_truncated", "switch", "seed", "inner"} == {*Config.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("uuid", [None, "one"])

@@ -107,8 +107,8 @@ class Graphs:
         head = f"graph {self.number} has no {name!r} version: "
         if self.plan.params and isinstance(self.plan.params[0].placeholder, GoneNode):
             raise ConvAwareError(
-                f"{head}it was found in torch's cache, which holds its backward only; give explain example inputs, which "
-                "has it traced"
+                f"{head}it was found in torch's cache, which holds its backward only; give explain example inputs, and "
+                "it is traced"
             )
         if name not in ("joint", "forward") and self.plan.grads and self.plan.masked is None:
             raise ConvAwareError(f"{head}its backward has not run yet; run one, or give explain example inputs")

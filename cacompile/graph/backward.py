@@ -26,6 +26,7 @@ from cacompile.torch_internals import (
     warning_once,
 )
 
+from .aside import Aside
 from .cache_key import package_key
 from .facts import BackwardFacts
 from .fallback import warn_of_fault
@@ -66,6 +67,7 @@ class BackwardVersions:
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "_aside",
         "_deepest",
         "_dense",
         "_find_binding",
@@ -98,9 +100,14 @@ class BackwardVersions:
         find_binding: Callable[[Any], GraphBinding | None],
         compile_log: CompileLog,
         max_truncated: int = 0,
+        aside: Aside | None = None,
         cache: Callable[[str], VersionCache] | None = None,
     ) -> None:
-        """cache: where later versions are kept, given a hash of what they are made of; None: nowhere."""
+        """aside: where later versions are compiled, if no step is to wait for them.
+
+        cache: where they are kept, given a hash of what they are made of; None: nowhere.
+        """
+        self._aside = aside
         self._handle = handle
         self._slot = erase_handle(gm, handle)
         inputs = [value for i, value in enumerate(inputs) if i != handle]
@@ -132,10 +139,12 @@ class BackwardVersions:
         find_binding: Callable[[Any], GraphBinding | None],
         compile_log: CompileLog,
         max_truncated: int,
+        aside: Aside | None,
         cache: Callable[[str], VersionCache],
     ) -> BackwardVersions:
         """Those of a backward that another process has traced. dense: the dense version, which that has compiled."""
         self = cls.__new__(cls)
+        self._aside = aside
         self._handle, self._slot = facts.handle, facts.slot
         self._places, self._deepest = facts.places, facts.deepest
         source = StoredSource(
@@ -223,13 +232,14 @@ class BackwardVersions:
                 binding.count_backward(sizes)
                 if (binding.wants_masked() or binding.frozen) and self._is_read(binding):
                     return Choice(self._dense)
-                masked = self.masked_version() if binding.wants_masked() else None
+                masked = self._ready_masked(binding) if binding.wants_masked() else None
                 none = self._none(binding, handle)
                 zeros = self._zeros(binding, none) if masked is not None else ()
                 version = masked or self._dense
                 places = none | {place for place, _ in zeros}
                 if places and self._truncated is not None:
-                    version = self._truncated.find(places, self._plan if masked is not None else None) or version
+                    found = self._truncated.find(places, self._plan if masked is not None else None, self._aside)
+                    version = found or version
                 if binding.ran != (name := _name(version)):
                     binding.ran = name
                     self._log.switched(name)
@@ -279,6 +289,14 @@ class BackwardVersions:
         if not sources:
             return (1,)
         return [math.prod(of.read(args) for of in factors) for factors in sources]
+
+    def _ready_masked(self, binding: GraphBinding) -> Version | None:
+        """The masked version; None too while it is being compiled aside."""
+        # ranks that hold copies must skip alike, and threads are not as fast on all of them
+        if self._aside is None or self._maker is None or not binding.alone:
+            return self.masked_version()
+        self._aside.start("masked", self.masked_version)
+        return None
 
     def masked_version(self) -> Version | None:
         """The masked version, compiled when first asked for; None if nothing of this graph can be masked."""

@@ -24,8 +24,9 @@ from cacompile.state.binding import GraphBinding
 from cacompile.state.frozen import any_frozen
 from cacompile.state.identity import identity_of
 from cacompile.torch_internals import FakeTensor, captured_backwards, functorch_config, warning_once
-from cacompile.torch_internals_cache import add_to_key, caches_are_on, entries_hold_code
+from cacompile.torch_internals_cache import CAN_COMPILE_ASIDE, add_to_key, caches_are_on, entries_hold_code
 
+from .aside import Aside
 from .backward import BackwardVersions
 from .cache_key import cache_key
 from .ends import Endings
@@ -184,6 +185,7 @@ class CompiledGraph:
                 find_binding=self.find_binding,
                 compile_log=self._log,
                 max_truncated=self.config.max_truncated,
+                aside=self._aside(),
                 cache=self._version_cache if self._cached else None,
             )
             return self._stored_backward(self.backward) if self._cached else self.backward
@@ -215,6 +217,14 @@ class CompiledGraph:
 
         return Unstored(compiled)
 
+    def _aside(self) -> Aside | None:
+        """Where versions are compiled that no step is to wait for; None where steps wait.
+
+        What is captured into a CUDA graph is captured by the thread that runs it.
+        """
+        waits = self.config.switch == "at once" or self._inner.captured() or not CAN_COMPILE_ASIDE
+        return None if waits else Aside()
+
     def _version_cache(self, identity: str) -> VersionCache:
         return VersionCache(identity, self._inner.patched)
 
@@ -236,6 +246,7 @@ class CompiledGraph:
             find_binding=self.find_binding,
             compile_log=self._log,
             max_truncated=self.config.max_truncated,
+            aside=self._aside(),
             cache=self._version_cache,
         )
         self._set_layout(facts.layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from cacompile.passes.truncate import saves_more, truncate
 from cacompile.passes.verify import Broken, verify_truncated
 from cacompile.torch_internals import compile_lock
 
+from .aside import Aside
 from .facts import VersionFacts
 from .masked import MaskedMaker
 from .source import BackwardSource, Version
@@ -52,14 +54,17 @@ class TruncatedVersions:
             self._saves[key] = saves_more(self._source.module.graph, places, more)
         return self._saves[key]
 
-    def find(self, places: frozenset[int], plan: Plan | None) -> Version | None:
+    def find(self, places: frozenset[int], plan: Plan | None, aside: Aside | None = None) -> Version | None:
         """The version whose outputs in these places are None, or the nearest; None where the whole backward must run.
 
-        plan: what is masked as well, if anything.
+        plan: what is masked as well, if anything; aside: where one is compiled that is not there, if not here.
         """
         self._clock += 1
         key = places, plan is not None
         if key not in self._made:
+            if aside is not None and (len(self._made) < self._limit):
+                aside.start(key, functools.partial(self.find, places, plan))
+                return self._nearest(key)
             with compile_lock:  # as for the masked version
                 if key not in self._made and not self._make_room():
                     return self._nearest(key)
@@ -79,7 +84,8 @@ class TruncatedVersions:
 
     def _nearest(self, wanted: Key) -> Version | None:
         places, masked = wanted
-        fit = [key for key, made in self._made.items() if made is not None and key[0] <= places and key[1] is masked]
+        made = list(self._made.items())  # a thread may add to it
+        fit = [key for key, one in made if one is not None and key[0] <= places and key[1] is masked]
         if not fit:
             return None
         best = min(fit, key=lambda key: getattr(self._made[key], "nodes", 0))
