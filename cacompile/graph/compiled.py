@@ -70,6 +70,8 @@ def compile_graph(
     key = None
     if config.inner == "inductor" and compile_inner is None and caches_are_on():
         key = cache_key(inputs, config, theirs if callable(theirs) else None)
+        if key is None:
+            log.info("a graph is not cached: torch._functorch.config.joint_custom_pass has no uuid()")
     ours = CompiledGraph(inputs, config, inner, CompileLog(quiet=compile_inner is not None), cached=key is not None)
 
     def joint_pass(joint: fx.GraphModule, joint_inputs: Any) -> fx.GraphModule:
