@@ -70,6 +70,12 @@ class Config:
     max_truncated: int = _option(
         8, "Most backwards of a graph, each for other frozen parameters, that are kept compiled; 0 cuts none.", low=0
     )
+    switch: str = _option(
+        "at once",
+        "When a new version of the backward is taken: at once, which waits for the compiler, or when a thread has "
+        "compiled it; until then all is computed, for as many steps as that happens to take.",
+        choices=("at once", "when compiled"),
+    )
     seed: int = _option(0, "Seed of the draws; give every data-parallel rank the same.", low=0, largest=LARGEST_SEED)
     inner: str | Callable[..., Any] = _option(  # noqa: RUF009  # a value like any other, for all its type
         "inductor",

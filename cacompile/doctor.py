@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .errors import ConvAwareError
-from .torch_internals import COMPILE, CONTRACTS, TESTED, broken_contracts, release
+from .torch_internals import CACHE, COMPILE, CONTRACTS, TESTED, broken_contracts, release
 
 OPTIONAL = {
     "triton": "the masked kernels of GPUs, and Inductor's own",
@@ -168,7 +168,7 @@ def _kernels() -> Iterator[Check]:
 
 def _surroundings() -> Iterator[Check]:
     """Settings under which less happens than one thinks."""
-    from .torch_internals import dynamo_config, inductor_config
+    from .torch_internals import caches_are_on, dynamo_config, inductor_config
 
     if dynamo_config.disable:
         says = "off, as by TORCH_COMPILE_DISABLE=1: models run eagerly, and nothing is skipped"
@@ -177,6 +177,9 @@ def _surroundings() -> Iterator[Check]:
         yield Check("compiled autograd", "note", "on: models train dense, nothing is skipped")
     if inductor_config.force_disable_caches:
         yield Check("Inductor's cache", "note", "off: each start compiles everything again")
+    elif not caches_are_on():
+        why = "see torch's inside" if broken_contracts(CACHE) else "switched off in torch's configuration"
+        yield Check("AOTAutograd's cache", "note", f"not used for our graphs, each start traces them again: {why}")
 
 
 def self_test() -> Check:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from cacompile.errors import renamed
 from cacompile.layout import ParamFamily, ParamGroup, Slice, StaysDense
 
 __all__ = [
+    "GoneNode",
     "Param",
     "ParamFamily",
     "ParamGroup",
@@ -21,7 +22,15 @@ __all__ = [
     "Slice",
     "StaysDense",
     "WeightGrad",
+    "without_nodes",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class GoneNode:
+    """What is left of a node in a plan without its graph: its name."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,3 +165,19 @@ class Plan:
     def flops(self) -> int:
         """dW FLOPs of one backward of the whole graph."""
         return sum(self.flops_by_param.values())
+
+
+def without_nodes(plan: Plan) -> Plan:
+    """The plan with names in place of nodes, so that it can be pickled, and keeps no graph."""
+
+    def gone(node: Any) -> Any:
+        return None if node is None else GoneNode(node.name)
+
+    params = [replace(of, placeholder=gone(of.placeholder), grad=gone(of.grad)) for of in plan.params]
+    same = dict(zip(map(id, plan.params), params))
+
+    def grad(of: WeightGrad) -> WeightGrad:
+        products = tuple(replace(product, node=gone(product.node)) for product in of.products)
+        return replace(of, param=same[id(of.param)], products=products, others=tuple(map(grad, of.others)))
+
+    return replace(plan, params=tuple(params), grads=tuple(map(grad, plan.grads)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from interpreter import interpreter_process, skip_without_interpreter
 from param_states import backward, followed, make, rows  # noqa: F401 - fixtures, for every folder below
+from torch._functorch import config as functorch_config
 
 from cacompile.controller import policy
 
@@ -15,7 +16,9 @@ from cacompile.controller import policy
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    yield
+    # on a hit no pass runs, and what a test puts in the place of a part of ours would not either
+    with functorch_config.patch(enable_autograd_cache=False):
+        yield
     torch._dynamo.reset()
 
 

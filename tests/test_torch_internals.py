@@ -8,7 +8,9 @@ import torch
 from cacompile import torch_internals
 from cacompile.torch_internals import CONTRACTS, Contract, broken_contracts
 
-PURPOSES = {getattr(torch_internals, name) for name in ("COMPILE", "LOOK", "RANKS", "SHARDS", "STANDALONE", "SEE")}
+PURPOSES = {
+    getattr(torch_internals, name) for name in ("COMPILE", "LOOK", "RANKS", "SHARDS", "CACHE", "STANDALONE", "SEE")
+}
 
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)

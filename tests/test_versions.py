@@ -132,7 +132,7 @@ def planned_on(device: str, settings: dict[str, Any]) -> tuple[MaskedMaker, Plan
     source = BackwardSource(
         gm, inputs, settings, donated=None, compile_inner=_nothing, compile_log=CompileLog(quiet=True)
     )
-    return MaskedMaker(source, plan), plan
+    return MaskedMaker(source, plan, torch.device(device)), plan
 
 
 def _nothing(gm: fx.GraphModule, inputs: Any, **settings: Any) -> Any:

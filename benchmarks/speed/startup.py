@@ -3,14 +3,18 @@
     python -m benchmarks.speed.startup                      # GPT of width 512 on this machine
     python -m benchmarks.speed.startup --smoke --out /tmp/x # checks that the benchmark itself works
 
-Every start is a process of its own. Cold: an empty cache directory; warm: the same directory once more. Within a round
-the two backends run in random order. The switch is timed inside the same process: the first backward after a mask with
-zeros was pinned, which compiles the masked version, over the first dense backward of Inductor in the same round.
+Every start is a process of its own. Cold: an empty cache directory; warm: the same directory once more; carried: an
+empty one, and the artifacts of the cold process (`torch.compiler.save_cache_artifacts`). Within a round the backends
+run in random order. Start: the first forward and backward together, for Inductor compiles a backward when it first
+runs, and our graphs have theirs compiled with the forward. Switch: what the first backward after pinning half of the
+groups takes longer than a masked one. "convaware aside" is the option switch="when compiled". Beside the seconds: hits
+in AOTAutograd's cache, misses in Inductor's, and nodes of graphs that are alive in the end (each an operation).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -23,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
+from torch._dynamo.utils import counters
 
 import cacompile
 from benchmarks.lib.rows import RESULTS, ROOT, Row, write_rows
@@ -30,13 +35,19 @@ from benchmarks.lib.timing import Spread, ratios
 from examples.models import GPT
 
 SYMBOLS = 84
-MEASURES = ("first forward", "first backward", "first masked backward")
+MEASURES = ("first forward", "first backward", "start", "switch")
+COUNTS = ("hits", "misses", "nodes alive")
+KINDS = ("cold", "warm", "carried")
 
 
-def start(backend: str, width: int, depth: int) -> dict[str, float]:
-    """Seconds of the first passes of a fresh process; runs in the child."""
+def start(backend: str, width: int, depth: int, artifacts: Path, kind: str) -> dict[str, float]:
+    """Seconds of the first passes of a fresh process, and counts; runs in the child."""
     torch.manual_seed(0)
-    model = torch.compile(GPT(SYMBOLS, width=width, depth=depth, heads=4, context=64), backend=backend)
+    if kind == "carried":
+        torch.compiler.load_cache_artifacts(artifacts.read_bytes())
+    backend, _, aside = backend.partition(" ")
+    options = {"switch": "when compiled"} if aside else None
+    model = torch.compile(GPT(SYMBOLS, width=width, depth=depth, heads=4, context=64), backend=backend, options=options)
     batch = torch.randint(0, SYMBOLS, (4, 65))
     took = {}
 
@@ -48,14 +59,27 @@ def start(backend: str, width: int, depth: int) -> dict[str, float]:
         took[first], took[second] = middle - begin, time.perf_counter() - middle
 
     passes("first forward", "first backward")
+    took["start"] = took["first forward"] + took["first backward"]
     if backend == "convaware":
         cacompile.session(model).pin(keep=0.5)
         passes("second forward", "first masked backward")
+        longest = took["first masked backward"]
+        while not counters["cacompile"]["version switches"]:  # until a thread has compiled it
+            passes("second forward", "another backward")
+            longest = max(longest, took["another backward"])
+        passes("third forward", "second masked backward")
+        took["switch"] = longest - took["second masked backward"]
+    if kind == "cold" and (found := torch.compiler.save_cache_artifacts()) is not None:
+        artifacts.write_bytes(found[0])
+    gc.collect()
+    took["hits"] = counters["aot_autograd"]["autograd_cache_hit"]
+    took["misses"] = counters["inductor"]["fxgraph_cache_miss"]
+    took["nodes alive"] = sum(isinstance(each, torch.fx.Node) for each in gc.get_objects())
     return took
 
 
-def child(backend: str, cache: str, args: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.speed.startup", "--start", backend]
+def child(backend: str, cache: str, artifacts: str, kind: str, args: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.speed.startup", "--start", backend, kind, artifacts]
     command += ["--width", str(args.width), "--depth", str(args.depth)]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
     result = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -69,36 +93,40 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "startup_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="tiny model, one round")
-    parser.add_argument("--start", choices=("inductor", "convaware"), help=argparse.SUPPRESS)
+    parser.add_argument("--start", nargs=3, metavar=("BACKEND", "KIND", "ARTIFACTS"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.start:
-        print(json.dumps(start(args.start, args.width, args.depth)))
+        backend, kind, artifacts = args.start
+        print(json.dumps(start(backend, args.width, args.depth, Path(artifacts), kind)))
         return []
     if args.smoke:
         args.width, args.depth, args.rounds = 64, 1, 1
 
-    order, shuffle = ["inductor", "convaware"], random.Random(0)
+    order, shuffle = ["inductor", "convaware", "convaware aside"], random.Random(0)
     found: dict[tuple[str, str, str], list[float]] = {}
     for _ in range(args.rounds):
         shuffle.shuffle(order)
         for backend in order:
-            with tempfile.TemporaryDirectory() as cache:
-                for kind in ("cold", "warm"):
-                    for measure, seconds in child(backend, cache, args).items():
-                        found.setdefault((kind, backend, measure), []).append(seconds)
+            with tempfile.TemporaryDirectory() as folder:
+                for kind in KINDS:
+                    cache = f"{folder}/{'carried' if kind == 'carried' else 'own'}"
+                    for measure, value in child(backend, cache, f"{folder}/artifacts", kind, args).items():
+                        found.setdefault((kind, backend, measure), []).append(value)
 
     rows, table = [], []
-    for (kind, backend, measure), seconds in found.items():
-        if measure not in MEASURES:
+    for (kind, backend, measure), values in found.items():
+        if measure not in MEASURES + COUNTS:
             continue
-        base = "first backward" if measure == "first masked backward" else measure
-        against = ratios(seconds, found[kind, "inductor", base])
         case = f"{kind} start, GPT width {args.width} depth {args.depth}"
-        rows.append((case, backend, measure, "s", Spread.of(seconds)))
-        rows.append((case, backend, measure, f"ratio to inductor's {base}", against))
-        table.append((kind, measure, backend, str(Spread.of(seconds)), f"{against} of its {base}"))
-    table.sort(key=lambda row: (row[0], MEASURES.index(row[1])))
-    print(tabulate(table, headers=["start", "measured", "backend", "seconds", "over Inductor's"]))
+        rows.append((case, backend, measure, "s" if measure in MEASURES else "", Spread.of(values)))
+        against = ""
+        if measure in MEASURES and measure != "switch":
+            ratio = ratios(values, found[kind, "inductor", measure])
+            rows.append((case, backend, measure, f"ratio to inductor's {measure}", ratio))
+            against = str(ratio)
+        table.append((kind, measure, backend, str(Spread.of(values)), against))
+    table.sort(key=lambda row: (KINDS.index(row[0]), (MEASURES + COUNTS).index(row[1]), row[2]))
+    print(tabulate(table, headers=["start", "measured", "backend", "seconds or count", "over Inductor's"]))
     print(f"median [quartiles] of {args.rounds} rounds, every start a process of its own")
     write_rows(args.out, "startup", rows)
     return rows

@@ -13,7 +13,7 @@ from cacompile.errors import ConvAwareError, unknown
 from cacompile.graph.compiled import CompiledGraph
 from cacompile.passes.marks import MARK
 from cacompile.passes.mask import mask_weight_grads
-from cacompile.passes.plan import Plan, WeightGrad
+from cacompile.passes.plan import GoneNode, Plan, WeightGrad
 from cacompile.torch_internals import PlainAOTInput
 
 VERSIONS = ("joint", "forward", "backward", "masked")
@@ -72,7 +72,7 @@ class Graphs:
 
     def _joint(self) -> fx.Graph:
         """As Inductor's joint passes left it: planned products are among its nodes."""
-        if not self.plan.params:
+        if not self.plan.params or isinstance(self.plan.params[0].placeholder, GoneNode):
             self._missing("joint")
         return self.plan.params[0].placeholder.graph
 
@@ -105,6 +105,11 @@ class Graphs:
 
     def _missing(self, name: str) -> NoReturn:
         head = f"graph {self.number} has no {name!r} version: "
+        if self.plan.params and isinstance(self.plan.params[0].placeholder, GoneNode):
+            raise ConvAwareError(
+                f"{head}it was found in torch's cache, which holds its backward only; give explain example inputs, and "
+                "it is traced"
+            )
         if name not in ("joint", "forward") and self.plan.grads and self.plan.masked is None:
             raise ConvAwareError(f"{head}its backward has not run yet; run one, or give explain example inputs")
         reasons = {self.names.get(skip.param, skip.param): skip.reason for skip in self.plan.dense}

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from cacompile.layout import MaskLayout
-from cacompile.passes.plan import Plan
+from cacompile.passes.marks import MARK
+from cacompile.passes.plan import Plan, without_nodes
 from cacompile.passes.truncate import deepest_first, grad_places
 from cacompile.state.binding import GraphBinding
 from cacompile.torch_internals import (
@@ -22,10 +23,15 @@ from cacompile.torch_internals import (
     compile_lock,
     donated_inputs,
     donating,
+    hint_of,
     is_profiling,
+    key_of,
     warning_once,
 )
 
+from .aside import Aside
+from .cache_key import package_key
+from .facts import BackwardFacts
 from .fallback import warn_of_fault
 from .handle import erase_handle, without, without_input
 from .inner import Compile
@@ -33,8 +39,9 @@ from .lean import Cut
 from .log import CompileLog, profiled
 from .masked import MaskedMaker
 from .reading import reads_gradients
-from .source import BackwardSource, Version
+from .source import BackwardSource, Run, StoredSource, Version
 from .truncated import TruncatedVersions
+from .version_cache import VersionCache, digest
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +71,13 @@ class BackwardVersions:
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "_aside",
         "_deepest",
         "_dense",
         "_find_binding",
         "_find_cut",
         "_handle",
+        "_identity",
         "_layout",
         "_log",
         "_maker",
@@ -97,35 +106,113 @@ class BackwardVersions:
         compile_log: CompileLog,
         max_truncated: int = 0,
         find_cut: Callable[[Any], Cut | None] = lambda handle: None,
+        aside: Aside | None = None,
+        cache: Callable[[str], VersionCache] | None = None,
     ) -> None:
+        """aside: where later versions are compiled, if no step is to wait for them.
+
+        cache: where they are kept, given a hash of what they are made of; None: nowhere.
+        """
+        self._find_cut = find_cut
+        self._aside = aside
         self._handle = handle
         self._slot = erase_handle(gm, handle)
-        self._layout = layout
-        self._on_masked = on_masked
-        self._find_binding = find_binding
-        self._find_cut = find_cut
-        self._log = compile_log
         inputs = [value for i, value in enumerate(inputs) if i != handle]
         settings = without_input(settings, handle)
         context = TracingContext.try_get()
         donated = donated_inputs(context)
         donated = None if donated is None else without(donated, handle)
-        self._source = BackwardSource(
+        source = BackwardSource(
             gm, inputs, settings, donated=donated, compile_inner=compile_inner, compile_log=compile_log
         )
-        self._plan = plan
         self._places = grad_places(gm.graph)
         self._deepest = deepest_first(gm.graph)
-        self._truncated = TruncatedVersions(self._source, max_truncated) if max_truncated else None
-        self._maker: MaskedMaker | None = MaskedMaker(self._source, plan)
-        self.host = self._maker.wants_host
-        """Whether the masked version takes, or would take, the flags in CPU memory too."""
-        self._masked: Version | None = None
+        device = next((g.param.placeholder.meta["val"].device for g in plan.grads), torch.device("cpu"))
+        self._prepare(source, MaskedMaker(source, plan, device), layout, on_masked, find_binding, max_truncated)
         compile_log.version("dense")
         with donating(context, donated):
             self._dense = Version(compile_inner(gm, inputs, **settings))
+        self._keep_versions(cache, _identity(source, layout, self._dense.run) if cache is not None else None)
+
+    @classmethod
+    def load(
+        cls,
+        facts: BackwardFacts,
+        dense: Run,
+        settings: dict[str, Any],
+        *,
+        compile_inner: Compile,
+        on_masked: Callable[[Plan], MaskLayout],
+        find_binding: Callable[[Any], GraphBinding | None],
+        compile_log: CompileLog,
+        max_truncated: int,
+        aside: Aside | None,
+        cache: Callable[[str], VersionCache],
+    ) -> BackwardVersions:
+        """Those of a backward that another process has traced. dense: the dense version, which that has compiled."""
+        self = cls.__new__(cls)
+        self._find_cut = lambda handle: None  # its forward saves everything
+        self._aside = aside
+        self._handle, self._slot = facts.handle, facts.slot
+        self._places, self._deepest = facts.places, facts.deepest
+        source = StoredSource(
+            facts.source, settings, donated=facts.donated, compile_inner=compile_inner, compile_log=compile_log
+        )
+        maker = MaskedMaker(source, facts.plan, torch.device(facts.device))
+        self._prepare(source, maker, facts.layout, on_masked, find_binding, max_truncated)
+        self._dense = Version(dense)
+        self._keep_versions(cache, facts.versions)
+        return self
+
+    def _prepare(
+        self,
+        source: BackwardSource,
+        maker: MaskedMaker,
+        layout: MaskLayout,
+        on_masked: Callable[[Plan], MaskLayout],
+        find_binding: Callable[[Any], GraphBinding | None],
+        max_truncated: int,
+    ) -> None:
+        self._source = source
+        self._layout = layout
+        self._on_masked = on_masked
+        self._find_binding = find_binding
+        self._log = source.log
+        self._plan = maker.plan
+        self._truncated = TruncatedVersions(source, max_truncated, maker.device) if max_truncated else None
+        self._maker: MaskedMaker | None = maker
+        self.host = maker.wants_host
+        """Whether the masked version takes, or would take, the flags in CPU memory too."""
+        self._masked: Version | None = None
         # in __dict__, because wrappers copy it from there
         boxed(self)
+
+    def _keep_versions(self, cache: Callable[[str], VersionCache] | None, identity: str | None) -> None:
+        self._identity = identity
+        self._source.cache = cache(identity) if cache is not None and identity is not None else None
+
+    def stored(self) -> tuple[BackwardFacts, Any]:
+        """What another process needs in order to go on from here, and the dense version's code.
+
+        Raises ValueError where Inductor itself does not cache it, and whatever pickling the graph raises.
+        """
+        if self._identity is None or self._maker is None:
+            raise ValueError("Inductor does not cache it")
+        settings = {name: value for name, value in self._source.settings.items() if _is_plain(value)}
+        facts = BackwardFacts(
+            handle=self._handle,
+            slot=self._slot,
+            plan=without_nodes(self._plan),
+            layout=self._layout,
+            places=self._places,
+            deepest=self._deepest,
+            device=str(self._maker.device),
+            donated=self._source.donated,
+            settings=settings,
+            source=self._source.stored(),
+            versions=self._identity,
+        )
+        return facts, self._dense.run
 
     def __call__(self, args: list[Any]) -> list[Any]:
         handle = args.pop(self._handle)
@@ -154,14 +241,17 @@ class BackwardVersions:
                 binding.count_backward(sizes)
                 if (binding.wants_masked() or binding.frozen) and self._is_read(binding):
                     return Choice(whole)
-                masked = self.masked_version() if binding.wants_masked() else None
+                masked = self._ready_masked(binding) if binding.wants_masked() else None
                 none = self._none(binding, handle) | whole.truncated
                 zeros = self._zeros(binding, none) if masked is not None else ()
                 version = masked or whole
                 places = none | {place for place, _ in zeros}
                 if places and self._truncated is not None:
                     self._truncated.tick()
-                    version = self._truncated.find(places, self._plan if masked is not None else None) or version
+                    found = self._truncated.find(
+                        places, self._plan if masked is not None else None, self.aside_for(binding)
+                    )
+                    version = found or version
                 if not version.unread >= whole.unread:
                     masked, version = None, whole
                 if binding.ran != (name := _name(version)):
@@ -183,7 +273,16 @@ class BackwardVersions:
     def truncated_version(self, binding: GraphBinding, dead: frozenset[int]) -> Version | None:
         """The version for what is frozen now and these inputs, by position, before any mask; None for the dense one."""
         places = self._places_of((*binding.frozen, *dead))
-        return self._truncated.find(places, None) if places and self._truncated is not None else None
+        if not places or self._truncated is None:
+            return None
+        return self._truncated.find(places, None, self.aside_for(binding))
+
+    def aside_for(self, binding: GraphBinding) -> Aside | None:
+        """Where versions for these parameters are compiled; None where their step waits.
+
+        Ranks that hold copies must do alike, and threads are not as fast on all of them.
+        """
+        return self._aside if binding.alone else None
 
     def _places_of(self, positions: Iterable[int]) -> frozenset[int]:
         return frozenset(self._places[i] for i in positions if i in self._places)
@@ -223,6 +322,14 @@ class BackwardVersions:
             return (1,)
         return [math.prod(of.read(args) for of in factors) for factors in sources]
 
+    def _ready_masked(self, binding: GraphBinding) -> Version | None:
+        """The masked version; None too while it is being compiled aside."""
+        aside = self.aside_for(binding)
+        if aside is None or self._maker is None:
+            return self.masked_version()
+        aside.start("masked", self.masked_version)
+        return None
+
     def masked_version(self) -> Version | None:
         """The masked version, compiled when first asked for; None if nothing of this graph can be masked."""
         if self._maker is not None:
@@ -241,6 +348,22 @@ class BackwardVersions:
     def graph(self) -> fx.Graph:
         """The backward graph as it came, without our handle and the tensors of its constants: to be looked at."""
         return copy.deepcopy(self._source.module.graph)
+
+
+def _identity(source: BackwardSource, layout: MaskLayout, dense: Any) -> str | None:
+    """A hash of all that versions are made of; None where Inductor has no key for the dense one."""
+    key = key_of(dense)
+    if key is None:
+        return None
+    marks = [(node.name, mark) for node in source.module.graph.nodes if (mark := node.meta.get(MARK))]
+    sizes = [hint_of(value) for value in source.inputs if isinstance(value, torch.SymInt)]
+    return digest([package_key(), *key, source.donated, marks, layout, sizes])
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting means the same in another process."""
+    of_ints = isinstance(value, (list, tuple, range)) and all(type(each) is int for each in value)
+    return of_ints or value is None or type(value) in (bool, str)
 
 
 def _name(version: Version) -> str:

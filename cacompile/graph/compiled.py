@@ -19,27 +19,35 @@ from cacompile.layout import MaskLayout
 from cacompile.passes import make_plan, mark_products
 from cacompile.passes.joint import GraphInputs, find_frozen, find_params
 from cacompile.passes.lower import lower, with_sources
-from cacompile.passes.plan import Plan
+from cacompile.passes.plan import Plan, without_nodes
 from cacompile.state.binding import GraphBinding
 from cacompile.state.frozen import any_frozen
 from cacompile.state.identity import identity_of
 from cacompile.torch_internals import (
+    CAN_COMPILE_ASIDE,
     FakeTensor,
+    add_to_key,
+    caches_are_on,
     captured_backwards,
     dynamo_config,
+    entries_hold_code,
     functorch_config,
     running_ddp,
     warning_once,
 )
 
+from .aside import Aside
 from .backward import BackwardVersions
+from .cache_key import cache_key
 from .ends import Endings
+from .facts import BackwardFacts, ForwardFacts
 from .fallback import warn_of_fault
 from .handle import NOWHERE, compile_without_handle, find_handle, has_handle, save_handle, with_handle
 from .inner import Compile, Inner, inner_of
 from .lean import Cut, LeanForwards
 from .log import CompileLog
 from .source import Run
+from .version_cache import VersionCache
 
 log = logging.getLogger(__name__)
 
@@ -69,18 +77,31 @@ def compile_graph(
     """
     inner = inner_of(config, patches, compile_inner)
     inputs = GraphInputs.of(gm, example_inputs)
-    ours = CompiledGraph(inputs, config, inner, CompileLog(quiet=compile_inner is not None))
     graph, handle = with_handle(gm, example_inputs)
     theirs = functorch_config.joint_custom_pass
+    key = None
+    if config.inner == "inductor" and compile_inner is None and caches_are_on():
+        key = cache_key(inputs, config, theirs if callable(theirs) else None)
+        if key is None:
+            log.info("a graph is not cached: torch._functorch.config.joint_custom_pass has no uuid()")
+    ours = CompiledGraph(inputs, config, inner, CompileLog(quiet=compile_inner is not None), cached=key is not None)
 
     def joint_pass(joint: fx.GraphModule, joint_inputs: Any) -> fx.GraphModule:
         return ours.joint_pass(theirs(joint, joint_inputs) if callable(theirs) else joint, joint_inputs)
 
-    # on a hit in AOTAutograd's cache none of our hooks would run, and what they return cannot be pickled;
-    # Inductor's own cache still serves each version
-    with functorch_config.patch(joint_custom_pass=joint_pass, enable_autograd_cache=False):
-        compiled = inner.pipeline(graph, [*example_inputs, handle], ours.inner_compile)
-    return ours, compiled
+    with functorch_config.patch(joint_custom_pass=joint_pass, enable_autograd_cache=key is not None):
+        if key is None:
+            return ours, inner.pipeline(graph, [*example_inputs, handle], ours.inner_compile)
+        from .stored import compiling
+
+        add_to_key(graph, key)
+        token = compiling.set(ours)
+        try:
+            with entries_hold_code():
+                # on a hit none of our hooks runs, but the entry calls `load_forward` and `load_backward`
+                return ours, inner.pipeline(graph, [*example_inputs, handle], ours.inner_compile)
+        finally:
+            compiling.reset(token)
 
 
 def _look_for_compiled_autograd() -> None:
@@ -96,7 +117,10 @@ def _look_for_compiled_autograd() -> None:
 class CompiledGraph:
     """Watches one graph being compiled (`joint_pass`, `inner_compile`), then runs it (`bind`)."""
 
-    def __init__(self, inputs: GraphInputs, config: Config, inner: Inner, compile_log: CompileLog) -> None:
+    def __init__(
+        self, inputs: GraphInputs, config: Config, inner: Inner, compile_log: CompileLog, *, cached: bool = False
+    ) -> None:
+        """cached: whether torch's caches hold it, and its versions."""
         self.inputs = inputs
         self.config = config
         self.plan = Plan()
@@ -115,6 +139,7 @@ class CompiledGraph:
         """By the handle of a call whose forward is lean."""
         self._captured = captured_backwards()
         self._inner = inner
+        self._cached = cached
         self._log = compile_log
         _alive.add(self)
 
@@ -126,6 +151,7 @@ class CompiledGraph:
         if self._analysed or not has_handle(gm.graph, self.inputs):
             return gm
         self._analysed = True
+        self.plan, self.layout, self.backward = Plan(), MaskLayout(), None  # of an entry that torch could not use
         try:
             plan = make_plan(
                 find_params(gm.graph, self.inputs),
@@ -151,15 +177,18 @@ class CompiledGraph:
         if handle is None:
             if is_backward and (self.plan.grads or not self._analysed):
                 warn_of_fault(log, "finding the handle in a backward graph", DENSE, trace=False)
-            return self._inner.compile(gm, inputs, **settings)
+            return self._storable(self._inner.compile(gm, inputs, **settings))
         without = functools.partial(compile_without_handle, handle=handle, compile_inner=self._inner.compile)
         if not is_backward:
             self.forward = copy.deepcopy(gm.graph)
+            if self._cached:
+                without = functools.partial(without, keep=functools.partial(self._stored_forward, handle))
             if settings.get("is_inference", False) or not self.config.max_truncated or not self.plan.grads:
                 return without(gm, inputs, settings)
             lean = LeanForwards(
                 gm, inputs, settings, handle=handle, compile_inner=self._inner.compile, compile_log=self._log
             )
+            # beside the code, and no part of it: what is stored is the whole forward, whatever is frozen now
             compiled = without(gm, inputs, settings, instead=self._forward_of)
             lean.compiled()
             self._lean = lean
@@ -181,17 +210,80 @@ class CompiledGraph:
                 compile_log=self._log,
                 max_truncated=self.config.max_truncated,
                 find_cut=self._cuts.get,
+                aside=self._aside(),
+                cache=self._version_cache if self._cached else None,
             )
-            return self.backward
+            return self._stored_backward(self.backward) if self._cached else self.backward
         except Exception:
             compiled = without(untouched, inputs, settings)  # raises where the inner compiler itself does
             warn_of_fault(log, "compiling a backward in versions", DENSE)
+            return self._unstored(compiled) if self._cached else compiled
+
+    def _stored_forward(self, handle: int, compiled: Any, saved_at: int | None) -> Any:
+        from .stored import StorableFxGraph, StoredForward
+
+        if not isinstance(compiled, StorableFxGraph):
+            return self._unstored(compiled)
+        return StoredForward.of(compiled, ForwardFacts(handle, saved_at, without_nodes(self.plan), self.layout))
+
+    def _stored_backward(self, versions: BackwardVersions) -> Any:
+        from .stored import StoredBackward
+
+        return StoredBackward(versions, versions.stored)
+
+    def _storable(self, compiled: Any) -> Any:
+        """What AOTAutograd's cache may be given."""
+        if not self._cached:
             return compiled
+        from .stored import OutputCode
+
+        return compiled if isinstance(compiled, OutputCode) else self._unstored(compiled)
+
+    def _unstored(self, compiled: Any) -> Any:
+        from .stored import Unstored
+
+        return Unstored(compiled)
+
+    def _aside(self) -> Aside | None:
+        """Where versions are compiled that no step is to wait for; None where steps wait.
+
+        What is captured into a CUDA graph is captured by the thread that runs it.
+        """
+        waits = self.config.switch == "at once" or self._inner.captured() or not CAN_COMPILE_ASIDE
+        return None if waits else Aside()
+
+    def _version_cache(self, identity: str) -> VersionCache:
+        return VersionCache(identity, self._inner.patched)
+
+    def load_forward(self, facts: ForwardFacts) -> None:
+        """Torch has found the graph in its cache."""
+        self.plan, self.layout = facts.plan, facts.layout
+        self._log.found(facts.plan)
+
+    def load_backward(
+        self, facts: BackwardFacts, dense: Callable[[list[Any]], Any], settings: dict[str, Any]
+    ) -> Callable[[list[Any]], Any]:
+        """And its backward, of which `dense` is the dense version."""
+        self.backward = BackwardVersions.load(
+            facts,
+            dense,
+            settings,
+            compile_inner=self._inner.compile,
+            on_masked=self._take_over,
+            find_binding=self.find_binding,
+            compile_log=self._log,
+            max_truncated=self.config.max_truncated,
+            aside=self._aside(),
+            cache=self._version_cache,
+        )
+        self._set_layout(facts.layout)
+        return self.backward
 
     def _take_over(self, plan: Plan) -> MaskLayout:
         """The masked version was made: the plan now says what it really masks."""
-        self.plan, found = plan, lower(plan)
-        return self._set_layout(replace(self.layout, masked=found.masked, dense=found.dense))
+        self.plan = plan
+        dense = tuple(replace(each, flops=int(each.flops)) for each in plan.dense)
+        return self._set_layout(replace(self.layout, masked=frozenset(plan.masked or ()), dense=dense))
 
     def _set_layout(self, layout: MaskLayout) -> MaskLayout:
         self.layout = layout
@@ -212,7 +304,7 @@ class CompiledGraph:
         if dynamo_config.compiled_autograd or captured_backwards() != self._captured:
             return None
         version = self.backward.truncated_version(binding, dead)
-        return self._lean.find(version) if version is not None else None
+        return self._lean.find(version, self.backward.aside_for(binding)) if version is not None else None
 
     def find_binding(self, handle: Any) -> GraphBinding | None:
         """The binding of this graph that a handle names; None for one that leads nowhere, such as a traced one."""

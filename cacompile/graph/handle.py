@@ -134,6 +134,10 @@ def without_input(settings: dict[str, Any], handle: int) -> dict[str, Any]:
     return {**settings, "static_input_idxs": without(settings.get("static_input_idxs", ()), handle)}
 
 
+Instead = Callable[[Any], Callable[[list[Any]], Any] | None]
+"""(handle) -> what runs in place of a graph for it, without the handle as well; None for the graph itself."""
+
+
 def compile_without_handle(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -141,20 +145,33 @@ def compile_without_handle(
     *,
     handle: int,
     compile_inner: Compile,
-    instead: Callable[[Any], Callable[[list[Any]], Any] | None] = lambda handle: None,
+    instead: Instead = lambda handle: None,
+    keep: Callable[[Any, int | None], Any] = lambda compiled, saved_at: compiled,
 ) -> Any:
     """Compile a graph as if our handle were not among its inputs and saved tensors.
 
-    instead: what runs in its place for a handle, if anything; without the handle as well.
+    keep: gets what is compiled, and the handle's position among its outputs; what it makes of that is returned.
     """
     saved_at = erase_handle(gm, handle)
     outputs = len(gm.graph.output_node().args[0])
     compiled: Any = compile_inner(
         gm, [value for i, value in enumerate(inputs) if i != handle], **without_input(settings, handle)
     )
-    if saved_at is not None and not settings.get("is_backward", False):
-        insert_output_stride(TracingContext.try_get(), saved_at, outputs)
     is_backward = settings.get("is_backward", False)
+    if saved_at is not None and not is_backward:
+        insert_output_stride(TracingContext.try_get(), saved_at, outputs)
+    return keep(around_handle(compiled, handle, saved_at, is_backward=is_backward, instead=instead), saved_at)
+
+
+def around_handle(
+    compiled: Any,
+    handle: int,
+    saved_at: int | None,
+    *,
+    is_backward: bool = False,
+    instead: Instead = lambda handle: None,
+) -> Any:
+    """What is compiled, which from now on takes the handle too, and where it was saved gives it back."""
 
     def wrap(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
         def with_handle(args: list[Any]) -> Any:

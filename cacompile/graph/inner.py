@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from cacompile.torch_internals import (
     boxed,
     compile_fx,
     compile_fx_inner,
+    in_own_cache,
     inductor_config,
     is_boxed,
     lookup_backend,
@@ -40,6 +43,8 @@ class Inner:
     """All of it, as if we were not there."""
     captured: Callable[[], bool]
     """Whether what it compiles may be recorded into a CUDA graph, where nothing on the host can decide."""
+    patched: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    """Inductor's configuration while it compiles."""
 
 
 def inner_of(config: Config, patches: Mapping[str, Any], compile_inner: Compile | None = None) -> Inner:
@@ -55,10 +60,11 @@ def inner_of(config: Config, patches: Mapping[str, Any], compile_inner: Compile 
 def _inductor(patches: dict[str, Any], last: Compile) -> Inner:
     return Inner(
         # versions are compiled late, when compile_fx's own patches are over
-        compile=inductor_config.patch(patches)(last) if patches else last,
+        compile=in_own_cache(inductor_config.patch(patches)(last) if patches else last),
         pipeline=lambda gm, inputs, hook: compile_fx(gm, inputs, inner_compile=hook, config_patches=patches),
         alone=lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches),
         captured=lambda: bool(inductor_config.triton.cudagraphs),
+        patched=lambda: inductor_config.patch(patches) if patches else contextlib.nullcontext(),
     )
 
 

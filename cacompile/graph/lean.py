@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from cacompile.passes.truncate import truncate
 from cacompile.passes.verify import Broken, verify_truncated
 from cacompile.torch_internals import TracingContext, compile_lock, output_strides
 
+from .aside import Aside
 from .handle import erase_handle, without_input
 from .inner import Compile
 from .log import CompileLog
@@ -66,10 +68,16 @@ class LeanForwards:
         if self._strides and self._saved_at is not None:
             del self._strides[self._saved_at]
 
-    def find(self, backward: Version) -> Cut | None:
-        """The forward for a truncated backward; None where it would save nothing less, or cannot be made."""
+    def find(self, backward: Version, aside: Aside | None = None) -> Cut | None:
+        """The forward for a truncated backward; None where it would save nothing less, or cannot be made.
+
+        aside: where one is compiled that is not there, if not here; None until then, too.
+        """
         unread = backward.unread
         if unread not in self._made:
+            if aside is not None:
+                aside.start(("lean", unread), functools.partial(self.find, backward))
+                return None
             with compile_lock:
                 if unread not in self._made:
                     self._made[unread] = self._make(unread)

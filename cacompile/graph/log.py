@@ -55,9 +55,30 @@ class CompileLog:
             log.debug("graph %s: %s stays dense: %s", self._graph, skip.param, skip.reason)
         _artifact(PLAN_ARTIFACT, lambda: plan_table(plan))
 
+    def found(self, plan: Plan) -> None:
+        """The graph was found in the cache, with its plan."""
+        self._count("graphs")
+        self._count("graphs found in the cache")
+        self._count_dense(plan, 0)
+        if not self._quiet:
+            log.info(
+                "graph %s: found in the cache; %d gradients in %d groups can be skipped, %d stay dense",
+                self._graph,
+                len(plan.grads),
+                len(plan.groups),
+                len(plan.dense),
+            )
+            _artifact(PLAN_ARTIFACT, lambda: plan_table(plan))
+
     def version(self, name: str) -> None:
         """A version is being compiled."""
         self._count(f"versions compiled: {name}")
+
+    def version_found(self, name: str) -> None:
+        """A version that another process has compiled was found in the cache."""
+        self._count(f"versions found: {name.split()[0]}")
+        if not self._quiet:
+            log.info("graph %s: %s backward found in the cache", self._graph, name.split()[0])
 
     def masking(self, before: Plan, plan: Plan, gm: fx.GraphModule) -> None:
         """The masked version's graph is made, and will be compiled now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,17 @@ from cacompile.torch_internals import (
     aligned_host_inputs,
     compiling_backward,
     donating,
+    late_context,
+    pickle_graph,
     reported_strides,
+    unpickle_graph,
 )
 
+from .facts import VersionFacts
 from .handle import without, without_input
 from .inner import Compile
 from .log import CompileLog
+from .version_cache import VersionCache
 
 Run = Callable[[list[Any]], Any]
 
@@ -58,20 +64,45 @@ class BackwardSource:
         # constants are not copied, which a fake mode would not let us
         self.module = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         self.inputs = inputs
+        self._surroundings(settings, donated, compile_inner, compile_log, TracingContext.try_get())
+
+    def _surroundings(
+        self, settings: dict[str, Any], donated: list[int] | None, compile_inner: Compile, log: CompileLog, context: Any
+    ) -> None:
         self.settings = settings
-        self.log = compile_log
-        self._donated = donated
+        self.log = log
+        self.cache: VersionCache | None = None
+        """Where versions are kept that were compiled of it."""
+        self.donated = donated
         self._compile = compile_inner
-        self._context = TracingContext.try_get()
+        self._context = context
         self._compile_id = CompileContext.try_get()
         # overrides of Inductor's config live here, and not in the autograd thread that will want another version
         self._overrides = contextvars.copy_context()
 
     def release(self) -> None:
         """Let go of all but the graph: nothing is compiled of it any more."""
-        self.inputs, self.settings = (), {}
+        self.inputs, self.settings, self.cache = (), {}, None
         self._context = self._compile_id = None
         self._overrides = contextvars.Context()
+
+    def find(self, name: str) -> tuple[Run, VersionFacts] | None:
+        """A version that another process has compiled; None where it has to be compiled."""
+        if self.cache is None:
+            return None
+        found = self._overrides.run(self.cache.find, name, self.settings)
+        if found is not None:
+            self.log.version_found(name)
+        return found
+
+    def save(self, name: str, code: Run, facts: VersionFacts) -> None:
+        """Keep a version for other processes."""
+        if self.cache is not None:
+            self._overrides.run(self.cache.save, name, code, facts)
+
+    def stored(self) -> bytes:
+        """The graph and its inputs, pickled: see `StoredSource`. Raises whatever it likes for what cannot be."""
+        return pickle_graph((self.module, list(self.inputs)))
 
     def copy(self) -> fx.GraphModule:
         return fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
@@ -102,7 +133,7 @@ class BackwardSource:
         gone: Sequence[int],
         strides: list[Any],
     ) -> Run:
-        inputs, settings, donated = self.inputs, self.settings, self._donated
+        inputs, settings, donated = self.inputs, self.settings, self.donated
         for i in sorted(gone, reverse=True):
             inputs, settings = [*inputs[:i], *inputs[i + 1 :]], without_input(settings, i)
             donated = None if donated is None else without(donated, i)
@@ -118,3 +149,37 @@ class BackwardSource:
             run = self._compile(gm, [*inputs, *flags], **settings)
             strides += reported
             return run
+
+
+class StoredSource(BackwardSource):
+    """One that was pickled by the process that traced the graph; read when something is made of it."""
+
+    def __init__(
+        self,
+        content: bytes,
+        settings: dict[str, Any],
+        *,
+        donated: list[int] | None,
+        compile_inner: Compile,
+        compile_log: CompileLog,
+    ) -> None:
+        self._content = content
+        self._surroundings(settings, donated, compile_inner, compile_log, None)
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        return self._read[0]
+
+    @cached_property
+    def inputs(self) -> Sequence[Any]:  # type: ignore[override]
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[fx.GraphModule, Sequence[Any]]:
+        (module, inputs), mode = unpickle_graph(self._content)
+        module.recompile()
+        self._context = late_context(mode, self.donated)
+        return module, inputs
+
+    def stored(self) -> bytes:
+        return self._content

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from cacompile.passes.truncate import saves_more, truncate
 from cacompile.passes.verify import Broken, verify_truncated
 from cacompile.torch_internals import compile_lock
 
+from .aside import Aside
+from .facts import VersionFacts
 from .masked import MaskedMaker
 from .source import BackwardSource, Run, Version
 
@@ -35,7 +38,9 @@ class TruncatedVersions:
     has not run for long.
     """
 
-    def __init__(self, source: BackwardSource, limit: int) -> None:
+    def __init__(self, source: BackwardSource, limit: int, device: torch.device) -> None:
+        """limit: how many are kept; device: where the weights are."""
+        self._device = device
         self._source = source
         self._limit = limit
         self._made: dict[Key, Version | None] = {}
@@ -54,13 +59,16 @@ class TruncatedVersions:
         """A backward runs."""
         self._clock += 1
 
-    def find(self, places: frozenset[int], plan: Plan | None) -> Version | None:
+    def find(self, places: frozenset[int], plan: Plan | None, aside: Aside | None = None) -> Version | None:
         """The version whose outputs in these places are None, or the nearest; None where the whole backward must run.
 
-        plan: what is masked as well, if anything.
+        plan: what is masked as well, if anything; aside: where one is compiled that is not there, if not here.
         """
         key = places, plan is not None
         if key not in self._made:
+            if aside is not None and len(self._made) < self._limit:
+                aside.start(key, functools.partial(self.find, places, plan))
+                return self._nearest(key)
             with compile_lock:  # as for the masked version
                 if key not in self._made and not self._make_room():
                     return self._nearest(key)
@@ -80,7 +88,8 @@ class TruncatedVersions:
 
     def _nearest(self, wanted: Key) -> Version | None:
         places, masked = wanted
-        fit = [key for key, made in self._made.items() if made is not None and key[0] <= places and key[1] is masked]
+        made = list(self._made.items())  # a thread may add to it
+        fit = [key for key, one in made if one is not None and key[0] <= places and key[1] is masked]
         if not fit:
             return None
         best = min(fit, key=lambda key: getattr(self._made[key], "nodes", 0))
@@ -103,12 +112,18 @@ class TruncatedVersions:
         return version
 
     def _compiled(self, places: frozenset[int], plan: Plan | None) -> Version | None:
+        name = f"truncated {sorted(places)} {'masked' if plan is not None else 'dense'}"
+        if (found := self._source.find(name)) is not None:
+            run, facts = found
+            host = bool(facts.masked) and plan is not None and MaskedMaker(self._source, plan, self._device).wants_host
+            run = _with_fewer(run, facts.unread)
+            return Version(run, frozenset(facts.masked), host, places, facts.nodes, frozenset(facts.unread.values()))
         flags: Sequence[Any] = ()
         masked, host = frozenset[str](), False
         if plan is None:
             module = self._source.copy()
         else:
-            maker = MaskedMaker(self._source, plan)
+            maker = MaskedMaker(self._source, plan, self._device)
             masked, host, module = frozenset(maker.edit().masked or ()), maker.wants_host, maker.module
             flags = maker.fake_flags(plan.blocks) if masked else ()
         before = copy.deepcopy(module.graph)
@@ -117,23 +132,26 @@ class TruncatedVersions:
         verify_truncated(before, module.graph, places)
         nodes = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
         inputs = module.graph.find_nodes(op="placeholder")
-        unread = [i for i, node in enumerate(inputs) if not node.users and isinstance(_value(node), torch.Tensor)]
-        names = frozenset(inputs[i].name for i in unread)
+        unread = {
+            i: node.name for i, node in enumerate(inputs) if not node.users and isinstance(_value(node), torch.Tensor)
+        }
         if not nodes and not any(value is not None for value in module.graph.output_node().args[0]):
             run = _nothing(len(module.graph.output_node().args[0]))
         else:
             for i in unread:
                 module.graph.erase_node(inputs[i])
             module.recompile()
-            run = _with_fewer(self._source.compile(module, "truncated", flags, gone=unread), unread)
-        return Version(run, masked, host, places, len(nodes), names)
+            code = self._source.compile(module, "truncated", flags, gone=tuple(unread))
+            self._source.save(name, code, VersionFacts(tuple(sorted(masked)), (), len(nodes), unread))
+            run = _with_fewer(code, unread)
+        return Version(run, masked, host, places, len(nodes), frozenset(unread.values()))
 
 
 def _value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
-def _with_fewer(run: Run, gone: Sequence[int]) -> Run:
+def _with_fewer(run: Run, gone: Iterable[int]) -> Run:
     """Called with all inputs of the graph, of which the version has not those in these positions."""
     positions = sorted(gone, reverse=True)
 

@@ -9,7 +9,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from .caching import (
+    CAN_COMPILE_ASIDE,
+    add_to_key,
+    caches_are_on,
+    config_digest,
+    entries_hold_code,
+    find_code,
+    in_own_cache,
+    key_of,
+    late_context,
+    load_code,
+    pickle_graph,
+    save_code,
+    storable,
+    unpickle_graph,
+)
 from .contracts import (
+    CACHE,
     COMPILE,
     CONTRACTS,
     LOOK,

@@ -24,10 +24,15 @@ RANKS = "agreeing"
 """Without it ranks that hold copies of parameters cannot agree on what to skip: they compute everything."""
 SHARDS = "sharding"
 """Without it what `fully_shard` has spread over ranks stays dense."""
+CACHE = "starting from a cache"
+"""Without it AOTAutograd's cache stays off for our graphs: each start traces them again."""
 STANDALONE = "running passes standalone"
 """Without it `cacompile.passes` finds no parameters, or changes no graph, under plain `torch.compile`."""
 SEE = "doctor"
 """Without it a check of `cacompile doctor` is left out."""
+
+CACHED = ("2.11", "2.13", "2.14")
+"""Releases on which training has started from AOTAutograd's cache."""
 
 TRIED = ("2.13",)
 """Releases on which several processes have trained."""
@@ -209,6 +214,60 @@ CONTRACTS = (
         seen=("2.11", "2.13", "2.14"),
     ),
     Contract("swap_tensors", "torch.utils:swap_tensors", parameters=("t1", "t2")),
+    Contract(
+        "OutputCode",
+        "torch._inductor.output_code:OutputCode",
+        ("post_compile", "prepare_for_serialization"),
+        purpose=CACHE,
+        seen=CACHED,
+    ),
+    Contract(
+        "StorableFxGraph",
+        "torch._inductor.output_code:CompiledFxGraph",
+        ("post_compile", "prepare_for_serialization", "guards_expr", "_fx_graph_cache_key"),
+        purpose=CACHE,
+        seen=CACHED,
+    ),
+    Contract(
+        "CompiledFxGraphConstants",
+        "torch._inductor.output_code:CompiledFxGraphConstants",
+        purpose=CACHE,
+        seen=CACHED,
+    ),
+    Contract(
+        "FxGraphCache",
+        "torch._inductor.codecache:FxGraphCache",
+        ("cache_hit_post_compile", "load_with_key", "_save_graph"),
+        purpose=CACHE,
+        seen=CACHED,
+    ),
+    Contract(
+        "AOTAutogradCacheBypass",
+        "torch._functorch._aot_autograd.autograd_cache:BypassAOTAutogradCache",
+        purpose=CACHE,
+        seen=CACHED,
+    ),
+    Contract(
+        "aot_cache_config",
+        "torch._functorch.config",
+        ("bundled_autograd_cache", "force_non_lazy_backward_lowering"),
+        purpose=CACHE,
+        seen=CACHED,
+    ),
+    Contract(
+        "GraphPickler",
+        "torch.fx._graph_pickler:GraphPickler",
+        ("dumps", "loads"),
+        purpose=CACHE,
+        seen=CACHED,
+    ),
+    Contract(
+        "GraphPicklerOptions",
+        "torch.fx._graph_pickler:Options",
+        parameters=("ops_filter", "node_metadata_key_filter"),
+        purpose=CACHE,
+        seen=CACHED,
+    ),
 )
 
 _by_name = {contract.name: contract for contract in CONTRACTS}
