@@ -7,8 +7,8 @@ LISA: embeddings are frozen, and two of the blocks are trained, drawn anew every
 the schedule followed); `flip, compiled` (Inductor, requires_grad is set: Dynamo compiles again for each new set, and
 runs the model eagerly beyond its limit); `flip, eager` (LISA by hand, no compiler); `drop gradients` (Inductor,
 everything is computed and what is frozen gets None). Compilers' caches are off. `first` has the compiling in it,
-`later` are 100 steps more, in which the same sets come again, interleaved. All train the same: how far weights are apart
-is shown.
+`later` are 100 steps more, in which the same sets come again, interleaved. All train the same: how far weights are
+apart is shown.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BELOW = ("token", "position")
 
 
 def of_its_own(kind: type) -> type:
-    """A class whose forward is other code: Dynamo's limit of compilations is of the code, which all arms would share."""
+    """A class whose forward is other code: Dynamo's limit of compilations is of code, which all arms would share."""
     forward = kind.forward
     own = types.FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
     return type(kind.__name__, (kind,), {"forward": own})
