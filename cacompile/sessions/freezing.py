@@ -154,8 +154,9 @@ class Freezing:
 
     def _note_frozen(self) -> None:
         """Remember what is said by now, for parameters that come later under the same names."""
+        names = self._names
         for name, param in self.params.items():
-            for other in self._names[name]:
+            for other in names[name]:
                 if param.settled:
                     self._decided[other] = param.frozen
                 if param.blocks:
