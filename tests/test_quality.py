@@ -1,34 +1,43 @@
 """The quality benchmark: its arithmetic by hand, what is run and what is not, and all of it in its mode of seconds."""
 
+import itertools
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scripts import read_rows, run_module
 
-from benchmarks.quality.arms import ARMS, random_groups
-from benchmarks.quality.curve import Arms, Worth, mean_worth, resampled, rising, seed_worths, standard_error, worth
+from benchmarks.quality.arms import ARMS, CHOSEN, random_groups, rated
+from benchmarks.quality.curve import Arms, Worth, frontier, mean_worth, resampled, seed_worths, standard_error, worth
 from benchmarks.quality.plan import Part, Settings, Turn, next_part, plan
-from benchmarks.quality.report import against_goal, report, summarize, times, within_error
-from benchmarks.quality.rows import COLUMNS, append, keys, read, write_profile
+from benchmarks.quality.report import against_goal, report, summarize, times, verdicts, within_error
+from benchmarks.quality.rows import COLUMNS, LOOK_COLUMNS, append, keys, read, read_looks, write_profile
+from benchmarks.quality.run import Run, train
+from benchmarks.quality.target import of_looks, to_target
+from benchmarks.quality.task import constant, decaying
+from benchmarks.quality.task import quality as measure_quality
+from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tuned import tuned
 from benchmarks.quality.worker import spread
 
-DENSE = ["dense-75", "dense-80", "dense-85", "dense-90", "dense-95", "dense"]
+RUNGS = ["dense", "dense-95", "dense-90", "dense-85", "dense-80", "dense-75"]
 
 
 @pytest.mark.parametrize(
-    "values, levels",
+    "costs, qualities, left",
     [
-        ([1, 2, 3], [1, 2, 3]),
-        ([1, 3, 2, 4], [1, 2.5, 2.5, 4]),
-        ([3, 2, 1], [2, 2, 2]),
-        ([0, 3, 3, 0], [0, 2, 2, 2]),
+        ([1, 2, 3], [1, 2, 3], [0, 1, 2]),
+        ([1, 2, 3, 4], [1, 3, 2, 4], [0, 1, 3]),
+        ([3, 2, 1], [1, 2, 3], [2]),
+        ([2, 2, 1], [1, 2, 0], [2, 1]),  # of runs that cost the same the better
     ],
 )
-def test_levels_what_falls(values, levels):
-    assert rising(values).tolist() == levels
+def test_on_the_frontier_is_what_beats_all_that_cost_no_more(costs, qualities, left):
+    found = frontier(costs, qualities)
+    assert [each.tolist() for each in found] == [[costs[i] for i in left], [qualities[i] for i in left]]
 
 
 @pytest.mark.parametrize(
@@ -46,9 +55,9 @@ def test_worth_is_cost_of_the_dense_run_as_good(quality, cost, expected):
     assert (found.ratio, found.bound) == (pytest.approx(expected.ratio), expected.bound)
 
 
-def test_worth_takes_the_cheapest_of_dense_runs_that_are_alike():
-    assert worth([70, 80, 90, 100], [0.0, 2.0, 1.0, 3.0], 1.5, 50).ratio == pytest.approx(80 / 50)
-    assert worth([70, 80, 90, 100], [0.0, 2.0, 1.0, 3.0], 0.75, 50).ratio == pytest.approx(75 / 50)
+def test_a_longer_run_that_came_out_worse_is_not_on_the_way():
+    assert worth([100, 70, 90, 80], [3.0, 0.0, 1.0, 2.0], 2.0, 50).ratio == pytest.approx(80 / 50)
+    assert worth([100, 70, 90, 80], [3.0, 0.0, 1.0, 2.0], 1.5, 50).ratio == pytest.approx(77.5 / 50)
 
 
 def test_worth_says_what_it_does_not_know():
@@ -102,7 +111,7 @@ def test_random_groups_come_near_what_is_wanted():
 def write_rows(folder: Path) -> None:
     """Two seeds of ResNet: dense runs whose quality is their share of the steps plus the seed, and convaware."""
     for seed in (0, 1):
-        for arm in (*DENSE, "convaware"):
+        for arm in (*RUNGS, "convaware"):
             share = ARMS[arm].fraction if arm != "convaware" else 0.8
             row = dict.fromkeys(COLUMNS, "") | {"task": "resnet", "arm": arm, "seed": seed, "split": "test"}
             row |= {"steps": round(20 * ARMS[arm].fraction), "cost_flops": 100 * share, "cost_seconds": 10.0 * share}
@@ -121,7 +130,11 @@ def test_report_of_rows_made_by_hand(tmp_path):
     assert ours.cost.tolist() == pytest.approx([0.8, 0.8])
     assert "0.800 [0.800, 0.800]" in times(rows)  # of the seed in which they took turns
     said = list(report(settings(tmp_path), ["resnet"], [0, 1]))
-    assert "resnet: Goal 1.20: falls short by 6.2% (1.125)." in said
+    assert "resnet: Final quality: 0.1000 below full dense's, within its standard error, 0.5000." in said
+    assert not any("Goal" in line for line in said)  # an early task has none
+    assert [line for line in verdicts("fine-tuning", summarize(rows)) if "Goal" in line] == [
+        "Goal 1.25 in FLOPs: falls short by 10.0% (1.125)."
+    ]
     assert list(report(settings(tmp_path), ["resnet"], [7])) == [f"no rows in {tmp_path / 'quality.csv'} to report"]
 
 
@@ -132,6 +145,83 @@ def test_of_a_run_made_twice_the_later_row_counts(tmp_path):
     again = read(tmp_path / "quality.csv")
     assert len(again) == len(first) == 14
     assert keys(again) == keys(first)
+
+
+def test_the_best_of_three_rates_is_chosen_on_validation_data_alone(tmp_path):
+    def add(arm: str, seed: int, split: str, quality: float) -> None:
+        row = dict.fromkeys(COLUMNS, "") | {"task": "vit", "arm": arm, "seed": seed, "split": split, "steps": 96}
+        append(tmp_path / "quality.csv", row | {"quality": quality, "skipped_share": 0.0})
+
+    names = [rated("dense-80", rate) for rate in (1.0, 1.5, 2.0)]
+    assert names == ["dense-80", "dense-80x1.5", "dense-80x2"]
+    for seed, qualities in ((100, (-1.0, -0.8, -0.9)), (101, (-1.0, -1.0, -0.7))):
+        for name, quality in zip(names, qualities, strict=True):
+            add(name, seed, "valid", quality)
+    add("dense-80", 102, "valid", 5.0)  # a seed without the other rates tells nothing
+    add("dense-80x1.5", 0, "test", 5.0)
+    rows = read(tmp_path / "quality.csv")
+    assert tuned(rows, "vit", "dense-80", 96) == "dense-80x2"
+    assert tuned(rows, "vit", "dense-80", 97) == tuned(rows, "gpt", "dense-80", 96) == "dense-80"
+
+
+def test_time_to_target_is_the_first_look_that_reaches_it_and_a_miss_is_infinite(tmp_path):
+    """Dense ends at 1.0 and 3.0: the target is their mean, 2.0, less one standard error, 1.0."""
+    write_looks(tmp_path)
+    looks = read_looks(tmp_path / "quality_looks.csv")
+    rows = read(tmp_path / "quality.csv")
+    found = to_target(looks, rows)
+    assert found["dense"] == (pytest.approx((1.0 + 0.6) / 2), pytest.approx((1.0 + 0.6) / 2), 0, 2)
+    assert found["convaware"][2:] == (1, 2) and np.isinf(found["convaware"][0])
+    early = of_looks(looks, "dense", [0, 1])
+    assert [frame["cost_flops"].tolist() for frame in early] == [[60.0, 60.0], [80.0, 80.0]]
+    assert of_looks(looks, "dense", [0, 1, 2]) == []
+    ours = summarize(rows, looks)[-1]  # its mean, 0.75, is what dense had reached at a cost of 60
+    assert ours.worth.ratio == pytest.approx(60 / 80) and ours.worth.bound == "below"
+
+
+def write_looks(folder: Path) -> None:
+    for arm, seed, steps in itertools.product(("dense", "convaware"), (0, 1), ((12, 60), (16, 80), (20, 100))):
+        step, cost = steps
+        quality = {"dense": (1 + 2 * seed) * cost / 100, "convaware": 0.5 + 0.5 * seed}[arm]
+        key = {"task": "resnet", "arm": arm, "seed": seed, "split": "test", "steps": 20}
+        found = {"cost_flops": cost * (1.0 if arm == "dense" else 0.8), "cost_seconds": cost / 10, "quality": quality}
+        if step < 20:
+            append(folder / "quality_looks.csv", {**key, "step": step, **found}, LOOK_COLUMNS)
+        else:
+            append(folder / "quality.csv", {**dict.fromkeys(COLUMNS, ""), **key, **found, "skipped_share": 0.0})
+
+
+def test_a_smaller_batch_and_another_rate_change_what_they_say_and_nothing_else(tmp_path):
+    here = settings(tmp_path)
+    runs = [Run(here.task("resnet"), here.arm(arm), 0) for arm in ("dense", "batch-60x2")]
+    seen: list[tuple[str, int]] = []
+    train(runs, look=lambda run: seen.append((run.arm.name, run.step_number)))
+    full, less = runs
+    assert less.steps == full.steps and less.flops == pytest.approx(10 / 16 * full.flops, rel=0.01)
+    assert less.peaks == [2 * peak for peak in full.peaks]
+    assert seen == [("dense", step) for step in (12, 14, 16, 17, 18, 19)]
+
+
+def test_schedules():
+    assert constant(5, 100) == pytest.approx(6 / 11) == decaying(5, 100)
+    assert constant(99, 100) == 1.0 and decaying(99, 100) < 0.06
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_has_what_it_names(name, tmp_path):
+    """Its tiny model takes its batches, and what is trained of it takes a step."""
+    task = settings(tmp_path).task(name)
+    torch.manual_seed(0)
+    model = task.build()
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer = task.optimizer(model)
+    *inputs, target = next(task.batches(0))
+    torch.nn.functional.cross_entropy(model(*inputs).flatten(0, -2), target.flatten()).backward()
+    optimizer.step()
+    moved = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    assert moved and moved <= {name for name, param in model.named_parameters() if param.requires_grad}
+    quality, accuracy = measure_quality(task, model, "valid")
+    assert quality < 0.0 < accuracy < 1.0
 
 
 def settings(folder: Path):
@@ -177,13 +267,18 @@ def test_whole_command_then_nothing_left_to_do(tmp_path):
     out = run(*call)
     rows = read_rows(tmp_path / "quality.csv")
     peers = [task for task, package in (("gpt", "grades"), ("resnet", "cac")) if find_spec(package)]
-    usual = {*DENSE, "convaware", "random", "static"}
-    assert {row["arm"] for row in rows} - {"grades", "gradskip"} == usual
-    assert Counter(row["task"] for row in rows) == {t: len(usual) + (t in peers) for t in ("gpt", "resnet")}
+    usual = {*CHOSEN, "convaware", "random", "static"}
+    assert {row["arm"] for row in rows} - {"grades", "grades-on", "gradskip"} == usual
+    assert Counter(row["task"] for row in rows) == {
+        t: len(usual) + (t in peers) * (2 if t == "gpt" else 1) for t in ("gpt", "resnet")
+    }
+    looks = read_rows(tmp_path / "quality_looks.csv")
+    looked_at = {(row["task"], row["arm"]) for row in looks}
+    assert looked_at == set(itertools.product(("gpt", "resnet"), ("dense", "convaware")))
     by_run = {(row["task"], row["arm"]): row for row in rows}
     for task in ("gpt", "resnet"):
-        costs = [float(by_run[task, arm]["cost_flops"]) for arm in DENSE]
-        assert costs == pytest.approx([costs[-1] * share for share in (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)])
+        costs = [float(by_run[task, arm]["cost_flops"]) for arm in CHOSEN]
+        assert costs == pytest.approx([costs[0] * share for share in (1.0, 0.8, 0.7, 0.6, 0.8, 0.6)], rel=0.05)
         ours = by_run[task, "convaware"]
         assert 0.05 < float(ours["skipped_share"]) < 1.0
         for control in ("random", "static"):  # whole groups, so not quite the same
@@ -193,7 +288,7 @@ def test_whole_command_then_nothing_left_to_do(tmp_path):
             assert float(by_run[task, control]["cost_flops"]) == pytest.approx(float(ours["cost_flops"]), rel=0.02)
         assert (ours["beside"], by_run[task, "dense"]["beside"]) == ("dense", "convaware")
         assert len(read_rows(tmp_path / "quality_profiles" / f"{task}-20-0.csv")) == 20
-        assert f"{task}: Goal" in out
+        assert f"{task}: To dense's mean quality" in out
     if "gpt" in peers:
         assert float(by_run["gpt", "grades"]["cost_flops"]) < float(by_run["gpt", "dense"]["cost_flops"])
     for name in ("quality.svg", "quality_skipped.svg"):

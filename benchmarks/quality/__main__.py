@@ -1,5 +1,6 @@
-"""Is skipping worth it, against the same money spent on a shorter dense run? Four models, three data sets, five tasks.
+"""Is skipping worth it, against the same money spent on the best dense run? Small models on public data.
 
+    python -m benchmarks.quality choose                           # rates of the dense runs, on validation data
     python -m benchmarks.quality                                  # everything that is missing, then the report
     python -m benchmarks.quality --tasks gpt --arms dense,convaware --seeds 0
     python -m benchmarks.quality report                           # tables and plots from the rows that are there
@@ -28,16 +29,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.lib.rows import RESULTS
-from benchmarks.quality.arms import ARMS, installed
+from benchmarks.quality.arms import ARMS, CHOSEN, DENSE, LENGTHS, RATES, SHARES, installed, rated
 from benchmarks.quality.peers import weight_changes
 from benchmarks.quality.plan import Settings, plan
 from benchmarks.quality.report import report
-from benchmarks.quality.rows import append, keys, read
+from benchmarks.quality.rows import LOOK_COLUMNS, append, keys, read
 from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tuned import tuned
 from benchmarks.quality.worker import spread
 
 DEV_SEED = 100
 """For choosing what has to be chosen; never reported."""
+
+USUAL = (*CHOSEN, *(name for name in ARMS if name not in DENSE))
+"""The arms that are run where none are named."""
 
 
 def measure(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int], settings: Settings,
@@ -47,7 +52,12 @@ def measure(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int], set
     done = keys(read(settings.rows))
     if without := [name for name in arms if not installed(ARMS[name])]:
         console.print(f"left out, as what they need is not installed: {', '.join(without)}", highlight=False)
-    parts = plan(tasks, [arm for arm in arms if arm not in without], seeds, settings, set() if again else done)
+    wanted = [arm for arm in arms if arm not in without]
+    parts = [
+        part
+        for task in tasks
+        for part in plan([task], _at_their_rates(wanted, task, settings), seeds, settings, set() if again else done)
+    ]
     runs = sum(len(turn.arms) for part in parts for turn in part.turns)
     console.print(f"{runs} runs to make, {len(done)} in {settings.rows}", highlight=False)
     bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -60,6 +70,8 @@ def measure(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int], set
         for kind, what in spread(parts, jobs, settings):
             if kind == "step":
                 bar.update(lines[what], advance=1)
+            elif kind == "look":
+                append(settings.looks, what, LOOK_COLUMNS)
             elif kind == "row":
                 append(settings.rows, what)
                 console.print(_sentence(what), highlight=False, soft_wrap=True)
@@ -69,6 +81,17 @@ def measure(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int], set
                 console.print(f"[bold]failed[/bold]: {task}, {' and '.join(turn.arms)}, seed {turn.seed}")
                 console.print(text, markup=False, highlight=False)
     return failed
+
+
+def _at_their_rates(arms: Sequence[str], task: str, settings: Settings) -> list[str]:
+    """Shorter dense runs and those with smaller batches at the rates that were chosen for them; the others as they are.
+
+    The full dense run keeps the task's own, which is convaware's too.
+    """
+    if settings.split == "valid":
+        return list(arms)
+    rows, rungs = read(settings.rows), {*LENGTHS, *SHARES} - {"dense"}
+    return [tuned(rows, task, arm, settings.steps(task, arm)) if arm in rungs else arm for arm in arms]
 
 
 def _sentence(row: dict[str, Any]) -> str:
@@ -99,7 +122,7 @@ def thresholds(settings: Settings, console: Console) -> None:
 
 def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
-        names = list(known) if text == "all" else text.split(",")
+        names = {"all": list(known), "usual": list(USUAL)}.get(text) or text.split(",")
         if wrong := [name for name in names if name not in known]:
             raise argparse.ArgumentTypeError(f"unknown: {', '.join(wrong)}; known: all, {', '.join(known)}")
         return names
@@ -114,10 +137,11 @@ def _seeds(text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", nargs="?", choices=("run", "report", "tau"), default="run")
+    add("command", nargs="?", choices=("run", "choose", "report", "tau"), default="run")
     add("--tasks", type=_some_of(list(TASKS)), default="all", help="comma-separated: %(default)s, " + ", ".join(TASKS))
-    add("--arms", type=_some_of(list(ARMS)), default="all", help="comma-separated: %(default)s, " + ", ".join(ARMS))
-    add("--seeds", type=_seeds, default="0,1,2", help="comma-separated (default: %(default)s)")
+    add("--arms", type=_some_of(list(ARMS)), default="usual", help="comma-separated; all, usual (default) or some of: "
+        + ", ".join(ARMS))  # fmt: skip
+    add("--seeds", type=_seeds, help=f"comma-separated (default: 0,1,2; choose: {DEV_SEED})")
     add("--steps-scale", type=float, default=1.0, metavar="X", help="times the steps of every task")
     add("--split", choices=("test", "valid"), default="test", help="options are chosen on valid, reported is test")
     add("--jobs", type=int, default=2, help="processes, of one thread each (default: %(default)s)")
@@ -129,14 +153,17 @@ def main(argv: list[str] | None = None) -> int:
     if not console.is_terminal:  # a log need not be as narrow as an unknown terminal
         console = Console(width=200)
     with tempfile.TemporaryDirectory() if args.smoke and not args.out else nullcontext(RESULTS) as folder:
+        if args.command == "choose":
+            args.split, args.arms = "valid", [rated(rung, rate) for rung in CHOSEN for rate in RATES]
+        seeds = args.seeds or ([DEV_SEED] if args.command == "choose" else [0, 1, 2])
         settings = Settings(out=args.out or Path(folder), split=args.split, scale=args.steps_scale, smoke=args.smoke)
         if args.command == "tau":
             thresholds(settings, console)
             return 0
         failed = 0
-        if args.command == "run":
-            failed = measure(args.tasks, args.arms, args.seeds, settings, args.jobs, args.again, console)
-        for line in report(settings, args.tasks, args.seeds):
+        if args.command != "report":
+            failed = measure(args.tasks, args.arms, seeds, settings, args.jobs, args.again, console)
+        for line in report(settings, args.tasks, seeds):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     return int(failed > 0)
 

@@ -6,15 +6,43 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from benchmarks.quality.peers import CAC_OPTIONS, GRADES_OPTIONS, Grades, GradSkip, gradskip_sgd
+from benchmarks.quality.peers import CAC_OPTIONS, GRADES_OPTIONS, Grades, GradesToTheEnd, GradSkip, gradskip_sgd
 from benchmarks.quality.run import Arm, Control, Run
-from benchmarks.quality.tasks import Task
+from benchmarks.quality.task import Task
 
-LADDER = (95, 90, 85, 80, 75)
+LADDER = (95, 90, 85, 80, 75, 70, 60)
 """Lengths of the shorter dense runs, in % of the steps."""
 
-RUNGS = ("dense", *(f"dense-{percent}" for percent in LADDER))
-"""The dense arms, longest first."""
+BATCHES = (80, 60)
+"""Sizes of the smaller batches, in %."""
+
+RATES = (1.0, 1.5, 2.0)
+"""Times the task's peak learning rate: every dense run has a right to the best of them, see `tuned`."""
+
+LENGTHS = {"dense": 1.0, **{f"dense-{percent}": percent / 100 for percent in LADDER}}
+SHARES = {f"batch-{percent}": percent / 100 for percent in BATCHES}
+
+
+def rated(rung: str, rate: float) -> str:
+    """The arm that trains as `rung` at `rate` times the task's peak learning rate."""
+    return rung if rate == 1.0 else f"{rung}x{rate:g}"
+
+
+def _dense(rung: str, rate: float) -> Arm:
+    title = f", {LENGTHS[rung]:.0%} of the steps" if LENGTHS.get(rung, 1.0) < 1.0 else ""
+    title += f", {SHARES[rung]:.0%} of each batch" if rung in SHARES else ""
+    title += f", {rate:g} times the rate" if rate != 1.0 else ""
+    return Arm(
+        name=rated(rung, rate), title=f"dense Inductor{title}", rate=rate, fraction=LENGTHS.get(rung, 1.0),
+        batch=SHARES.get(rung, 1.0), looks=rung == "dense",
+    )  # fmt: skip
+
+
+DENSE = {arm.name: arm for rung in (*LENGTHS, *SHARES) for arm in (_dense(rung, rate) for rate in RATES)}
+"""The dense arms, of which the frontier is made."""
+
+CHOSEN = ("dense", "dense-80", "dense-70", "dense-60", "batch-80", "batch-60")
+"""Those whose rate is chosen, and which are run at it, where nothing else is asked for."""
 
 
 def random_groups(flops: np.ndarray, wanted: float, rng: np.random.Generator, tries: int = 1) -> np.ndarray:
@@ -77,9 +105,8 @@ class Static(_Drawn):
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm(name="dense", title="dense Inductor"),
-        *(Arm(name=f"dense-{p}", title=f"dense Inductor, {p} % of the steps", fraction=p / 100) for p in LADDER),
-        Arm(name="convaware", title="convaware, default options", backend="convaware"),
+        *DENSE.values(),
+        Arm(name="convaware", title="convaware, default options", backend="convaware", looks=True),
         Arm(
             name="random", title="random groups, convaware's share in each step", backend="convaware",
             control=RandomMask, needs_profile=True,
@@ -94,7 +121,11 @@ ARMS = {
             options=GRADES_OPTIONS, control=Grades, tasks=("gpt",), package="grades",
         ),
         Arm(
-            name="gradskip", title="CAC Gradient-StaysDense 1.0.0", backend=None,
+            name="grades-on", title="GradES 1.0.6 without its early stop", backend=None,
+            options=GRADES_OPTIONS, control=GradesToTheEnd, tasks=("gpt",), package="grades",
+        ),
+        Arm(
+            name="gradskip", title="CAC Gradient-Skip 1.0.0", backend=None,
             options=CAC_OPTIONS, control=GradSkip, optimizer=gradskip_sgd, tasks=("resnet",), package="cac",
         ),
     )

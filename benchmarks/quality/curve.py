@@ -1,4 +1,4 @@
-"""What a quality is worth: the cost of the dense run that reaches it. Pure functions of numbers."""
+"""What a quality is worth: the cost of the dense runs that reach it. Pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -19,37 +19,28 @@ class Worth(NamedTuple):
         return {"": "", "at least": "≥ ", "below": "< "}[self.bound] + f"{self.ratio:.3f}"
 
 
-def rising(values: Sequence[float]) -> np.ndarray:
-    """The nearest values, in least squares, that never fall (pool adjacent violators)."""
-    blocks: list[tuple[float, int]] = []  # (mean, how many)
-    for value in values:
-        blocks.append((float(value), 1))
-        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
-            (last, n), (before, m) = blocks.pop(), blocks.pop()
-            blocks.append(((last * n + before * m) / (n + m), n + m))
-    return np.concatenate([np.full(n, mean) for mean, n in blocks])
+def frontier(costs: Sequence[float], qualities: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """(costs, qualities), both rising, of the runs that are better than all that cost no more."""
+    best, kept = -np.inf, []
+    for at in sorted(range(len(costs)), key=lambda i: (costs[i], -qualities[i])):
+        if qualities[at] > best:
+            best = qualities[at]
+            kept.append(at)
+    return np.asarray(costs, float)[kept], np.asarray(qualities, float)[kept]
 
 
 def worth(costs: Sequence[float], qualities: Sequence[float], quality: float, cost: float) -> Worth:
-    """Cost of the cheapest dense run that reaches `quality`, over `cost`.
-
-    costs, qualities: of the dense runs, costs rising. Between them the curve is straight; a longer dense run that came
-    out worse than a shorter one is taken as noise, and the two are levelled.
-    """
-    levels = rising(qualities)
+    """Cost at which the frontier of the dense runs reaches `quality`, over `cost`; between its runs it is straight."""
+    reached, levels = frontier(costs, qualities)
     if quality > levels[-1]:
-        return Worth(costs[-1] / cost, "at least")
+        return Worth(float(reached[-1]) / cost, "at least")
     if quality < levels[0]:
-        return Worth(costs[0] / cost, "below")
-    above = int(np.argmax(levels >= quality))
-    if above == 0:
-        return Worth(costs[0] / cost)
-    share = (quality - levels[above - 1]) / (levels[above] - levels[above - 1])
-    return Worth((costs[above - 1] + share * (costs[above] - costs[above - 1])) / cost)
+        return Worth(float(reached[0]) / cost, "below")
+    return Worth(float(np.interp(quality, levels, reached)) / cost)
 
 
 class Arms(NamedTuple):
-    """An arm beside the dense runs of the same seeds; all float [seeds] or [seeds, dense runs], cheapest first."""
+    """An arm beside the dense runs of the same seeds; all float [seeds] or [seeds, dense runs]."""
 
     costs: np.ndarray
     qualities: np.ndarray

@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.quality.arms import ARMS, RUNGS, applies
+from benchmarks.quality.arms import ARMS, DENSE, applies
 from benchmarks.quality.rows import Key, profile_file
 from benchmarks.quality.run import Arm
-from benchmarks.quality.tasks import TASKS, Split, Task
+from benchmarks.quality.task import Split, Task
+from benchmarks.quality.tasks import TASKS
 
-SECONDS = {"gpt": 0.45, "resnet": 0.45, "vit": 0.3, "vit64": 0.07, "minilm": 0.7}
+SECONDS = {
+    "minilm-long": 0.7, "minilm-half": 0.5, "minilm-lora": 0.6, "transfer": 0.06, "vit-long": 0.3, "resnet-long": 0.5,
+    "gpt-long": 0.25, "vit-over": 0.1, "gpt": 0.45, "resnet": 0.45, "vit": 0.3, "vit64": 0.07, "minilm": 0.7,
+}  # fmt: skip
 """Of one step, about: only what takes longest must start first."""
 
 TIMED = ("dense", "convaware")
@@ -60,6 +64,10 @@ class Settings:
     def rows(self) -> Path:
         return self.out / "quality.csv"
 
+    @property
+    def looks(self) -> Path:
+        return self.out / "quality_looks.csv"
+
     def profile(self, task: str, seed: int) -> Path:
         return profile_file(self.out, task, self.steps(task, "convaware"), seed)
 
@@ -97,7 +105,7 @@ def _turns(task: str, seed: int, arms: Sequence[str], settings: Settings, done: 
         missing.add("convaware")
     if timed := tuple(arm for arm in TIMED if arm in missing):
         yield Turn(timed, seed)
-    for arm in sorted(missing - set(TIMED), key=lambda arm: (arm in RUNGS, list(ARMS).index(arm))):
+    for arm in sorted(missing - set(TIMED), key=lambda arm: (arm in DENSE, list(ARMS).index(arm))):
         yield Turn((arm,), seed)
 
 

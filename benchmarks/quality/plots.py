@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 
-from benchmarks.quality.arms import RUNGS
-from benchmarks.quality.curve import rising, standard_error
+from benchmarks.quality.arms import DENSE
+from benchmarks.quality.curve import frontier, standard_error
 
 if TYPE_CHECKING:
     from benchmarks.quality.report import Found
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-DENSE = "#555555"
+GREY = "#555555"
 LOOKS = {  # colours of Okabe and Ito, which the colour-blind can tell apart
     "convaware": ("#D55E00", "*", 190), "random": ("#0072B2", "o", 55), "static": ("#009E73", "s", 50),
-    "grades": ("#CC79A7", "^", 65), "gradskip": ("#56B4E9", "D", 50),
+    "grades": ("#CC79A7", "^", 65), "grades-on": ("#CC79A7", "v", 65), "gradskip": ("#56B4E9", "D", 50),
 }  # fmt: skip
 
 
@@ -31,11 +31,11 @@ def draw_curves(file: Path, panels: Mapping[str, Sequence[Found]], titles: Mappi
     figure, axes = _grid(len(panels), height=3.7)
     shown: dict[str, Any] = {}
     for axis, (task, found) in zip(axes, panels.items(), strict=False):
-        dense = sorted((f for f in found if f.arm in RUNGS), key=lambda f: f.cost.mean())
+        dense = sorted((f for f in found if f.arm in DENSE), key=lambda f: f.cost.mean())
         cost, quality = ([float(getattr(f, name).mean()) for f in dense] for name in ("cost", "quality"))
-        axis.plot(cost, rising(quality), color=DENSE, lw=1, alpha=0.6)
+        axis.plot(*frontier(cost, quality), color=GREY, lw=1, alpha=0.6)
         error = [_error(f.quality) for f in dense]
-        shown["dense, 75 to 100 % of the steps"] = axis.errorbar(cost, quality, error, fmt=".", color=DENSE, capsize=2)
+        shown["dense"] = axis.errorbar(cost, quality, error, fmt=".", color=GREY, capsize=2)
         for f in (f for f in found if f.arm in LOOKS):
             color, marker, size = LOOKS[f.arm]
             x, y = f.cost.mean(), f.quality.mean()

@@ -24,7 +24,7 @@ from tabulate import tabulate
 from benchmarks.lib.rows import RESULTS
 from benchmarks.quality.plan import Settings
 from benchmarks.quality.run import Arm, Control, Run, train
-from benchmarks.quality.tasks import Task
+from benchmarks.quality.task import Task
 from cacompile.controller import estimate
 from cacompile.controller.monitor import sum_groups
 from cacompile.controller.optimizers import descent, statistic_of

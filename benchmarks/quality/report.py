@@ -10,14 +10,15 @@ import pandas as pd
 from tabulate import tabulate
 
 from benchmarks.lib.timing import Spread
-from benchmarks.quality.arms import ARMS, RUNGS
+from benchmarks.quality.arms import ARMS, DENSE
 from benchmarks.quality.curve import Arms, Worth, mean_worth, resampled, seed_worths, standard_error
 from benchmarks.quality.plan import TIMED, Settings
 from benchmarks.quality.plots import draw_curves, draw_profiles
-from benchmarks.quality.rows import Key, read, read_profile
+from benchmarks.quality.rows import Key, read, read_looks, read_profile
+from benchmarks.quality.target import of_looks, to_target
 
-GOALS = {"gpt": 1.10, "resnet": 1.20, "vit": 1.20, "minilm": 1.25}
-"""For convaware: cost of the dense run that reaches its quality, over its cost."""
+GOALS = {"fine-tuning": (1.25, 1.15), "from scratch": (1.10, 1.05)}
+"""For convaware, in FLOPs and in seconds: where the frontier of the dense runs reaches its quality, over its cost."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Found:
     """Over that of the full dense run of the same seed."""
     skipped: float
     worth: Worth | None = None
-    """None for dense runs, and where these are not complete."""
+    """In FLOPs. None for dense runs, and where these are not complete."""
+    in_seconds: Worth | None = None
+    """The same, if a dense FLOP takes as long in all dense runs as in the full one beside it."""
     interval: tuple[float, float] = (float("nan"), float("nan"))
     by_seed: tuple[Worth, ...] = ()
 
@@ -44,28 +47,38 @@ def rows_of(rows: pd.DataFrame, settings: Settings, task: str, seeds: Sequence[i
     return rows[index.isin(wanted)].sort_values("seed")
 
 
-def summarize(rows: pd.DataFrame) -> list[Found]:
-    """All arms of one task that have rows; each over the seeds of which there is a full dense run too."""
+def summarize(rows: pd.DataFrame, looks: pd.DataFrame | None = None) -> list[Found]:
+    """All arms of one task that have rows; each over the seeds of which there is a full dense run too.
+
+    looks: what the full dense run had reached along the way, which is what a run stopped early would have.
+    """
     by_arm = {str(arm): each.set_index("seed") for arm, each in rows.groupby("arm")}
     if "dense" not in by_arm:
         return []
-    rungs = [by_arm[arm] for arm in reversed(RUNGS) if arm in by_arm]
+    rungs = [by_arm[arm] for arm in DENSE if arm in by_arm]
+    stopped = [] if looks is None else of_looks(looks, "dense", list(by_arm["dense"].index))
+    compared_with = [*rungs, *stopped]
     with_all = [seed for seed in by_arm["dense"].index if all(seed in rung.index for rung in rungs)]
     found = []
     for arm in (name for name in ARMS if name in by_arm):
         seeds = [seed for seed in by_arm[arm].index if seed in by_arm["dense"].index]
         if not seeds:
             continue
-        each = by_arm[arm].loc[seeds]
-        cost = each["cost_flops"].to_numpy() / by_arm["dense"]["cost_flops"].loc[seeds].to_numpy()
+        each, full = by_arm[arm].loc[seeds], by_arm["dense"].loc[seeds]
+        cost = each["cost_flops"].to_numpy() / full["cost_flops"].to_numpy()
         columns = (each["quality"].to_numpy(), each["accuracy"].to_numpy(), cost, float(each["skipped_share"].mean()))
         compared = [seed for seed in seeds if seed in with_all]
-        if arm in RUNGS or len(rungs) < 2 or not compared:
+        if arm in DENSE or len(compared_with) < 2 or not compared:
             found.append(Found(arm, seeds, *columns))
             continue
-        stacked = (np.stack([rung[name].loc[compared] for rung in rungs], 1) for name in ("cost_flops", "quality"))
-        arms = Arms(*stacked, *(each[name].loc[compared].to_numpy() for name in ("cost_flops", "quality")))
-        found.append(Found(arm, seeds, *columns, mean_worth(arms), resampled(arms), tuple(seed_worths(arms))))
+        costs, qualities = (np.stack([rung[name].loc[compared] for rung in compared_with], 1)
+                            for name in ("cost_flops", "quality"))  # fmt: skip
+        own = by_arm[arm].loc[compared]
+        arms = Arms(costs, qualities, own["cost_flops"].to_numpy(), own["quality"].to_numpy())
+        price = (full["cost_seconds"] / full["cost_flops"]).loc[compared].to_numpy()
+        timed = arms._replace(costs=costs * price[:, None], cost=own["cost_seconds"].to_numpy())
+        seconds = mean_worth(timed) if (own["beside"] == "dense").all() else None
+        found.append(Found(arm, seeds, *columns, mean_worth(arms), seconds, resampled(arms), tuple(seed_worths(arms))))
     return found
 
 
@@ -74,14 +87,15 @@ def table(found: Sequence[Found]) -> str:
     lines = [
         (
             ARMS[f.arm].title, len(f.seeds), _mean(f.quality, "{:.4f}"), _mean(100 * f.accuracy, "{:.2f}"),
-            f"{f.cost.mean():.3f}", "" if f.arm in RUNGS or np.isnan(f.skipped) else f"{f.skipped:.1%}",
-            str(f.worth or ""), "" if f.worth is None or len(f.by_seed) < 2 else "{:.3f} to {:.3f}".format(*f.interval),
+            f"{f.cost.mean():.3f}", "" if f.arm in DENSE or np.isnan(f.skipped) else f"{f.skipped:.1%}",
+            str(f.worth or ""), str(f.in_seconds or ""),
+            "" if f.worth is None or len(f.by_seed) < 2 else "{:.3f} to {:.3f}".format(*f.interval),
             ", ".join(map(str, f.by_seed)),
         )
         for f in found
     ]  # fmt: skip
     headers = ("arm", "seeds", "quality", "accuracy, %", "FLOPs / dense", "dW skipped",
-               "FLOPs of the dense run as good / own", "95 %", "seed by seed")  # fmt: skip
+               "frontier / own, FLOPs", "in seconds", "95 %", "seed by seed")  # fmt: skip
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -90,17 +104,18 @@ def _mean(values: np.ndarray, form: str) -> str:
     return form.format(values.mean()) + ("" if np.isnan(error) else f" ± {form.format(error)}")
 
 
-def verdicts(task: str, found: Sequence[Found]) -> Iterator[str]:
-    """What the table says of convaware, in words."""
+def verdicts(goal: str, found: Sequence[Found]) -> Iterator[str]:
+    """What the table says of convaware, in words. goal: of `Task`."""
     by_arm = {f.arm: f for f in found}
     ours, dense = by_arm.get("convaware"), by_arm.get("dense")
     if ours is None or dense is None:
         return
     if ours.worth is not None:
-        if task in GOALS:
-            yield f"Goal {GOALS[task]:.2f}: {against_goal(ours.worth, GOALS[task])}."
+        for what, worth, wanted in zip(("FLOPs", "seconds"), (ours.worth, ours.in_seconds), GOALS.get(goal, ())):
+            if worth is not None:
+                yield f"Goal {wanted:.2f} in {what}: {against_goal(worth, wanted)}."
         if ours.worth.ratio < 1 or ours.worth.bound == "below":
-            yield f"Loses against a shorter dense run ({ours.worth})."
+            yield f"Loses against the dense runs ({ours.worth})."
         others = [f for f in found if f.worth is not None and f is not ours]
         ahead = [f.arm for f in others if f.worth < ours.worth]
         behind = [f.arm for f in others if f.arm not in ahead]
@@ -144,20 +159,28 @@ def times(rows: pd.DataFrame) -> str | None:
             f"FLOPs promise {Spread.of(flops)} (counted).")  # fmt: skip
 
 
+def targets(looks: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
+    """Time to what dense reaches on the mean, less one standard error: FLOPs and seconds, medians over seeds."""
+    for arm, (flops, seconds, missed, seeds) in to_target(looks, rows).items():
+        yield (f"To dense's mean quality less one standard error, {arm}: median {flops:.3f} of a full dense run's "
+               f"FLOPs, {seconds:.3f} of its seconds; missed by {missed} of {seeds} seeds.")  # fmt: skip
+
+
 def report(settings: Settings, tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
     """Write quality.md and the plots from the rows there are; gives what to tell."""
-    rows = read(settings.rows)
+    rows, all_looks = read(settings.rows), read_looks(settings.looks)
     source = f"Written by `python -m benchmarks.quality`; measured on {settings.split} data."
     lines = ["# Quality against cost", "", source, "", PREAMBLE]
     panels: dict[str, list[Found]] = {}
     for name in tasks:
         chosen = rows_of(rows, settings, name, seeds)
-        found = summarize(chosen)
+        looks = rows_of(all_looks, settings, name, seeds)
+        found = summarize(chosen, looks)
         if not found:
             continue
         panels[name] = found
         task = settings.task(name)
-        said = [*verdicts(name, found), *filter(None, [times(chosen)])]
+        said = [*verdicts(task.goal, found), *filter(None, [times(chosen)]), *targets(looks, chosen)]
         lines += [f"## {task.title}, {task.steps} steps", "", table(found), "", *(f"- {line}" for line in said), ""]
         lines += [_provenance(chosen), ""]
         yield from (f"{name}: {line}" for line in said)
@@ -178,14 +201,16 @@ def report(settings: Settings, tasks: Sequence[str], seeds: Sequence[int]) -> It
 
 
 PREAMBLE = """\
-Quality is minus the cross-entropy in nats; ± is one standard error over seeds. FLOPs are those of forward and backward
-passes, counted. An arm's figure is the cost of the cheapest dense run that is as good, over its own: above 1 it beats a
-shorter dense run. The dense runs' mean qualities are joined by straight lines, after those that fall with more steps
-were levelled. ≥: better than the full dense run, <: worse than the shortest; neither is extrapolated. 95 %: bootstrap
-over seeds, 2,000 draws; with few seeds that is hardly more than their range. Seed by seed: each against its own dense
-runs. In the plot bars are one standard error, and the line joins the dense runs. Random and static skip what convaware
-skipped, in each step and in all. GradES and CAC Gradient-StaysDense run in eager mode and are charged for what is still
-trainable.
+Quality is minus the cross-entropy in nats; ± is one standard error over seeds. FLOPs are those of forward and
+backward passes, counted. An arm's figure is the cost at which the frontier of all dense runs reaches its quality,
+over its own: above 1 it beats them. Dense runs are shorter ones with their schedules shrunk and ones with smaller
+batches, each at the best of three peak rates (chosen on validation data and other seeds), and the full run stopped
+early. The frontier joins the means of those that are better than all cheaper ones by straight lines. ≥: better than
+every dense run, <: worse than the cheapest; neither is extrapolated. In seconds: for what took turns with a full
+dense run, at that run's price of a FLOP. 95 %: bootstrap over seeds, 2,000 draws; with few seeds that is hardly more
+than their range. Seed by seed: each against its own dense runs. In the plot bars are one standard error, and the line
+is the frontier. Random and static skip what convaware skipped, in each step and in all. GradES and CAC Gradient-Skip
+run in eager mode and are charged for what is still trainable.
 """
 
 

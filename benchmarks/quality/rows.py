@@ -21,6 +21,9 @@ COLUMNS = (
     "skipped_share", "beside", "options", "date", "torch", "cacompile", "python", "device", "threads",
 )  # fmt: skip
 
+LOOK_COLUMNS = ("task", "arm", "seed", "split", "steps", "step", "cost_flops", "cost_seconds", "quality")
+"""Of what is measured along the way."""
+
 
 class Key(NamedTuple):
     """What makes a run the same run."""
@@ -70,11 +73,18 @@ def keys(rows: pd.DataFrame) -> set[Key]:
     return {Key(*values) for values in rows[list(Key._fields)].itertuples(index=False)}
 
 
-def append(file: Path, row: dict[str, Any]) -> None:
+def read_looks(file: Path) -> pd.DataFrame:
+    """What was measured along the way; of a run that was made twice the later."""
+    if not file.exists():
+        return pd.DataFrame(columns=list(LOOK_COLUMNS))
+    return pd.read_csv(file).drop_duplicates([*Key._fields, "step"], keep="last", ignore_index=True)
+
+
+def append(file: Path, row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> None:
     """Write one row at once, so that no later crash loses it."""
     new = not file.exists()
     with open(file, "a", newline="") as out:
-        lines = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        lines = csv.DictWriter(out, columns, lineterminator="\n")
         if new:
             lines.writeheader()
         lines.writerow({name: f"{v:.7g}" if isinstance(v, float) else v for name, v in row.items()})

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.quality.tasks import Batch, Split, Task, quality
-from examples.measuring import Graphs, cross_entropy, schedule, step_flops
+from benchmarks.quality.task import Batch, Split, Task, quality
+from examples.measuring import Graphs, cross_entropy, step_flops
 
-WARMUP = 0.1
-"""Share of the steps in which the learning rate rises."""
+LOOKS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+"""Shares of the steps after which quality is measured too, where an arm asks for it."""
 
 
 class Control:
@@ -40,6 +40,12 @@ class Arm:
     title: str
     fraction: float = 1.0
     """Of the task's steps; the schedule shrinks with them."""
+    batch: float = 1.0
+    """Share of each batch that is trained on; as many steps."""
+    rate: float = 1.0
+    """Times the task's peak learning rate."""
+    looks: bool = False
+    """Whether quality is measured along the way too, at LOOKS."""
     backend: str | None = "inductor"
     """None: eager."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +71,7 @@ class Run:
         torch.manual_seed(seed)
         self.model = task.build()
         self.optimizer = arm.optimizer(task, self.model)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.peaks = [group["lr"] * arm.rate for group in self.optimizer.param_groups]
         self.batches = task.batches(seed)
         self.session: Any = None
         self.compiled: Callable[..., Any] = self.model
@@ -97,7 +103,9 @@ class Run:
     def step(self) -> None:
         """One training step, timed from the forward pass to the end of the optimizer."""
         batch = next(self.batches)
-        rate = schedule(self.step_number, self.steps, WARMUP)
+        if self.arm.batch < 1.0:
+            batch = tuple(part[: round(len(part) * self.arm.batch)] for part in batch)
+        rate = self.task.rate(self.step_number, self.steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * rate
         self.control.before_step()
@@ -117,6 +125,10 @@ class Run:
 
     def _spent(self) -> tuple[float, float]:
         return self.session.flops if self.session is not None else (0.0, 0.0)
+
+    def look_now(self) -> bool:
+        """Whether quality is to be measured after the step that was just made."""
+        return self.arm.looks and self.step_number in {round(share * self.steps) for share in LOOKS}
 
     def result(self, split: Split) -> dict[str, Any]:
         """quality: minus the cross-entropy; cost_seconds: steps in which something was compiled count as the median."""
@@ -142,8 +154,16 @@ def trainable_flops(model: nn.Module, batch: Batch) -> float:
     return _counted[key]
 
 
-def train(runs: Sequence[Run], chunk: int = 5, tick: Callable[[], object] = lambda: None) -> None:
-    """Step all runs to their ends, taking turns every `chunk` steps; who goes first alternates."""
+def train(
+    runs: Sequence[Run],
+    chunk: int = 5,
+    tick: Callable[[], object] = lambda: None,
+    look: Callable[[Run], object] = lambda run: None,
+) -> None:
+    """Step all runs to their ends, taking turns every `chunk` steps; who goes first alternates.
+
+    look: called after the steps of a run at which its quality is to be measured.
+    """
     turn = 0
     while not all(run.done for run in runs):
         for run in runs if turn % 2 == 0 else reversed(runs):
@@ -151,4 +171,6 @@ def train(runs: Sequence[Run], chunk: int = 5, tick: Callable[[], object] = lamb
                 if not run.done:
                     run.step()
                     tick()
+                    if run.look_now() and not run.done:
+                        look(run)
         turn += 1

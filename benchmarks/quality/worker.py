@@ -25,7 +25,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 Event = tuple[str, Any]
-"""("step", task), ("row", columns), ("failed", (task, turn, text)) or ("idle", None)."""
+"""("step", task), ("look", columns), ("row", columns), ("failed", (task, turn, text)) or ("idle", None)."""
 
 
 def work(pipe: Connection, settings: Settings) -> None:
@@ -36,7 +36,7 @@ def work(pipe: Connection, settings: Settings) -> None:
         for turn in part.turns:
             try:
                 for row in make(part.task, turn, settings, lambda: pipe.send(("step", part.task))):
-                    pipe.send(("row", row))
+                    pipe.send(("look" if "step" in row else "row", row))
             except Exception:
                 pipe.send(("failed", (part.task, turn, traceback.format_exc())))
         pipe.send(("idle", None))
@@ -49,15 +49,19 @@ def make(task_name: str, turn: Turn, settings: Settings, tick: Any = lambda: Non
         arm = settings.arm(name)
         profile = read_profile(settings.profile(task_name, turn.seed)) if arm.needs_profile else ()
         runs.append(Run(task, arm, turn.seed, profile=profile))
-    train(runs, tick=tick)
+    looks: dict[str, list[dict[str, Any]]] = {run.arm.name: [] for run in runs}
+    train(runs, tick=tick, look=lambda run: looks[run.arm.name].append(run.result(settings.split)))
     for run in runs:
         name = run.arm.name
+        key = {"task": task_name, "arm": name, "seed": turn.seed, "split": settings.split, "steps": run.steps}
+        for found in looks[name]:
+            yield {**key, "step": found["steps_taken"],
+                   **{each: found[each] for each in ("cost_flops", "cost_seconds", "quality")}}  # fmt: skip
         if name == "convaware":
             write_profile(settings.profile(task_name, turn.seed), run.skipped)
         options = json.dumps(run.arm.options, sort_keys=True) if run.arm.options else ""
         beside = " ".join(other for other in turn.arms if other != name)
-        yield {"task": task_name, "arm": name, "seed": turn.seed, "split": settings.split,
-               **run.result(settings.split), "beside": beside, "options": options, **stamp()}  # fmt: skip
+        yield {**key, **run.result(settings.split), "beside": beside, "options": options, **stamp()}
 
 
 @dataclass

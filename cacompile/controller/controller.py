@@ -182,7 +182,7 @@ class Controller:
         # with a parameter's key, so that the controllers of one model do not draw alike
         counters = self.config.seed, step, self.params[0].key or 0
         keep, phase = index.least(self.column("keep")), index.least(self.column("phase"))
-        on, phase = next_turns(keep, phase, index.family, counters)
+        on, phase = next_turns(keep, phase, index.family, index.role, counters)
         self.table.phase[self.rows] = phase[index.of_block]
         return on
 

@@ -124,6 +124,7 @@ class Decider(Controller):
             blocks=self._blocks,
             of_block=self._index.of_block,
             family=self._index.family,
+            role=self._index.role,
             seed=config.seed,
             key=self.params[0].key or 0,
             warmup_steps=config.warmup_steps,

@@ -12,8 +12,14 @@ NOISE = 0.01
 """Share of its expected descent that a group gives up when it is computed in every second step, however slowly it
 moves: half as many gradients tell half as much."""
 
-FAST = 0.013
+FAST = 0.012
 """Movement in one step, as a share of a group's own size, at which skipping every second step gives up all descent."""
+
+STALENESS = 4
+"""Power of the way since a group was last computed, over FAST, which is the share of its descent that is given up."""
+
+ALIKE = 4.0
+"""Groups whose descent per FLOP is within this factor of the median share one distance from turn to turn."""
 
 STEP = 3.0
 """FLOPs of a whole step for each of dW: forward pass, input gradient and weight gradient cost the same."""
@@ -54,12 +60,13 @@ def keep_probabilities(
 ) -> np.ndarray:
     """How often each group is computed, float [G] in 0..1: 1/k for every k-th step.
 
-    A group computed in every k-th step saves (1 - 1/k) * flops and gives up loss * k (k - 1) / 2 * descent, with
-    loss = NOISE + (ratio / FAST)^3: its estimate is up to k - 1 steps old. A shorter run with its schedule shrunk
-    would give up usual steps, not this one, each for the FLOPs of a whole step. That is the price which a skipped
-    FLOP has to beat, MARGIN times; it is beaten up to some k for each group. Where all of them together would give up
-    more than `tolerance` of what a step usually wins, the price rises until they do not. 1 - 1/k is never above
-    max_skip.
+    A group computed in every k-th step saves (1 - 1/k) * flops and gives up `loss(k, ratio)` of its descent. A shorter
+    run would give up the descent of a step for the FLOPs of a whole step, forward pass and dX too. That is the
+    price which a skipped FLOP has to beat, MARGIN times; it is beaten up to some k. Groups that score alike share
+    it, and move as their mean does: what one of them misses in a step the others learn from the same samples. What is
+    dearer than that is computed in every step and left out of the price, what is cheaper has a k of its own. A jump
+    of the descent counts as what is usual. Where all of them together would give up more than `tolerance` of what a
+    step wins, the price rises until they do not. 1 - 1/k is never above max_skip.
 
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
     ratio: float [G], movement in a step over its size, NaN where not known yet (never skipped);
@@ -71,18 +78,24 @@ def keep_probabilities(
     # where nothing at all is won, as at a learning rate of zero, there is nothing to go by
     if config.tolerance == 0.0 or not descent[known].sum() > 0.0 or not mean_descents[known].sum() > 0.0:
         return keep
-    descent, flops, step = descent[known], flops[known], mean_descents[known].sum()
-    loss = (NOISE + (ratio[known] / FAST) ** 3) * descent
+    descent, ratio, flops, usual = descent[known], ratio[known], flops[known], mean_descents[known]
+    dearness = _over_median(descent / flops, flops)
+    dear, alike = dearness > ALIKE, (dearness <= ALIKE) & (dearness >= 1.0 / ALIKE)
+    step = min(usual[~dear].sum(), descent[~dear].sum())
+    if alike.any():
+        descent = np.where(alike, flops * (descent[alike].sum() / flops[alike].sum()), descent)
+        ratio = np.where(alike, _mean_ratio(ratio[alike], flops[alike]), ratio)
     longest = 1.0 / (1.0 - min(config.max_skip, 1.0 - 1e-6))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        worth = step * flops / (STEP * MARGIN * flops.sum() * loss)
+        worth = np.where(dear, 0.0, step * flops / (STEP * MARGIN * flops[~dear].sum() * descent))
 
     def every(price: float) -> np.ndarray:
-        return np.minimum(longest, _distance(worth / price))
+        return _distance(worth / price, ratio, longest)
 
     def fits(price: float) -> bool:
         k = every(price)
-        return bool((loss * k * (k - 1.0) / 2.0).sum() <= config.tolerance * step)
+        lost = np.where(k > 1.0, descent * loss(k, ratio), 0.0)
+        return bool(lost.sum() <= config.tolerance * step)
 
     price = 1.0
     if not fits(price):
@@ -95,10 +108,45 @@ def keep_probabilities(
     return keep
 
 
-def _distance(worth: np.ndarray) -> np.ndarray:
-    """k >= 1 where one more FLOP saved costs just its worth: 1 / k^2 times that is (2 k - 1) / 2."""
-    x = np.minimum(2.0 * worth, 1e18)
-    k = 1.0 + np.cbrt(x / 2.0)  # never below the solution of k^2 (2 k - 1) = x, to which Newton's steps come down
-    for _ in range(6):
-        k -= (k * k * (2.0 * k - 1.0) - x) / (6.0 * k * k - 2.0 * k)
-    return np.maximum(k, 1.0)
+def loss(k: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+    """Share of its descent that a group gives up when it is computed in every k-th step, float [G].
+
+    k (k - 1) / 2 times NOISE, and what the weights have moved in the k - 1 steps for which an estimate stands in, over
+    FAST, to the power STALENESS. Below k = 2 fewer estimates are used, each of them one step old.
+    """
+    return NOISE * k * (k - 1.0) / 2.0 + (ratio / FAST) ** STALENESS * np.where(
+        k < 2.0, k - 1.0, (k - 1.0) ** STALENESS
+    )
+
+
+def _over_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Values over the weighted median of those that are not zero, which a few large ones do not move."""
+    some = values > 0.0
+    order = np.argsort(values[some], kind="stable")
+    passed = np.cumsum(weights[some][order])
+    return values / values[some][order][np.searchsorted(passed, passed[-1] / 2.0)]
+
+
+def _mean_ratio(ratio: np.ndarray, flops: np.ndarray) -> float:
+    """The update ratio at which all groups together would give up what they do at their own."""
+    largest = ratio.max()
+    if largest == 0.0 or not np.isfinite(largest):
+        return float(largest)
+    return float(largest * np.average((ratio / largest) ** STALENESS, weights=flops) ** (1.0 / STALENESS))
+
+
+def _distance(worth: np.ndarray, ratio: np.ndarray, longest: float) -> np.ndarray:
+    """1 <= k <= longest where one more FLOP saved costs just its worth: worth / k^2 is the slope of `loss`."""
+    low, high = np.ones(len(worth)), np.full(len(worth), longest)
+    with np.errstate(over="ignore", invalid="ignore"):
+        speed = (ratio / FAST) ** STALENESS
+
+        def pays(k: np.ndarray) -> np.ndarray:
+            older = np.where(k < 2.0, 1.0, STALENESS * (k - 1.0) ** (STALENESS - 1))
+            return worth > k * k * (NOISE * (2.0 * k - 1.0) / 2.0 + speed * older)
+
+        for _ in range(40):
+            middle = (low + high) / 2.0
+            more = pays(middle)
+            low, high = np.where(more, middle, low), np.where(more, high, middle)
+        return np.where(pays(high), high, low)

@@ -9,18 +9,33 @@ from cacompile.state.draws import generator
 ROUNDING = 1e-9
 
 
-def first_turns(family: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Where each group starts on its way to its next turn, float [G] in 0..1: at random, evenly spread over a family.
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, modulo 1, are spread evenly however many there are."""
 
-    family: int [G], equal numbers belong together.
+
+def first_turns(family: np.ndarray, role: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Where each group starts on its way to its next turn, float [G] in 0..1.
+
+    Spread over the depth first: of the families of one role, the same in other layers, neighbours start half a way
+    apart, and the next ones between them. Inside a family groups are spread evenly, in a random order.
+
+    family, role: int [G], equal numbers belong together; families are numbered in the order of the layers.
     """
     order = np.lexsort((rng.random(len(family)), family))
     _, first, sizes = np.unique(family[order], return_index=True, return_counts=True)
+    start, seen = np.empty(len(sizes)), dict.fromkeys(role.tolist(), 0)
+    for i, each in enumerate(role[order][first].tolist()):
+        start[i] = _between(seen[each]) + GOLDEN * each
+        seen[each] += 1
     phase = np.empty(len(family))
-    phase[order] = (np.arange(len(family)) - np.repeat(first, sizes) + np.repeat(rng.random(len(sizes)), sizes)) / (
-        np.repeat(sizes, sizes)
-    )
+    inside = (np.arange(len(family)) - np.repeat(first, sizes)) / np.repeat(sizes, sizes)
+    phase[order] = (inside + np.repeat(start, sizes) + rng.random()) % 1.0
     return phase
+
+
+def _between(number: int) -> float:
+    """0, 1/2, 1/4, 3/4, 1/8 and so on: its binary digits behind the point, in reverse (van der Corput)."""
+    return sum(2.0 ** (-1 - digit) for digit in range(number.bit_length()) if number >> digit & 1)
 
 
 def take_turns(keep: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -37,12 +52,12 @@ def take_turns(keep: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def next_turns(
-    keep: np.ndarray, phase: np.ndarray, family: np.ndarray, counters: tuple[int, ...]
+    keep: np.ndarray, phase: np.ndarray, family: np.ndarray, role: np.ndarray, counters: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """`take_turns`, where those that have had none yet start at random.
 
     phase: float [G], -1 before the first turn; counters: seed and what else names the draw, see `draws.generator`.
     """
     if (new := phase < 0.0).any():
-        phase = np.where(new, first_turns(family, generator(*counters)), phase)
+        phase = np.where(new, first_turns(family, role, generator(*counters)), phase)
     return take_turns(keep, phase)

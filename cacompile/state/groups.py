@@ -162,6 +162,10 @@ class GroupIndex(Numbering):
         self.families = list({id(group.family): group.family for group in self.all}.values())
         place = {id(family): i for i, family in enumerate(self.families)}
         super().__init__(of_block, np.array([place[id(group.family)] for group in self.all], int))
+        roles = {(family.kind, family.role_hash): 0 for family in self.families}
+        roles = {role: i for i, role in enumerate(roles)}
+        self.role = np.array([roles[group.family.kind, group.family.role_hash] for group in self.all], int)
+        """int [groups]: equal for families of one kind that do the same in other layers."""
 
     def split(self, groups: np.ndarray) -> list[np.ndarray]:
         """[groups] -> for each parameter [blocks]."""

@@ -93,8 +93,8 @@ def test_same_seed_same_masks_and_scopes_do_not_draw_alike(make: Any):
 
 
 def test_probabilities_follow_from_descent_learning_rate_and_movement(make: Any):
-    """A lower rate leaves less loss at stake and moves less; what costs more is skipped more readily."""
-    options = {"slow": (1.0, 1.0), "fast": (10.0, 1.0), "dear": (1.0, 4.0)}
+    """A lower rate leaves less loss at stake and moves less; what costs the same within a factor is skipped alike."""
+    options = {"slow": (1.0, 1.0), "fast": (10.0, 1.0), "dear": (1.0, 2.0)}
     made = {name: make(40, 2, name=name, monitor_every=3) for name in options}
     params, states = zip(*made.values(), strict=True)
     groups = [{"params": [p], "lr": 1e-3 * rate} for p, (rate, _) in zip(params, options.values())]
@@ -114,7 +114,7 @@ def test_probabilities_follow_from_descent_learning_rate_and_movement(make: Any)
         controller.advance(optimizer)
         assert (controller.column("keep") < 1).any() == (step == 3)
     slow, fast, dear = (1 - state.column("keep").mean() for state in states)
-    assert fast < slow < dear
+    assert 0.0 == fast < slow == dear
     # each block's own size, from samples
     sizes = torch.stack([rows.norm() for rows in (params[0] + 1e-3).detach().split(2)])
     assert states[0].column("update_ratio") == pytest.approx((2e-3 / sizes).numpy(), rel=0.25)

@@ -1,0 +1,50 @@
+"""Time to a fixed target: what the full dense run reaches on the mean, less one standard error. A miss is infinite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.quality.curve import standard_error
+
+TIMED = ("dense", "convaware")
+"""The arms that are looked at along the way, and whose seconds can be compared."""
+
+
+def of_looks(looks: pd.DataFrame, arm: str, seeds: Sequence[int]) -> list[pd.DataFrame]:
+    """A frame with a row for each seed, for each step at which all these seeds were looked at."""
+    mine = looks[looks["arm"] == arm]
+    frames = [each.set_index("seed") for _, each in mine.groupby("step")]
+    return [frame for frame in frames if set(seeds) <= set(frame.index)]
+
+
+def to_target(looks: pd.DataFrame, rows: pd.DataFrame) -> dict[str, tuple[float, float, int, int]]:
+    """Arm -> (FLOPs, seconds, misses, seeds): medians over seeds, as shares of the full dense run of the same seed.
+
+    looks, rows: of one task; what a run has at its end is in rows.
+    """
+    columns = ["arm", "seed", "cost_flops", "cost_seconds", "quality"]
+    if looks.empty or rows.empty:
+        return {}
+    ends = rows[rows["arm"].isin(TIMED)]
+    dense = ends[ends["arm"] == "dense"].set_index("seed")
+    error = standard_error(dense["quality"].to_numpy(float))
+    target = float(dense["quality"].mean()) - (0.0 if np.isnan(error) else error)
+    seen, found = pd.concat([looks[columns], ends[columns]], ignore_index=True), {}
+    for arm in TIMED:
+        mine = seen[(seen["arm"] == arm) & seen["seed"].isin(dense.index)]
+        seeds = sorted(set(mine["seed"]))
+        if not seeds:
+            continue
+        costs = []
+        for seed in seeds:
+            there = mine[(mine["seed"] == seed) & (mine["quality"] >= target)]
+            full = dense.loc[seed]
+            first = there.sort_values("cost_flops").head(1)
+            costs.append([float(first[name].iloc[0] / full[name]) if len(first) else np.inf
+                          for name in ("cost_flops", "cost_seconds")])  # fmt: skip
+        flops, seconds = np.median(costs, axis=0)
+        found[arm] = float(flops), float(seconds), int(np.isinf([each[0] for each in costs]).sum()), len(seeds)
+    return found
