@@ -20,6 +20,7 @@ def agreed(keep: list[float], **values: object) -> Agreed:
         "blocks": [1, count - 1],
         "of_block": np.arange(count),
         "family": np.zeros(count, int),
+        "role": np.zeros(count, int),
         "seed": 0,
         "key": 1,
         "warmup_steps": 0,
