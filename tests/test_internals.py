@@ -1,5 +1,6 @@
-"""Examples of docs/internals.md, docs/freezing.md, and of an own optimizer in docs/pipelines.md run as they stand."""
+"""Examples of docs/internals.md, docs/freezing.md, and of an own optimizer in docs/pipelines.md run as they stand; names of tests."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,9 @@ FREEZING = [block for block in blocks("freezing.md") if block.language == "pytho
 def test_example(example: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(example.text, "docs", "exec"), {"__name__": "example"})
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """In folders without `__init__.py` pytest takes the second for the first, if one process gets both."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
