@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import SymInt, fx
 
@@ -26,14 +27,25 @@ def lower(plan: Plan) -> MaskLayout:
         grads=tuple(_grad(grad, [next(left) for _ in range(grad.blocks)]) for grad in plan.grads),
         groups=tuple(replace(group, flops=int(group.flops)) for group in plan.groups),
         families=plan.families,
-        dense=tuple(replace(dense, flops=int(dense.flops)) for dense in plan.dense),
         flops_by_param=tuple((name, int(flops)) for name, flops in plan.flops_by_param.items()),
         monomials=monomials,
         coefficients_by_param=tuple(zip(names, coefficients)),
         step=int(plan.step),
         step_coefficients=step,
-        masked=None if plan.masked is None else frozenset(plan.masked),
+        **_outcome(plan),
     )
+
+
+def with_outcome(layout: MaskLayout, plan: Plan) -> MaskLayout:
+    """The layout that knows what is really masked. plan: as masking has left it, with or without nodes."""
+    return replace(layout, **_outcome(plan))
+
+
+def _outcome(plan: Plan) -> dict[str, Any]:
+    return {
+        "dense": tuple(replace(dense, flops=int(dense.flops)) for dense in plan.dense),
+        "masked": None if plan.masked is None else frozenset(plan.masked),
+    }
 
 
 def with_sources(layout: MaskLayout, backward: fx.Graph, handle: int) -> MaskLayout:

@@ -8,9 +8,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.quality.curve import standard_error
-
-TIMED = ("dense", "convaware")
-"""The arms that are looked at along the way, and whose seconds can be compared."""
+from benchmarks.quality.plan import TIMED
 
 
 def of_looks(looks: pd.DataFrame, arm: str, seeds: Sequence[int]) -> list[pd.DataFrame]:

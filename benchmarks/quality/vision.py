@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.quality.task import Batch, Split
+from benchmarks.quality.task import Batch, Split, decaying
 from examples.data import CACHE, image_batches, load_fashion_mnist, to_float
 from examples.models import ResNet8
 
@@ -99,8 +99,6 @@ def pretrained() -> ResNet8:
 
 
 def _learn() -> dict[str, Tensor]:
-    from benchmarks.quality.task import decaying
-
     torch.manual_seed(0)
     model, images = ResNet8(classes=5), _images()
     lower = images.train_y[:IMAGES] < 5

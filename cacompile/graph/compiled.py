@@ -7,7 +7,6 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from cacompile.hooks.steps import follow_optimizers
 from cacompile.layout import MaskLayout
 from cacompile.passes import make_plan, mark_products
 from cacompile.passes.joint import GraphInputs, find_frozen, find_params
-from cacompile.passes.lower import lower, with_sources
+from cacompile.passes.lower import lower, with_outcome, with_sources
 from cacompile.passes.plan import Plan, without_nodes
 from cacompile.state.binding import GraphBinding
 from cacompile.state.frozen import any_frozen
@@ -282,8 +281,7 @@ class CompiledGraph:
     def _take_over(self, plan: Plan) -> MaskLayout:
         """The masked version was made: the plan now says what it really masks."""
         self.plan = plan
-        dense = tuple(replace(each, flops=int(each.flops)) for each in plan.dense)
-        return self._set_layout(replace(self.layout, masked=frozenset(plan.masked or ()), dense=dense))
+        return self._set_layout(with_outcome(self.layout, plan))
 
     def _set_layout(self, layout: MaskLayout) -> MaskLayout:
         self.layout = layout

@@ -162,9 +162,9 @@ class GroupIndex(Numbering):
         self.families = list({id(group.family): group.family for group in self.all}.values())
         place = {id(family): i for i, family in enumerate(self.families)}
         super().__init__(of_block, np.array([place[id(group.family)] for group in self.all], int))
-        roles = {(family.kind, family.role_hash): 0 for family in self.families}
-        roles = {role: i for i, role in enumerate(roles)}
-        self.role = np.array([roles[group.family.kind, group.family.role_hash] for group in self.all], int)
+        by_family = [(family.kind, family.role_hash) for family in self.families]
+        roles = {role: i for i, role in enumerate(dict.fromkeys(by_family))}
+        self.role = np.array([roles[role] for role in by_family], int)[self.family]
         """int [groups]: equal for families of one kind that do the same in other layers."""
 
     def split(self, groups: np.ndarray) -> list[np.ndarray]:
