@@ -26,6 +26,8 @@ TIMED = ("dense", "convaware")
 TINY_STEPS = 20
 TINY = {"warmup_steps": 2, "monitor_every": 1, "tolerance": 1.0, "max_skip": 1.0, "block_rows": 8}
 """Options of convaware in the smoke mode, with which it skips at once."""
+TINY_RATE = 0.1
+"""Times the learning rate in the smoke mode: slow enough for skipping to be worth it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,10 @@ class Settings:
 
     def arm(self, name: str) -> Arm:
         arm = ARMS[name]
-        return replace(arm, options={**TINY, **arm.options}) if self.smoke and arm.backend == "convaware" else arm
+        if not self.smoke:
+            return arm
+        tiny = TINY if arm.backend == "convaware" else {}
+        return replace(arm, options={**tiny, **arm.options}, rate=arm.rate * TINY_RATE)
 
     def steps(self, task: str, arm: str) -> int:
         return round(self.task(task).steps * ARMS[arm].fraction)
