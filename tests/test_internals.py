@@ -1,4 +1,7 @@
-"""Examples of docs/internals.md, docs/freezing.md, and of an own optimizer in docs/pipelines.md run as they stand; names of tests."""
+"""Examples of docs/internals.md, docs/freezing.md, and of an own optimizer in docs/pipelines.md run as they stand.
+
+And no two files of tests have one name.
+"""
 
 from collections import Counter
 from pathlib import Path
