@@ -132,6 +132,7 @@ def test_report_of_rows_made_by_hand(tmp_path):
     said = list(report(settings(tmp_path), ["resnet"], [0, 1]))
     assert "resnet: Final quality: 0.1000 below full dense's, within its standard error, 0.5000." in said
     assert not any("Goal" in line for line in said)  # an early task has none
+    assert len([line for line in said if "none was chosen" in line or "none stopped early" in line]) == 2
     assert [line for line in verdicts("fine-tuning", summarize(rows)) if "Goal" in line] == [
         "Goal 1.25 in FLOPs: falls short by 10.0% (1.125)."
     ]

@@ -166,6 +166,16 @@ def targets(looks: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
                f"FLOPs, {seconds:.3f} of its seconds; missed by {missed} of {seeds} seeds.")  # fmt: skip
 
 
+def missing_controls(rows: pd.DataFrame, looks: pd.DataFrame, task: str) -> Iterator[str]:
+    """What the frontier of a task lacks, in words. rows: all there are; looks: of the task."""
+    rates = [name for name, arm in DENSE.items() if arm.rate != 1.0]
+    tried = (rows["task"] == task) & (rows["split"] == "valid") & rows["arm"].isin(rates)
+    if not tried.any():
+        yield "The dense runs have the task's own learning rate: none was chosen for them, which flatters convaware."
+    if looks.empty:
+        yield "The full dense run was not looked at along the way: none stopped early is on the frontier."
+
+
 def report(settings: Settings, tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
     """Write quality.md and the plots from the rows there are; gives what to tell."""
     rows, all_looks = read(settings.rows), read_looks(settings.looks)
@@ -180,7 +190,12 @@ def report(settings: Settings, tasks: Sequence[str], seeds: Sequence[int]) -> It
             continue
         panels[name] = found
         task = settings.task(name)
-        said = [*verdicts(task.goal, found), *filter(None, [times(chosen)]), *targets(looks, chosen)]
+        said = [
+            *missing_controls(rows, looks, name),
+            *verdicts(task.goal, found),
+            *filter(None, [times(chosen)]),
+            *targets(looks, chosen),
+        ]
         lines += [f"## {task.title}, {task.steps} steps", "", table(found), "", *(f"- {line}" for line in said), ""]
         lines += [_provenance(chosen), ""]
         yield from (f"{name}: {line}" for line in said)
