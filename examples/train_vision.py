@@ -11,7 +11,7 @@ from data import image_batches, load_fashion_mnist, to_float
 from models import ResNet8
 from torch import Tensor, nn
 
-SMOKE = {"steps": 12, "width": 0.25, "images": 512, "test": 256, "batch": 16, "chunk": 2}
+SMOKE = {"steps": 12, "width": 0.25, "images": 512, "test": 256, "batch": 16, "chunk": 2, "lr": 1e-4}
 
 
 def main(argv: Sequence[str] | None = None) -> list[Run]:

@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         table.append((name, f"{first[name]:.1f}", str(spread), compiles[name], f"{apart:.1g}"))
     heads = ["arm", "first 100 steps, s", "later 100 steps, s", "graphs traced", "apart from eager"]
     print(tabulate(table, headers=heads, disable_numparse=True))
+    print(f"later: median [quartiles] of {args.rounds} rounds, one arm after the other")
     write_rows(args.out, "flipping", rows)
     return rows
 
