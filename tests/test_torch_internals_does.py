@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,6 +87,22 @@ def test_a_copied_graph_is_the_same_code() -> None:
 def test_the_kernel_of_an_operation_is_the_operation() -> None:
     a, b = torch.randn(3, 4), torch.randn(4, 2)
     assert torch.equal(inside.kernel_of(aten.mm.default)(a, b), a @ b)
+
+
+def test_what_dynamo_may_compile_is_known_from_the_frames_above() -> None:
+    seen: list[bool] = []
+
+    @torch.compiler.disable
+    def hook() -> None:
+        seen.append(inside.may_be_compiling(sys._getframe(1)))
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        hook()
+        return x + 1
+
+    for call in (step, torch.compile(step, backend="eager"), torch.compiler.disable(step)):
+        call(torch.ones(2))
+    assert seen == [False, True, True]
 
 
 def test_a_boxed_callable() -> None:

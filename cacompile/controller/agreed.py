@@ -33,7 +33,7 @@ class Agreed:
     blocks: list[int]
     """How many each has."""
     of_block: np.ndarray
-    family: np.ndarray
+    turn: np.ndarray
     role: np.ndarray
     """Groups, as in `GroupIndex`: as the deciding rank knows them, whatever this one has compiled."""
     seed: int
@@ -87,10 +87,10 @@ class Agreed:
         if step < self.warmup_steps:
             self.on = np.ones(len(self.of_block), bool)
         else:
-            index = Numbering(self.of_block, self.family)
+            index = Numbering(self.of_block, self.turn)
             young = np.repeat(steps < self.warmup_steps, self.blocks)
             keep, phase = index.least(self.keep), index.least(self.phase)
-            chosen, phase = next_turns(keep, phase, self.family, self.role, (self.seed, step, self.key))
+            chosen, phase = next_turns(keep, phase, self.turn, self.role, (self.seed, step, self.key))
             self.phase = phase[self.of_block]
             chosen |= ~index.every((self.age < self.max_age) & ~young)
             if (step + 1) % self.every == 0:
@@ -100,7 +100,7 @@ class Agreed:
 
     def columns(self) -> dict[str, bytes]:
         """What `divergence.digest` takes."""
-        parts = self.of_block, self.family, self.role, self.keep, self.phase, self.age, self.on, self.pinned
+        parts = self.of_block, self.turn, self.role, self.keep, self.phase, self.age, self.on, self.pinned
         return {f"masks of parameters {self.places[0]} to {self.places[-1]}": b"".join(map(np.ndarray.tobytes, parts))}
 
 

@@ -20,6 +20,7 @@ from cacompile.state.table import BlockTable
 from cacompile.torch_internals import warning_once
 
 from .estimate import fill, fill_together
+from .lending import lend
 from .monitor import Found, learn, measure, measure_together, settings_by_param
 from .movement import moved, moved_here, sample
 from .optimizers import adapter_of, statistic_of
@@ -54,10 +55,11 @@ class Controller:
         if not capturing():
             self._look_before(self._step + 1)
 
-    def fill(self, optimizer: Optimizer) -> None:
+    def fill(self, optimizer: Optimizer, *, traced: bool = True) -> None:
         """Give every slice that was skipped its estimate, and rescale those that are computed again.
 
-        Called right before the optimizer reads the gradients.
+        Called right before the optimizer reads the gradients. traced: Dynamo may see what the step sees; where it does
+        not, what was skipped whole need not be written, see `lend`.
         """
         skipped, captured = self.column("skipped"), capturing()
         # what is captured runs again and again with the same groups: none of them has been away
@@ -66,7 +68,8 @@ class Controller:
             return
         settings = settings_by_param(optimizer)
         # what is captured must not hold a copy from the host, whose memory is used for other things by then
-        near, far = ([], self.params) if captured else self._by_device()
+        left = self.params if traced or captured else lend(optimizer, settings, self.params)
+        near, far = ([], left) if captured else self._by_device(left)
         for param in far + fill_together(near, optimizer, settings, self._segments):
             fill(optimizer, settings.get(id(param.param), {}), param, rescale=rescale)
         if rescale and adapter_of(optimizer).keeps_mean:
@@ -107,11 +110,12 @@ class Controller:
         """Optimizer steps done."""
         return max(param.step for param in self.params)
 
-    def _by_device(self) -> tuple[list[ParamState], list[ParamState]]:
+    @staticmethod
+    def _by_device(params: Sequence[ParamState]) -> tuple[list[ParamState], list[ParamState]]:
         """CUDA parameters that lie here whole, and the others."""
         near: list[ParamState] = []
         far: list[ParamState] = []
-        for param in self.params:
+        for param in params:
             is_near = param.param is not None and param.param.is_cuda and param.shard is None
             (near if is_near else far).append(param)
         return near, far
@@ -182,7 +186,7 @@ class Controller:
         # with a parameter's key, so that the controllers of one model do not draw alike
         counters = self.config.seed, step, self.params[0].key or 0
         keep, phase = index.least(self.column("keep")), index.least(self.column("phase"))
-        on, phase = next_turns(keep, phase, index.family, index.role, counters)
+        on, phase = next_turns(keep, phase, index.turn, index.role, counters)
         self.table.phase[self.rows] = phase[index.of_block]
         return on
 
@@ -204,7 +208,7 @@ class Controller:
 
         own: ids of the parameters to look at, where it is not all of them.
         """
-        near, far = self._by_device()
+        near, far = self._by_device(self.params)
         if own is not None:
             near, far = ([state for state in each if id(state.param) in own] for each in (near, far))
         ratios = self._update_ratios(optimizer)

@@ -123,7 +123,7 @@ class Decider(Controller):
             places=[param.place for param in self.params],
             blocks=self._blocks,
             of_block=self._index.of_block,
-            family=self._index.family,
+            turn=self._index.turn,
             role=self._index.role,
             seed=config.seed,
             key=self.params[0].key or 0,

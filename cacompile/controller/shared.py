@@ -16,7 +16,7 @@ class Shared(Controller):
     def advance(self, optimizer: Optimizer | None) -> None:
         pass
 
-    def fill(self, optimizer: Optimizer) -> None:
+    def fill(self, optimizer: Optimizer, *, traced: bool = True) -> None:
         # it follows from the mask: the gradient is the mean of all ranks', whatever has run on this one
         self.table.skipped[self.rows] = ~self.table.agreed[self.rows]
-        super().fill(optimizer)
+        super().fill(optimizer, traced=traced)

@@ -13,24 +13,20 @@ GOLDEN = (5**0.5 - 1) / 2
 """Multiples of it, modulo 1, are spread evenly however many there are."""
 
 
-def first_turns(family: np.ndarray, role: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def first_turns(turn: np.ndarray, role: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Where each group starts on its way to its next turn, float [G] in 0..1.
 
-    Spread over the depth first: of the families of one role, the same in other layers, neighbours start half a way
-    apart, and the next ones between them. Inside a family groups are spread evenly, in a random order.
+    Spread over the depth: of the turns of one role, the same in other layers, neighbours start half a way apart, and
+    the next ones between them. Where the first one starts is random.
 
-    family, role: int [G], equal numbers belong together; families are numbered in the order of the layers.
+    turn, role: int [G], equal numbers belong together; turns are numbered in the order of the layers.
     """
-    order = np.lexsort((rng.random(len(family)), family))
-    _, first, sizes = np.unique(family[order], return_index=True, return_counts=True)
-    start, seen = np.empty(len(sizes)), dict.fromkeys(role.tolist(), 0)
-    for i, each in enumerate(role[order][first].tolist()):
+    _, first, of_group = np.unique(turn, return_index=True, return_inverse=True)
+    start, seen = np.empty(len(first)), dict.fromkeys(role.tolist(), 0)
+    for i, each in enumerate(role[first].tolist()):
         start[i] = _between(seen[each]) + GOLDEN * each
         seen[each] += 1
-    phase = np.empty(len(family))
-    inside = (np.arange(len(family)) - np.repeat(first, sizes)) / np.repeat(sizes, sizes)
-    phase[order] = (inside + np.repeat(start, sizes) + rng.random()) % 1.0
-    return phase
+    return (start[of_group] + rng.random()) % 1.0
 
 
 def _between(number: int) -> float:
@@ -51,13 +47,30 @@ def take_turns(keep: np.ndarray, phase: np.ndarray) -> tuple[np.ndarray, np.ndar
     return chosen, np.clip(phase - chosen, 0.0, 1.0)
 
 
+def together(keep: np.ndarray, phase: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """The phases where the groups of a turn that are computed equally often go on with the furthest of them, float [G].
+
+    Those of them that are computed more often than others of their turn, and not always: those that score alike,
+    which share one k. What they miss others learn, and what is left out whole needs neither packing nor filling.
+
+    keep, phase: float [G]; turn: int [G].
+    """
+    some = keep < 1.0
+    shared = np.zeros(turn.max(initial=-1) + 1)
+    np.maximum.at(shared, turn[some], keep[some])
+    some &= keep == shared[turn]
+    furthest = np.zeros(len(shared))
+    np.maximum.at(furthest, turn[some], phase[some])
+    return np.where(some, furthest[turn], phase)
+
+
 def next_turns(
-    keep: np.ndarray, phase: np.ndarray, family: np.ndarray, role: np.ndarray, counters: tuple[int, ...]
+    keep: np.ndarray, phase: np.ndarray, turn: np.ndarray, role: np.ndarray, counters: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`take_turns`, where those that have had none yet start at random.
+    """`take_turns`, `together`; those that have had none yet start at random.
 
     phase: float [G], -1 before the first turn; counters: seed and what else names the draw, see `draws.generator`.
     """
     if (new := phase < 0.0).any():
-        phase = np.where(new, first_turns(family, role, generator(*counters)), phase)
-    return take_turns(keep, phase)
+        phase = np.where(new, first_turns(turn, role, generator(*counters)), phase)
+    return take_turns(keep, together(keep, phase, turn))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,11 +16,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from cacompile.config import Config
 from cacompile.controller.agreement import Agreement
 from cacompile.controller.controller import Controller
+from cacompile.controller.lending import take_back
 from cacompile.controller.shared import Shared
 from cacompile.state.params import ParamState, registry
 from cacompile.state.replicas import Replicas
 from cacompile.state.table import newest_structure
-from cacompile.torch_internals import is_zero1
+from cacompile.torch_internals import is_zero1, may_be_compiling
 
 from .clipping import follow_clipping
 from .counting import count_steps, steps_of
@@ -153,6 +155,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         owned.leave_to(_owned_by(inner))
     controllers = controllers_of(optimizer)
     owned.look(optimizer)
+    traced = may_be_compiling(sys._getframe(1))
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not controllers and not (callable(closure) and any(registry.find(param) for param in params)):
         return None
@@ -163,7 +166,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         for controller in controllers_of(optimizer):
             if controller not in controllers:
                 controller.look()
-            controller.fill(optimizer)
+            controller.fill(optimizer, traced=traced)
 
     # with a closure the gradients appear inside the step, so the estimates must come right after it; after a restart
     # what was skipped before may belong to groups that only the closure's forward makes known
@@ -177,6 +180,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 @torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    take_back(optimizer)
     put_back(optimizer)
     _owned_by(optimizer).advance(optimizer, _params_of(optimizer))
 

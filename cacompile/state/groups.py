@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +15,9 @@ from cacompile.names import Named, family_names, group_name
 if TYPE_CHECKING:
     from .params import ParamState
     from .table import BlockTable
+
+LARGEST = 0.25
+"""Share of all weights that take their turn together at most: in every step most of the network learns."""
 
 Member = tuple["ParamState", int]
 """A block of a parameter."""
@@ -166,6 +171,25 @@ class GroupIndex(Numbering):
         roles = {role: i for i, role in enumerate(dict.fromkeys(by_family))}
         self.role = np.array([roles[role] for role in by_family], int)[self.family]
         """int [groups]: equal for families of one kind that do the same in other layers."""
+
+    @cached_property
+    def turn(self) -> np.ndarray:
+        """int [groups]: equal for those that take their turn together, numbered in the order of the layers.
+
+        Each family whole, or in as many parts of neighbours as leave none with more than LARGEST of all weights.
+        """
+        if not self.all:
+            return np.zeros(0, int)
+        of_block = [np.full(param.blocks, prod(param.shape) / param.blocks) for param in self.params if param.blocks]
+        weights = self.sum(np.concatenate(of_block))
+        share = np.bincount(self.family, weights, len(self.families)) / max(1.0, weights.sum())
+        sizes = np.bincount(self.family, minlength=len(self.families))
+        parts = np.clip(np.ceil(share / LARGEST).astype(int), 1, sizes)
+        order = np.argsort(self.family, kind="stable")
+        place = np.empty(len(order), int)
+        place[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        before = np.cumsum(parts) - parts
+        return before[self.family] + place * parts[self.family] // sizes[self.family]
 
     def split(self, groups: np.ndarray) -> list[np.ndarray]:
         """[groups] -> for each parameter [blocks]."""

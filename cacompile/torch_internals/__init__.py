@@ -61,6 +61,7 @@ from .dynamo import (
     is_compiled,
     is_compiled_code,
     is_control_flow,
+    may_be_compiling,
     name_input,
     source_path,
     symbolic_int,

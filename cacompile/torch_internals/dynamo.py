@@ -95,6 +95,21 @@ def is_compiled(model: Any) -> bool:
     return uncompiled(model) is not model or getattr(model, "_compiled_call_impl", None) is not None
 
 
+def may_be_compiling(frame: types.FrameType | None) -> bool:
+    """Whether a frame or one of its callers runs in something that Dynamo compiles, or is kept from it.
+
+    `frame` itself does not count where it is what keeps something from Dynamo.
+    """
+    wraps = resolve("OptimizedModule").__module__
+    if frame is not None and frame.f_globals.get("__name__") == wraps:
+        frame = frame.f_back
+    while frame is not None:
+        if frame.f_globals.get("__name__") == wraps:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def is_compiled_code(code: types.CodeType) -> bool:
     """Whether Dynamo holds something compiled of this code."""
     return bool(resolve("eval_frame")._debug_get_cache_entry_list(code))

@@ -188,8 +188,7 @@ def scope_case(device: str) -> None:
     for near in (False, True):
         pairs, optimizer = trained(device, optim.AdamW, {}, monitor_every=2, tolerance=0.5)
         controller = Controller([state for _, state in pairs])
-        split = (controller.params, []) if near else ([], controller.params)
-        controller._by_device = lambda split=split: split
+        controller._by_device = lambda params, near=near: (list(params), []) if near else ([], list(params))
         launches = count_launches() if near else []
         for _ in range(4):
             give_gradients(pairs)

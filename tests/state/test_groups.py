@@ -119,3 +119,13 @@ def test_names_leave_out_parameters_that_are_not_here(params: Params) -> None:
     neurons(up, down)
     families, _ = GroupIndex([down]).names(called(down))
     assert families == ["down.neurons"]
+
+
+def test_a_turn_is_a_family_or_a_part_of_a_large_one(params: Params):
+    up, down, other = params
+    neurons(up, down)
+    index = GroupIndex([up, down, other])  # 64 of 80 weights are of one family: four parts; 16 of another: one
+    assert index.family.tolist() == [0, 0, 0, 0, 1, 1]
+    assert index.turn.tolist() == [0, 1, 2, 3, 4, 4]
+    assert GroupIndex([other]).turn.tolist() == [0, 1]  # no more parts than groups
+    assert GroupIndex([]).turn.tolist() == []
