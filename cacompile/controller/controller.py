@@ -249,7 +249,8 @@ class Controller:
             moving = np.where(counted > 0.0, movement * counted, 0.0)
             ratio = index.sum(moving) / index.sum(counted)
         descent = index.sum(descent)
-        keep = keep_probabilities(descent, ratio, index.sum(flops), index.sum(np.nan_to_num(means)), self.config)
+        means = index.sum(np.nan_to_num(means))
+        keep = keep_probabilities(descent, ratio, index.sum(flops), means, self.config, index.turns)
         self.table.keep[self.rows] = keep[index.of_block]
         note(self.params, index, self._step, descent, ratio)
 

@@ -56,7 +56,12 @@ def mean_descent(
 
 
 def keep_probabilities(
-    descent: np.ndarray, ratio: np.ndarray, flops: np.ndarray, mean_descents: np.ndarray, config: Config
+    descent: np.ndarray,
+    ratio: np.ndarray,
+    flops: np.ndarray,
+    mean_descents: np.ndarray,
+    config: Config,
+    turns: np.ndarray | None = None,
 ) -> np.ndarray:
     """How often each group is computed, float [G] in 0..1: 1/k for every k-th step.
 
@@ -66,15 +71,20 @@ def keep_probabilities(
     it, and move as their mean does: what one of them misses in a step the others learn from the same samples. What is
     dearer than that is computed in every step and left out of the price, what is cheaper has a k of its own. A jump
     of the descent counts as what is usual. Where all of them together would give up more than `tolerance` of what a
-    step wins, the price rises until they do not. 1 - 1/k is never above max_skip.
+    step wins, the price rises until they do not. 1 - 1/k is never above max_skip, and k never above `turns`: in every
+    step one of a group's role is computed, so what has none like it is never skipped.
 
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
     ratio: float [G], movement in a step over its size, NaN where not known yet (never skipped);
     flops: float [G], of dW (0: never skipped, it saves nothing);
-    mean_descents: float [G], expected loss decrease that steps have had so far, see `mean_descent`.
+    mean_descents: float [G], expected loss decrease that steps have had so far, see `mean_descent`;
+    turns: int [G], of its role, see `GroupIndex.turns`; None: as many as one likes.
     """
     keep = np.ones(len(descent))
-    known = np.isfinite(descent) & np.isfinite(ratio) & (flops > 0.0)
+    longest = np.full(len(descent), 1.0 / (1.0 - min(config.max_skip, 1.0 - 1e-6)))
+    if turns is not None:
+        longest = np.minimum(longest, turns)
+    known = np.isfinite(descent) & np.isfinite(ratio) & (flops > 0.0) & (longest > 1.0)
     # where nothing at all is won, as at a learning rate of zero, there is nothing to go by
     if config.tolerance == 0.0 or not descent[known].sum() > 0.0 or not mean_descents[known].sum() > 0.0:
         return keep
@@ -85,12 +95,11 @@ def keep_probabilities(
     if alike.any():
         descent = np.where(alike, flops * (descent[alike].sum() / flops[alike].sum()), descent)
         ratio = np.where(alike, _mean_ratio(ratio[alike], flops[alike]), ratio)
-    longest = 1.0 / (1.0 - min(config.max_skip, 1.0 - 1e-6))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         worth = np.where(dear, 0.0, step * flops / (STEP * MARGIN * flops[~dear].sum() * descent))
 
     def every(price: float) -> np.ndarray:
-        return _distance(worth / price, ratio, longest)
+        return _distance(worth / price, ratio, longest[known])
 
     def fits(price: float) -> bool:
         k = every(price)
@@ -135,9 +144,9 @@ def _mean_ratio(ratio: np.ndarray, flops: np.ndarray) -> float:
     return float(largest * np.average((ratio / largest) ** STALENESS, weights=flops) ** (1.0 / STALENESS))
 
 
-def _distance(worth: np.ndarray, ratio: np.ndarray, longest: float) -> np.ndarray:
+def _distance(worth: np.ndarray, ratio: np.ndarray, longest: np.ndarray) -> np.ndarray:
     """1 <= k <= longest where one more FLOP saved costs just its worth: worth / k^2 is the slope of `loss`."""
-    low, high = np.ones(len(worth)), np.full(len(worth), longest)
+    low, high = np.ones(len(worth)), longest
     with np.errstate(over="ignore", invalid="ignore"):
         speed = (ratio / FAST) ** STALENESS
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 LARGEST = 0.25
 """Share of all weights that take their turn together at most: in every step most of the network learns."""
 
+FEWEST = 3
+"""Turns that the groups of one role have at least, if they are as many: what one misses those of its kind learn."""
+
 Member = tuple["ParamState", int]
 """A block of a parameter."""
 
@@ -176,7 +179,8 @@ class GroupIndex(Numbering):
     def turn(self) -> np.ndarray:
         """int [groups]: equal for those that take their turn together, numbered in the order of the layers.
 
-        Each family whole, or in as many parts of neighbours as leave none with more than LARGEST of all weights.
+        Each family whole, or in as many parts of neighbours as leave none with more than LARGEST of all weights, and
+        its role with FEWEST turns.
         """
         if not self.all:
             return np.zeros(0, int)
@@ -184,12 +188,22 @@ class GroupIndex(Numbering):
         weights = self.sum(np.concatenate(of_block))
         share = np.bincount(self.family, weights, len(self.families)) / max(1.0, weights.sum())
         sizes = np.bincount(self.family, minlength=len(self.families))
-        parts = np.clip(np.ceil(share / LARGEST).astype(int), 1, sizes)
+        role = np.zeros(len(sizes), int)
+        role[self.family] = self.role
+        fewest = -(-FEWEST // np.bincount(role)[role])
+        parts = np.clip(np.maximum(np.ceil(share / LARGEST).astype(int), fewest), 1, sizes)
         order = np.argsort(self.family, kind="stable")
         place = np.empty(len(order), int)
         place[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         before = np.cumsum(parts) - parts
         return before[self.family] + place * parts[self.family] // sizes[self.family]
+
+    @cached_property
+    def turns(self) -> np.ndarray:
+        """int [groups]: how many turns the groups of its role have, in this layer and in others."""
+        of_role = np.zeros(self.turn.max(initial=-1) + 1, int)
+        of_role[self.turn] = self.role
+        return np.bincount(of_role)[self.role] if len(of_role) else np.zeros(0, int)
 
     def split(self, groups: np.ndarray) -> list[np.ndarray]:
         """[groups] -> for each parameter [blocks]."""

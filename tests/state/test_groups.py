@@ -121,11 +121,27 @@ def test_names_leave_out_parameters_that_are_not_here(params: Params) -> None:
     assert families == ["down.neurons"]
 
 
-def test_a_turn_is_a_family_or_a_part_of_a_large_one(params: Params):
+def test_a_turn_is_a_family_or_a_part_of_it_where_it_is_large_or_alone(params: Params):
     up, down, other = params
     neurons(up, down)
-    index = GroupIndex([up, down, other])  # 64 of 80 weights are of one family: four parts; 16 of another: one
+    index = GroupIndex([up, down, other])  # 64 of 80 weights are of one family: four parts; the other has two groups
     assert index.family.tolist() == [0, 0, 0, 0, 1, 1]
-    assert index.turn.tolist() == [0, 1, 2, 3, 4, 4]
-    assert GroupIndex([other]).turn.tolist() == [0, 1]  # no more parts than groups
-    assert GroupIndex([]).turn.tolist() == []
+    assert index.turn.tolist() == [0, 1, 2, 3, 4, 5]
+    assert index.turns.tolist() == [4, 4, 4, 4, 2, 2]
+    assert GroupIndex([]).turn.tolist() == GroupIndex([]).turns.tolist() == []
+
+
+def test_layers_of_one_role_take_their_turns_whole(make: Callable[..., tuple[object, ParamState]]):
+    pairs = [make(8, 4, name=f"layers.{i}.weight") for i in range(6)]
+    states = [state for _, state in pairs]
+    for state in states:
+        tie(
+            BlockTable.of(states),
+            "rows",
+            "role",
+            [state],
+            [state],
+            [GroupMembers(2 * i, 2 * i + 2, [(state, i)]) for i in range(4)],
+        )
+    index = GroupIndex(states)
+    assert index.turn.tolist() == np.repeat(range(6), 4).tolist() and set(index.turns) == {6}
