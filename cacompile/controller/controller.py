@@ -24,7 +24,7 @@ from .lending import lend
 from .monitor import Found, learn, measure, measure_together, settings_by_param
 from .movement import moved, moved_here, sample
 from .optimizers import adapter_of, statistic_of
-from .policy import keep_probabilities, mean_descent
+from .policy import STEP, keep_probabilities, mean_descent
 from .spikes import EARLY, believed_ratio, was_spike
 from .turns import next_turns
 
@@ -220,6 +220,12 @@ class Controller:
                 ready.append((param, known))
         return ready
 
+    def _step_flops(self) -> float:
+        """FLOPs of whole steps for each of dW, as counted so far."""
+        dw = sum(int(param.counted.sum()) for param in self.params)
+        whole = sum(param.step_counted for param in self.params)
+        return whole / dw if dw and whole else STEP
+
     def _count(self) -> None:
         """Bring the FLOPs of each block up to date."""
         for param in self.params:
@@ -250,7 +256,8 @@ class Controller:
             ratio = index.sum(moving) / index.sum(counted)
         descent = index.sum(descent)
         means = index.sum(np.nan_to_num(means))
-        keep = keep_probabilities(descent, ratio, index.sum(flops), means, self.config, index.turns)
+        every = index.sum(flops)
+        keep = keep_probabilities(descent, ratio, every, means, self.config, index.turns, self._step_flops())
         self.table.keep[self.rows] = keep[index.of_block]
         note(self.params, index, self._step, descent, ratio)
 

@@ -22,7 +22,7 @@ ALIKE = 4.0
 """Groups whose descent per FLOP is within this factor of the median share one distance from turn to turn."""
 
 STEP = 3.0
-"""FLOPs of a whole step for each of dW: forward pass, input gradient and weight gradient cost the same."""
+"""FLOPs of a whole step for each of dW where they have not been counted: forward pass, dX and dW cost the same."""
 
 MARGIN = 2.0
 """How many times its price in descent a saved FLOP must be worth: all this is measured roughly (`docs/policy.md`)."""
@@ -62,6 +62,7 @@ def keep_probabilities(
     mean_descents: np.ndarray,
     config: Config,
     turns: np.ndarray | None = None,
+    step_flops: float = STEP,
 ) -> np.ndarray:
     """How often each group is computed, float [G] in 0..1: 1/k for every k-th step.
 
@@ -78,7 +79,8 @@ def keep_probabilities(
     ratio: float [G], movement in a step over its size, NaN where not known yet (never skipped);
     flops: float [G], of dW (0: never skipped, it saves nothing);
     mean_descents: float [G], expected loss decrease that steps have had so far, see `mean_descent`;
-    turns: int [G], of its role, see `GroupIndex.turns`; None: as many as one likes.
+    turns: int [G], of its role, see `GroupIndex.turns`; None: as many as one likes;
+    step_flops: of a whole step for each of dW: many, where a frozen base makes dW a small part, and little is gained.
     """
     keep = np.ones(len(descent))
     longest = np.full(len(descent), 1.0 / (1.0 - min(config.max_skip, 1.0 - 1e-6)))
@@ -96,7 +98,7 @@ def keep_probabilities(
         descent = np.where(alike, flops * (descent[alike].sum() / flops[alike].sum()), descent)
         ratio = np.where(alike, _mean_ratio(ratio[alike], flops[alike]), ratio)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        worth = np.where(dear, 0.0, step * flops / (STEP * MARGIN * flops[~dear].sum() * descent))
+        worth = np.where(dear, 0.0, step * flops / (step_flops * MARGIN * flops[~dear].sum() * descent))
 
     def every(price: float) -> np.ndarray:
         return _distance(worth / price, ratio, longest[known])

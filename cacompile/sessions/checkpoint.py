@@ -164,6 +164,8 @@ def _check_entry(name: str, entry: Mapping[str, Any], param: ParamState) -> None
     counted = entry["counted"]
     ok = _is_array(counted, torch.int64, blocks) and bool(((counted >= 0) & (counted <= LARGEST)).all())
     must(ok, "counted", counted, f"int64 [{blocks}] >= 0 and <= {LARGEST} on the host")
+    step, allowed = entry["step_counted"], "a whole number >= 0"
+    must(isinstance(step, int) and not isinstance(step, bool) and step >= 0, "step_counted", step, allowed)
     _keys(entry["blocks"], set(SAVED), f"{ENTRY}{name!r}: blocks")
     for field in SAVED:
         dtype = torch.from_numpy(np.empty(0, COLUMNS[field].dtype)).dtype

@@ -201,9 +201,10 @@ class GraphBinding:
     def _begin_to_count(self) -> None:
         """Now that the backward is there, which knows where it finds the sizes."""
         self.spent.sizes = [0] * len(self._layout.monomials)
-        for grad, param in self._pairs():
-            if param is not None:
-                param.costs(self.spent, np.array(grad.coefficients, np.int64))
+        parted = [(grad, param) for grad, param in self._pairs() if param is not None]
+        share = np.array([int(each) // max(1, len(parted)) for each in self._layout.step_coefficients], np.int64)
+        for grad, param in parted:
+            param.costs(self.spent, np.array(grad.coefficients, np.int64), share)
 
     def leave_out(self, sizes: Sequence[int]) -> torch.Tensor:
         """Note what the masked version will leave out now; this step's flags, uint8 [blocks] on the graph's device."""

@@ -52,10 +52,12 @@ class ParamState(Freezable):
         self.start = 0
         """Its first row in the table; moves when tables are joined."""
         self.spent: list[Spent] = []
-        self._costs: list[tuple[Spent, np.ndarray]] = []
-        """Of each graph: int64 [monomials, blocks], dW FLOPs for one of each monomial that it has counted."""
+        self._costs: list[tuple[Spent, np.ndarray, np.ndarray]] = []
+        """Of each graph: int64 [monomials, blocks], dW FLOPs for one of each monomial that it has counted; and int64
+        [monomials], its share of those of a whole step."""
         self._carried: np.ndarray | None = None
         """int64 [blocks]: dW FLOPs that were counted before a saved state was loaded."""
+        self._carried_step = 0
         self.counted_from = 0
         """The optimizer step after which counting began."""
         self.history: Series | None = None
@@ -136,10 +138,19 @@ class ParamState(Freezable):
     def counted_here(self) -> np.ndarray:
         """int64 [blocks]: the same, without what a loaded state brought along."""
         total = np.zeros(self.blocks, np.int64)
-        for spent, coefficients in self._costs:
+        for spent, coefficients, _ in self._costs:
             for size, each in zip(spent.sizes, coefficients):
                 total += size * each
         return total
+
+    @property
+    def step_counted(self) -> int:
+        """FLOPs of whole dense steps so far: a graph's are shared out evenly among the parameters that it parts."""
+        return self._carried_step + self._step_counted_here
+
+    @property
+    def _step_counted_here(self) -> int:
+        return sum(size * int(share) for spent, _, shares in self._costs for size, share in zip(spent.sizes, shares))
 
     def join(self, replicas: Replicas, place: int, name: str) -> None:
         """Other ranks hold copies: from now on the mask is what all have agreed on, and all on until they have."""
@@ -154,9 +165,12 @@ class ParamState(Freezable):
             self.table.set_on(self.rows, self.column("agreed"))
             self.skipped[:] = ~self.column("agreed")
 
-    def costs(self, spent: Spent, coefficients: np.ndarray) -> None:
-        """One more graph computes its gradient. coefficients: int64 [monomials, blocks]."""
-        self._costs.append((spent, coefficients))
+    def costs(self, spent: Spent, coefficients: np.ndarray, step: np.ndarray) -> None:
+        """One more graph computes its gradient.
+
+        coefficients: int64 [monomials, blocks], of dW; step: int64 [monomials], its share of those of a whole step.
+        """
+        self._costs.append((spent, coefficients, step))
 
     def count(self) -> None:
         """Bring `flops` up to date: the mean of all steps, or one backward as compiled where nothing has run yet."""
@@ -212,13 +226,15 @@ class ParamState(Freezable):
         """Everything that the next draws depend on; before the partition is known, what was loaded."""
         if self.partition is None and self._deferred is not None:
             blocks = {
-                name: self._deferred[name] for name in ("partition", "skipped", "counted", "blocks", "norm_shares")
+                name: self._deferred[name]
+                for name in ("partition", "skipped", "counted", "step_counted", "blocks", "norm_shares")
             }
         else:
             blocks = {
                 "partition": None if self.partition is None else astuple(self.partition),
                 "skipped": torch.from_numpy(self.skipped.copy()),
                 "counted": torch.from_numpy(self.counted),
+                "step_counted": self.step_counted,
                 "blocks": self.table.save(self.rows),
                 "norm_shares": None if self.norm_shares is None else self.norm_shares.to_dict(),
             }
@@ -253,10 +269,11 @@ class ParamState(Freezable):
             self.skipped[:] = saved["skipped"].numpy()
             # what has run in this process before counts no more: another state is taken over
             self._carried = saved["counted"].numpy() - self.counted_here
+            self._carried_step = saved["step_counted"] - self._step_counted_here
             self.norm_shares = None if saved["norm_shares"] is None else NormShares.of(saved["norm_shares"])
         else:
             self.table.reset(self.rows)
-            self._carried, self.counted_from = None, self.step
+            self._carried, self._carried_step, self.counted_from = None, 0, self.step
             self.in_flight = self.norm_shares = None
             if saved["partition"] is not None:
                 log.warning(

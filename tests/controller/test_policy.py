@@ -165,3 +165,20 @@ def test_the_distance_solves_its_equation():
     below, above = slopes(k, ratio)
     assert ((k * k * below)[inside] <= worth[inside] * (1.0 + 1e-3)).all()
     assert ((k * k * above)[inside] >= worth[inside] * (1.0 - 1e-3)).all()
+
+
+def test_where_dw_is_a_small_part_of_the_step_little_is_gained_and_nothing_skipped():
+    one = of(1.0, 4)
+    full, half, adapters = (
+        keep_probabilities(one, 0.4 * FAST * one, one, one, Config(tolerance=1.0), step_flops=each)
+        for each in (3.0, 4.0, 70.0)
+    )
+    assert (full < half).all() and (half < 1.0).all() and (adapters == 1.0).all()
+
+
+def test_in_every_step_one_of_each_role_is_computed():
+    one, turns = of(1.0, 6), np.array([1, 2, 2, 3, 9, 9])
+    keep = keep_probabilities(one, of(0.0, 6), one, one, Config(tolerance=1.0, max_skip=0.8), turns)
+    assert (keep >= 1.0 / turns).all() and keep[0] == 1.0 and (keep[1:] < 1.0).all()
+    many = keep_probabilities(one, of(0.0, 6), one, one, Config(tolerance=1.0, max_skip=0.8))
+    assert (many[1:3] < 0.5).all() and (keep[1:3] == 0.5).all()

@@ -70,6 +70,7 @@ ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         lambda e: {**e, "counted": torch.tensor([0, 2**63 - 1])},
         ["counted", f"<= {2**62}"],
     ),
+    "step_counted": (lambda e: {**e, "step_counted": -1}, ["step_counted", "-1", "whole number >= 0"]),
     "step is a bool": (lambda e: {**e, "step": True}, ["step", "True"]),
     "partition": (lambda e: {**e, "partition": (0, 16)}, ["partition", "(0, 16)", "(dim, block, rows)"]),
     "partition of another shape": (lambda e: {**e, "partition": (0, 16, 64)}, ["partition", "(0, 16, 64)", "(32, 64)"]),
