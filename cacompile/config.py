@@ -46,6 +46,12 @@ class Config:
         low=0.0,
         high=1.0,
     )
+    budget: float = _option(
+        0.0,
+        "Share of a step's FLOPs to save, as far as it goes, where it costs least; 0 saves what is worth its price.",
+        low=0.0,
+        high=1.0,
+    )
     max_skip: float = _option(0.8, "Largest share of the steps in which a group may be skipped.", low=0.0, high=1.0)
     warmup_steps: int = _option(20, "Optimizer steps before anything is skipped.", low=0)
     monitor_every: int = _option(20, "Optimizer steps between two measurements of the scores.", low=1)

@@ -281,7 +281,17 @@ def test_options_of_training_are_not() -> None:
 
 def test_every_option_is_of_one_kind() -> None:
     """A new option must be looked at: does it decide what is compiled?"""
-    training = {"tolerance", "max_skip", "warmup_steps", "monitor_every", "max_age", "estimate", "keep", "frozen"}
+    training = {
+        "tolerance",
+        "budget",
+        "max_skip",
+        "warmup_steps",
+        "monitor_every",
+        "max_age",
+        "estimate",
+        "keep",
+        "frozen",
+    }
     assert {*cache_key.READ} | training | {"max_truncated", "switch", "seed", "inner"} == {*Config.__dataclass_fields__}
 
 

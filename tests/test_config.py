@@ -20,6 +20,7 @@ from cacompile.settings import MODES
 
 LIMITS = {  # option -> values allowed at the edges, values just beyond
     "tolerance": ([0, 0.0, 1.0], [-0.01, 1.01, float("nan")]),
+    "budget": ([0.0, 1], [-0.01, 1.01]),
     "max_skip": ([0.0, 1], [-0.01, 1.01]),
     "warmup_steps": ([0, 10**9], [-1]),
     "monitor_every": ([1], [0]),

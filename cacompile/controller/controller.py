@@ -24,7 +24,7 @@ from .lending import lend
 from .monitor import Found, learn, measure, measure_together, settings_by_param
 from .movement import moved, moved_here, sample
 from .optimizers import adapter_of, statistic_of
-from .policy import STEP, keep_probabilities, mean_descent
+from .policy import keep_probabilities, mean_descent
 from .spikes import EARLY, believed_ratio, was_spike
 from .turns import next_turns
 
@@ -220,11 +220,10 @@ class Controller:
                 ready.append((param, known))
         return ready
 
-    def _step_flops(self) -> float:
-        """FLOPs of whole steps for each of dW, as counted so far."""
-        dw = sum(int(param.counted.sum()) for param in self.params)
-        whole = sum(param.step_counted for param in self.params)
-        return whole / dw if dw and whole else STEP
+    def _step_flops(self) -> float | None:
+        """FLOPs of a whole step, of what has been counted so far; None where nothing has."""
+        dw, whole = (sum(map(of, self.params)) for of in (lambda p: int(p.counted.sum()), lambda p: p.step_counted))
+        return float(self.column("flops").sum()) * whole / dw if dw and whole else None
 
     def _count(self) -> None:
         """Bring the FLOPs of each block up to date."""

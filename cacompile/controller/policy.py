@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cacompile.config import Config
@@ -62,7 +64,7 @@ def keep_probabilities(
     mean_descents: np.ndarray,
     config: Config,
     turns: np.ndarray | None = None,
-    step_flops: float = STEP,
+    step_flops: float | None = None,
 ) -> np.ndarray:
     """How often each group is computed, float [G] in 0..1: 1/k for every k-th step.
 
@@ -73,24 +75,28 @@ def keep_probabilities(
     dearer than that is computed in every step and left out of the price, what is cheaper has a k of its own. A jump
     of the descent counts as what is usual. Where all of them together would give up more than `tolerance` of what a
     step wins, the price rises until they do not. 1 - 1/k is never above max_skip, and k never above `turns`: in every
-    step one of a group's role is computed, so what has none like it is never skipped.
+    step one of a group's role is computed, so what has none like it is never skipped. With a `budget` the price is the
+    one, the same for all, at which it is saved; it ends neither by the price nor by `tolerance`, only by a jump.
 
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
     ratio: float [G], movement in a step over its size, NaN where not known yet (never skipped);
     flops: float [G], of dW (0: never skipped, it saves nothing);
     mean_descents: float [G], expected loss decrease that steps have had so far, see `mean_descent`;
     turns: int [G], of its role, see `GroupIndex.turns`; None: as many as one likes;
-    step_flops: of a whole step for each of dW: many, where a frozen base makes dW a small part, and little is gained.
+    step_flops: of a whole step, much more than of dW where a frozen base makes that a small part; None: STEP times it.
     """
     keep = np.ones(len(descent))
+    whole = STEP * flops.sum() if step_flops is None else step_flops
+    of_step = whole / max(1.0, flops.sum())
     longest = np.full(len(descent), 1.0 / (1.0 - min(config.max_skip, 1.0 - 1e-6)))
     if turns is not None:
         longest = np.minimum(longest, turns)
     known = np.isfinite(descent) & np.isfinite(ratio) & (flops > 0.0) & (longest > 1.0)
     # where nothing at all is won, as at a learning rate of zero, there is nothing to go by
-    if config.tolerance == 0.0 or not descent[known].sum() > 0.0 or not mean_descents[known].sum() > 0.0:
+    if not (config.tolerance or config.budget) or not min(descent[known].sum(), mean_descents[known].sum()) > 0.0:
         return keep
     descent, ratio, flops, usual = descent[known], ratio[known], flops[known], mean_descents[known]
+    won = descent.sum()
     dearness = _over_median(descent / flops, flops)
     dear, alike = dearness > ALIKE, (dearness <= ALIKE) & (dearness >= 1.0 / ALIKE)
     step = min(usual[~dear].sum(), descent[~dear].sum())
@@ -98,25 +104,34 @@ def keep_probabilities(
         descent = np.where(alike, flops * (descent[alike].sum() / flops[alike].sum()), descent)
         ratio = np.where(alike, _mean_ratio(ratio[alike], flops[alike]), ratio)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        worth = np.where(dear, 0.0, step * flops / (step_flops * MARGIN * flops[~dear].sum() * descent))
+        worth = np.where(dear, 0.0, step * flops / (of_step * MARGIN * flops[~dear].sum() * descent))
 
     def every(price: float) -> np.ndarray:
         return _distance(worth / price, ratio, longest[known])
 
     def fits(price: float) -> bool:
         k = every(price)
+        if config.budget:
+            return bool((flops * (1.0 - 1.0 / k)).sum() <= config.budget * whole)
         lost = np.where(k > 1.0, descent * loss(k, ratio), 0.0)
         return bool(lost.sum() <= config.tolerance * step)
 
-    price = 1.0
-    if not fits(price):
-        low, high = 0.0, 64.0  # of the binary logarithm of the price: too cheap, dear enough
-        for _ in range(32):
-            middle = (low + high) / 2.0
-            low, high = (low, middle) if fits(2.0**middle) else (middle, high)
-        price = 2.0**high
+    if config.budget and won > JUMP * usual.sum():
+        return keep
+    price = _dear_enough(fits, -64.0 if config.budget else 0.0)
     keep[known] = 1.0 / every(price)
     return keep
+
+
+def _dear_enough(fits: Callable[[float], bool], low: float) -> float:
+    """The lowest price that fits, about: the higher the better. low: binary logarithm of the lowest to be asked for."""
+    if fits(2.0**low):
+        return 2.0**low
+    high = 64.0
+    for _ in range(32):
+        middle = (low + high) / 2.0
+        low, high = (low, middle) if fits(2.0**middle) else (middle, high)
+    return 2.0**high
 
 
 def loss(k: np.ndarray, ratio: np.ndarray) -> np.ndarray:

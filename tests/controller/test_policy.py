@@ -170,7 +170,7 @@ def test_the_distance_solves_its_equation():
 def test_where_dw_is_a_small_part_of_the_step_little_is_gained_and_nothing_skipped():
     one = of(1.0, 4)
     full, half, adapters = (
-        keep_probabilities(one, 0.4 * FAST * one, one, one, Config(tolerance=1.0), step_flops=each)
+        keep_probabilities(one, 0.4 * FAST * one, one, one, Config(tolerance=1.0), step_flops=each * 4)
         for each in (3.0, 4.0, 70.0)
     )
     assert (full < half).all() and (half < 1.0).all() and (adapters == 1.0).all()
@@ -182,3 +182,20 @@ def test_in_every_step_one_of_each_role_is_computed():
     assert (keep >= 1.0 / turns).all() and keep[0] == 1.0 and (keep[1:] < 1.0).all()
     many = keep_probabilities(one, of(0.0, 6), one, one, Config(tolerance=1.0, max_skip=0.8))
     assert (many[1:3] < 0.5).all() and (keep[1:3] == 0.5).all()
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.1, 0.25])
+@pytest.mark.parametrize("speed", [0.0, 0.5, 3.0])
+def test_a_budget_is_saved_where_it_costs_least(budget: float, speed: float):
+    """Whatever the price and `tolerance` say, of the whole step; a jump of the descent still computes all."""
+    rng = np.random.default_rng(0)
+    descent, flops = rng.uniform(1.0, 2.0, 40), rng.uniform(1.0, 2.0, 40)
+    moved = of(speed * FAST, 40)
+    config = Config(budget=budget, tolerance=0.0)
+    keep = keep_probabilities(descent, moved, flops, descent, config)
+    assert (flops * (1.0 - keep)).sum() / (3.0 * flops.sum()) == pytest.approx(budget, rel=1e-3)
+    assert (keep_probabilities(99.0 * descent, moved, flops, descent, config) == 1.0).all()
+    scarce = keep_probabilities(descent, moved, flops, descent, config, step_flops=1e6)
+    assert (scarce >= 1.0 - config.max_skip - 1e-9).all() and scarce.min() < 0.3, "best effort where dW is little"
+    most = keep_probabilities(descent, moved, flops, descent, Config(budget=1.0))
+    assert most == pytest.approx(0.2)
