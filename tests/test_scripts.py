@@ -16,6 +16,7 @@ COMMANDS = (
     "benchmarks.kernels.tune",
     "benchmarks.quality.__main__",
     "benchmarks.quality.policies",
+    "benchmarks.speed.alive",
     "benchmarks.speed.controller",
     "benchmarks.speed.flipping",
     "benchmarks.speed.host_time",
@@ -76,9 +77,9 @@ def test_example_compares_and_draws(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step_time", "startup", "controller", "host_time", "truncated", "flipping"])
+@pytest.mark.parametrize("name", ["step_time", "startup", "controller", "host_time", "alive", "truncated", "flipping"])
 def test_benchmark_writes_its_rows(name, tmp_path):
-    against = ("--against", str(ROOT)) if name == "host_time" else ()
+    against = ("--against", str(ROOT)) if name in ("host_time", "alive") else ()
     out = run_module(f"benchmarks.speed.{name}", "--smoke", "--out", str(tmp_path / "rows.csv"), *against)
     assert "median [quartiles]" in out
     rows = read_rows(tmp_path / "rows.csv")
