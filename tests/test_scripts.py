@@ -87,6 +87,30 @@ def test_benchmark_writes_its_rows(name, tmp_path):
     assert all(float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"]) for row in rows)
 
 
+def test_startup_goes_on_after_an_interruption(monkeypatch, tmp_path, capsys):
+    from benchmarks.speed import startup
+
+    calls = []
+
+    def child(backend, cache, artifacts, kind, args):
+        calls.append((backend, kind))
+        if len(calls) == 14:
+            raise KeyboardInterrupt
+        return dict.fromkeys(startup.MEASURES + startup.COUNTS, float(len(calls)))
+
+    monkeypatch.setattr(startup, "child", child)
+    call = ["--rounds", "2", "--out", str(tmp_path / "rows.csv")]
+    with pytest.raises(KeyboardInterrupt):
+        startup.main(call)
+    startup.main(call)
+    assert len(calls) == 14 + 9 and "going on after 1 rounds" in capsys.readouterr().out
+    assert calls[9:13] == calls[14:18], "in the same order"
+    assert {row["rounds"] for row in read_rows(tmp_path / "rows.csv")} == {"2"}
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.csv"]
+    startup.main(call)
+    assert len(calls) == 14 + 9 + 18, "what is finished is measured anew"
+
+
 @pytest.mark.slow
 def test_policies_are_compared_at_the_same_skipped_share(tmp_path):
     call = ("benchmarks.quality.policies", "--smoke", "--seeds", "0", "--out", str(tmp_path))

@@ -140,13 +140,13 @@ class TruncatedVersions:
 
     def _nearest(self, wanted: Key) -> Version | None:
         places, masked = wanted
-        made = list(self._made.items())  # a thread may add to it
-        fit = [key for key, one in made if one is not None and key[0] <= places and key[1] is masked]
+        made = list(self._made.items())  # a thread may change it
+        fit = [(one.nodes, key, one) for key, one in made if one and key[0] <= places and key[1] is masked]
         if not fit:
             return None
-        best = min(fit, key=lambda key: getattr(self._made[key], "nodes", 0))
-        self._used[best] = self._clock
-        return self._made[best]
+        _, key, best = min(fit, key=lambda each: each[0])
+        self._used[key] = self._clock
+        return best
 
     def _load(self, key: Key, plan: Plan | None) -> Version | None:
         """Never raises."""
