@@ -74,7 +74,7 @@ class Config:
         (), "What is frozen at the start, until `session.thaw`: names or patterns, as of `keep`.", patterns=True
     )
     max_truncated: int = _option(
-        8, "Most backwards of a graph, each for other frozen parameters, that are kept compiled; 0 cuts none.", low=0
+        8, "Most backwards of a graph, each for other frozen parameters, in memory at a time; 0 cuts none.", low=0
     )
     switch: str = _option(
         "at once",

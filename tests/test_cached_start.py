@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import OPTIONS, Block, Step, assert_same, compile_all, pin_mixed, train_step
+from helpers import OPTIONS, Block, Step, assert_bits, assert_same, compile_all, pin_mixed, square_mean, train_step
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
@@ -26,7 +22,7 @@ from cacompile.config import Config
 from cacompile.errors import ConvAwareError
 from cacompile.explanation.graphs import mark_of
 from cacompile.explanation.look import running
-from cacompile.graph import cache_key
+from cacompile.graph import cache_key, truncated
 
 pytestmark = pytest.mark.skipif(
     bool(torch_internals.broken_contracts(torch_internals.CACHE)), reason="this torch cannot: `doctor` says why"
@@ -115,6 +111,12 @@ def assert_hit(warm: Run, graphs: int = 1) -> None:
     assert warm.ours["graphs found in the cache"] == warm.ours["graphs"] == graphs
 
 
+def found_in(warm: Run) -> dict[str, int]:
+    """Kind of version -> how many of it were found in the cache."""
+    words = "versions found: "
+    return {name.removeprefix(words): count for name, count in warm.ours.items() if name.startswith(words)}
+
+
 def entries(cache: Path, kind: str) -> list[Path]:
     return [path for path in (cache / kind).rglob("*") if path.is_file()]
 
@@ -128,7 +130,7 @@ def test_a_second_start_compiles_nothing(cache: Path) -> None:
     warm = start(frozen="blocks.0")
     assert_hit(warm)
     assert not warm.compiled and not warm.torchs.get("fxgraph_cache_miss")
-    assert warm.ours["versions found: masked"] == warm.ours["versions found: truncated"] == 1
+    assert found_in(warm) == {"masked": 1, "truncated": 2, "lean forward": 1}
     assert_equal(warm, cold)
 
 
@@ -146,7 +148,8 @@ def test_versions_that_nobody_has_made_are_made_of_what_was_stored() -> None:
     start(masked=False)
     late = start(frozen="blocks.0")
     assert_hit(late)
-    assert late.compiled == {"versions compiled: masked": 1, "versions compiled: truncated": 1}
+    made = {"masked": 1, "truncated": 2, "lean forward": 1}
+    assert late.compiled == {f"versions compiled: {name}": count for name, count in made.items()}
     with functorch_config.patch(enable_autograd_cache=False):
         assert_equal(late, start(frozen="blocks.0"))
     again = start(frozen="blocks.0")
@@ -170,8 +173,10 @@ def saved_bytes(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) ->
     return sum(storages.values())
 
 
-def test_an_entry_holds_the_whole_forward_whatever_is_frozen() -> None:
-    """Frozen from the start in the process that fills the cache, whose forwards are lean then; later in the other."""
+@pytest.mark.parametrize("late", [False, True], ids=["found", "made of what was stored"])
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
+def test_forwards_are_lean_after_a_cached_start(sizes: str, late: bool) -> None:
+    """Frozen from the start in the process that fills the cache, or never there; later in the other."""
     x = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
     saved, frozen, thawed = [], [], []
     for first in (True, False):
@@ -179,37 +184,120 @@ def test_an_entry_holds_the_whole_forward_whatever_is_frozen() -> None:
         counters.clear()
         torch.manual_seed(0)
         model = Deep()
-        run = compile_all(model, "convaware", options={"frozen": ["blocks.0"] if first else []})
+        freeze_first = first and not late
+        options = {"frozen": ["blocks.0"] if freeze_first else []}
+        run = compile_all(model, "convaware", options=options, dynamic=sizes == "dynamic")
         before = train_step((model, run), [x])
         session = cacompile.session(model)
-        if not first:
-            session.freeze("blocks.0")
+        whole = saved_bytes(model, run, x) if not freeze_first else None
+        if first and late:
+            continue
+        session.freeze("blocks.0")
         frozen.append(train_step((model, run), [x]))
         saved.append(saved_bytes(model, run, x))
-        if first:
+        assert whole is None or saved[-1] < whole
+        if freeze_first:
             assert_same(before, frozen[0])
         session.thaw()
         thawed.append(train_step((model, run), [x]))
-        saved.append(saved_bytes(model, run, x))
-        assert counters["cacompile"]["versions compiled: lean forward"] == first
+        assert whole is None or saved_bytes(model, run, x) == whole
+        made, found = (counters["cacompile"][f"versions {how}: lean forward"] for how in ("compiled", "found"))
+        assert (made, found) == ((1, 0) if first or late else (0, 1))
         assert counters["cacompile"]["graphs found in the cache"] == (not first)
-    lean, *whole = saved
-    assert lean < whole[0] and len({*whole}) == 1
-    assert frozen[0].grads["blocks.0.up.weight"] is None
-    assert_same(*frozen)
-    assert_same(*thawed)
-    assert_same(before, thawed[1])
+    assert frozen[-1].grads["blocks.0.up.weight"] is None
+    with functorch_config.patch(enable_autograd_cache=False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        theirs = Deep()
+        plain = compile_all(theirs, "inductor")
+        dense = train_step((theirs, plain), [x])
+        theirs.blocks[0].requires_grad_(False)
+        cut = train_step((theirs, plain), [x])
+        saved.append(saved_bytes(theirs, plain, x))
+    assert len({*saved}) == 1, "as with requires_grad=False"
+    for ours in frozen:
+        assert_same(ours, cut)
+    for ours in (before, *thawed):
+        assert_same(ours, dense)
 
 
-def test_a_lean_forward_for_a_backward_that_was_found(cache: Path) -> None:
-    """Versions outlive their entry: what a cached one does not read is known, too."""
+def test_versions_outlive_their_entry(cache: Path) -> None:
     cold = start(masked=False, frozen="blocks.0")
     for path in entries(cache, "aotautograd"):
         path.unlink()
     warm = start(masked=False, frozen="blocks.0")
-    assert warm.ours["versions found: truncated"] == 1
-    assert warm.compiled == {"versions compiled: dense": 1, "versions compiled: lean forward": 1}
+    assert found_in(warm) == {"truncated": 1, "lean forward": 1}
+    assert warm.compiled == {"versions compiled: dense": 1}
     assert_equal(warm, cold)
+
+
+class Chain(nn.Module):
+    """Layers of which each set of the lowest that are frozen is a cut of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+def test_more_sets_than_are_held_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LISA draws them: what has gone out of memory comes back from the disk, for a forward that is open as well."""
+    monkeypatch.setattr(truncated, "EARNED", 4)
+    model, x = Chain(), torch.randn(8, 32)
+    run = compile_all(model, "convaware", options={"max_truncated": 2})
+    dense = train_step((model, run), [x])
+    session = cacompile.session(model)
+    sets = [[f"layers.{i}" for i in range(n)] for n in (2, 3, 4)]
+    (graph,) = [run.graph for run in running(model.parameters()) if run.graph is not None]
+
+    def held() -> list[int]:
+        backward, lean = graph.backward and graph.backward.truncated, graph._cuts.lean
+        assert backward is not None and lean is not None
+        return [sum(one is not None for one in each._made.values()) for each in (backward, lean)]
+
+    def check() -> None:
+        for name, grad in dense.grads.items():
+            frozen = session.params[name].is_frozen
+            assert_bits(model.get_parameter(name).grad, None if frozen else grad, name)
+
+    def visit(names: list[str]) -> int:
+        """Bytes that are saved with these frozen."""
+        session.thaw()
+        session.freeze(*names)
+        train_step((model, run), [x])
+        check()
+        return saved_bytes(model, run, x)
+
+    saved = [[visit(names) for names in sets] for _ in range(8)]
+    own = saved[-1]
+    assert own[0] > own[1] > own[2], "each has a version of its own in the end"
+    assert saved[0] == [own[0], own[1], own[1]], "the nearest one has served before"
+    compiled = {name: counters["cacompile"][f"versions compiled: {name}"] for name in ("truncated", "lean forward")}
+    assert compiled == {"truncated": 3, "lean forward": 3}
+    assert held() == [2, 2]
+    before = counters["cacompile"]["versions found: truncated"]
+    assert before and [visit(names) for names in sets * 2] == own * 2
+    assert counters["cacompile"]["versions found: truncated"] > before
+
+    visit(sets[0])
+    model.zero_grad(set_to_none=True)
+    loss = square_mean(run(x))
+    for names in sets[1:]:
+        session.thaw()
+        session.freeze(*names)
+        square_mean(run(x)).backward()
+        assert held() == [2, 2]
+    session.thaw()
+    session.freeze(*sets[0])
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    check()
+    now = {name: counters["cacompile"][f"versions compiled: {name}"] for name in compiled}
+    assert now == compiled, "nothing is compiled twice"
 
 
 def test_graphs_of_a_cached_start_can_be_looked_at() -> None:
@@ -277,6 +365,17 @@ def test_options_of_training_are_not() -> None:
     assert "versions found: truncated" not in warm.ours, "the option that counts is the one of today"
     for ours, theirs in zip(warm.steps[:2], cold.steps):
         assert_same(ours, theirs)
+
+
+def test_what_is_stored_is_for_all_options() -> None:
+    """Of a process that cuts nothing, for one that does."""
+    start(options={"max_truncated": 0}, frozen="blocks.0")
+    warm = start(frozen="blocks.0")
+    assert_hit(warm)
+    made = {"truncated": 2, "lean forward": 1}
+    assert warm.compiled == {f"versions compiled: {name}": count for name, count in made.items()}
+    with functorch_config.patch(enable_autograd_cache=False):
+        assert_equal(warm, start(frozen="blocks.0"))
 
 
 def test_every_option_is_of_one_kind() -> None:
@@ -444,24 +543,3 @@ def test_a_torch_that_cannot_leaves_it_off() -> None:
     assert not warm.torchs.get("autograd_cache_hit")
     assert_equal(warm, cold)
     assert [check.state for check in lines] == ["note", "note"] and "starting from a cache" in lines[0].says
-
-
-@pytest.mark.slow
-def test_a_fleet(tmp_path: Path) -> None:
-    """One process fills the cache, its artifacts are carried to a machine that has none: nothing is compiled there."""
-    script = Path(__file__).with_name("fleet.py")
-
-    def process(name: str, *args: str) -> list[str]:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name)}
-        environment["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
-        result = subprocess.run(
-            [sys.executable, script, *args], env=environment, check=True, capture_output=True, text=True
-        )
-        return result.stdout.splitlines()
-
-    artifacts = str(tmp_path / "artifacts")
-    *cold, _ = process("first", "fill", artifacts)
-    shutil.rmtree(tmp_path / "first")
-    *warm, counted = process("second", "use", artifacts)
-    assert warm == cold and len(cold) == 3
-    assert counted == "hits 1, misses 0, compiled 0"

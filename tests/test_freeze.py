@@ -14,6 +14,8 @@ from torch import nn
 import cacompile
 from cacompile.errors import ConvAwareError
 from cacompile.report.data import RunData
+from cacompile.sessions import freezing
+from cacompile.sessions import session as session_of
 
 EAGER = {"inner": "aot_eager", "block_rows": 16, "warmup_steps": 10**6}
 
@@ -232,3 +234,52 @@ def test_a_gradient_that_is_put_there_past_autograd_is_dropped_before_the_step()
         param.grad = torch.zeros_like(param)
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_change_looks_the_model_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = blocks()
+    compiled(model)(torch.randn(8, 32)).sum().backward()
+    session = cacompile.session(model)
+    looked: list[str] = []
+    look, find = session_of.named_parameters, freezing.find_params
+
+    def named_parameters(module: nn.Module, **settings: bool) -> Any:
+        looked.extend(["model"] if module is model else [])
+        return look(module, **settings)
+
+    def find_params(pattern: str, names: Any) -> list[str]:
+        looked.append(pattern)
+        return find(pattern, names)
+
+    monkeypatch.setattr(session_of, "named_parameters", named_parameters)
+    monkeypatch.setattr(freezing, "find_params", find_params)
+    assert session.freeze("0", "1.*")[:2] == ["0.up.weight", "0.up.bias"]
+    assert looked == ["model", "0", "1.*"]
+    session.thaw("1.*")
+    session.freeze("1.*")
+    assert looked[3:] == ["model", "model"], "what a pattern fits is known"
+    model.append(nn.Module())
+    model[3].register_module("up", nn.Linear(4, 4))
+    session.thaw("1.*")
+    assert looked[5:] == ["model", "1.*"], "until there are other names"
+    assert session.freeze("3") == ["3.up.weight", "3.up.bias"]
+
+
+def test_groups_are_those_of_today() -> None:
+    """What is remembered of them ends with the parameters that have them."""
+    model = blocks(2)
+    run, session = compiled(model), cacompile.session(model)
+    run(torch.randn(8, 32)).sum().backward()
+    names = session.groups
+    session.groups.clear()
+    assert session.groups == names and len(session.index.params) == 4
+    model[1] = nn.Identity()
+    assert session.groups == [name for name in names if name.startswith("0.")]
+    assert len(session.index.params) == 2
+    torch._dynamo.reset()
+    model[1] = Block()
+    run(torch.randn(8, 32)).sum().backward()
+    assert session.groups == names
+    with pytest.raises(ConvAwareError, match="no_such"):
+        session.freeze("no_such")
+    assert session.freeze("1.neurons") == [name for name in names if name.startswith("1.")]

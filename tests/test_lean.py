@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cacompile
-from cacompile.graph import lean
+from cacompile import torch_internals
+from cacompile.graph import lean, truncated
 
 OPTIONS = {"inner": "aot_eager", "block_rows": 16, "warmup_steps": 10**6}
 Grads = dict[str, Tensor | None]
@@ -162,6 +163,34 @@ def test_forwards_may_be_open_at_the_same_time(retained: None) -> None:
         assert_grads(grads(model), wanted)
 
 
+def test_a_backward_that_has_made_room_is_made_again_for_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truncated, "STALE", 0)
+    model = Blocks()
+    run = torch.compile(model, backend="convaware", options={**OPTIONS, "max_truncated": 1})
+    forward(run, rows()).backward()
+    model.zero_grad(set_to_none=True)
+    session = cacompile.session(model)
+    names = session.freeze("blocks.0")
+    wanted = expected(model, names, rows())
+    forward(run, rows()).backward()
+    assert_grads(grads(model), wanted)
+    loss = forward(run, rows())
+    also = session.freeze("blocks.1")
+    forward(run, rows()).backward()
+    assert_grads(grads(model), expected(model, [*names, *also], rows()))
+    session.thaw("blocks.1")
+    before = torch._dynamo.utils.counters["cacompile"]["versions compiled: truncated"]
+    loss.backward()
+    assert_grads(grads(model), wanted)
+    assert torch._dynamo.utils.counters["cacompile"]["versions compiled: truncated"] == before + 1
+    loss = forward(run, rows())
+    session.freeze("blocks.1")
+    forward(run, rows()).backward()
+    monkeypatch.setattr(truncated, "truncate", None)
+    with pytest.raises(RuntimeError, match="cannot be compiled again"):
+        loss.backward()
+
+
 def test_gradients_in_hand(retained: None) -> None:
     model, run, session = trained()
     session.pin({"blocks.2.neurons[0:16]": False})
@@ -222,6 +251,43 @@ def test_sizes_that_change() -> None:
             loss = forward(run, rows(count))
             loss.backward()
         assert_grads(grads(model), expected(model, names, rows(count)))
+
+
+@pytest.mark.parametrize("thawed", [False, True])
+@pytest.mark.parametrize("view", [False, True])
+def test_compiled_autograd_around_one_backward(thawed: bool, view: bool) -> None:
+    """It traces a backward of its own, whose forward has not saved all: that ends where the forward's cut is."""
+    model, run, session = trained()
+    call = (lambda x: run(x).view(2, -1)) if view else run
+    names = session.freeze("blocks.[01]")
+    wanted = expected(model, names, rows())
+    for _ in range(2):
+        forward(call, rows()).backward()
+        assert_grads(grads(model), wanted)
+    loss = forward(call, rows())
+    if thawed:
+        session.thaw()
+    traced: list[torch.fx.GraphModule] = []
+    with torch._dynamo.compiled_autograd._enable(lambda gm: traced.append(gm) or gm):
+        loss.backward()
+    assert traced
+    assert_grads(grads(model), wanted)
+    whole = expected(model, session.frozen_since, rows())
+    with torch._dynamo.compiled_autograd._enable(lambda gm: gm):
+        forward(call, rows()).backward()
+    assert_grads(grads(model), whole)
+
+
+def test_a_forward_saves_all_where_compiled_autograd_could_not_be_told() -> None:
+    model, run, session = trained()
+    dense = saved_bytes(model, run, rows())
+    names = session.freeze("blocks.[01]")
+    with torch_internals.taken_away("CachedBackward"):
+        forward(run, rows()).backward()
+        assert_grads(grads(model), expected(model, names, rows()))
+        assert saved_bytes(model, run, rows()) == dense
+    forward(run, rows()).backward()
+    assert saved_bytes(model, run, rows()) < dense
 
 
 def test_hooks_for_what_is_saved_and_checkpoints_around_it() -> None:

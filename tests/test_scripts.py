@@ -16,6 +16,7 @@ COMMANDS = (
     "benchmarks.kernels.tune",
     "benchmarks.quality.__main__",
     "benchmarks.quality.policies",
+    "benchmarks.speed.alive",
     "benchmarks.speed.controller",
     "benchmarks.speed.flipping",
     "benchmarks.speed.host_time",
@@ -76,14 +77,38 @@ def test_example_compares_and_draws(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step_time", "startup", "controller", "host_time", "truncated", "flipping"])
+@pytest.mark.parametrize("name", ["step_time", "startup", "controller", "host_time", "alive", "truncated", "flipping"])
 def test_benchmark_writes_its_rows(name, tmp_path):
-    against = ("--against", str(ROOT)) if name == "host_time" else ()
+    against = ("--against", str(ROOT)) if name in ("host_time", "alive") else ()
     out = run_module(f"benchmarks.speed.{name}", "--smoke", "--out", str(tmp_path / "rows.csv"), *against)
     assert "median [quartiles]" in out
     rows = read_rows(tmp_path / "rows.csv")
     assert rows
     assert all(float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"]) for row in rows)
+
+
+def test_startup_goes_on_after_an_interruption(monkeypatch, tmp_path, capsys):
+    from benchmarks.speed import startup
+
+    calls = []
+
+    def child(backend, cache, artifacts, kind, args):
+        calls.append((backend, kind))
+        if len(calls) == 14:
+            raise KeyboardInterrupt
+        return dict.fromkeys(startup.MEASURES + startup.COUNTS, float(len(calls)))
+
+    monkeypatch.setattr(startup, "child", child)
+    call = ["--rounds", "2", "--out", str(tmp_path / "rows.csv")]
+    with pytest.raises(KeyboardInterrupt):
+        startup.main(call)
+    startup.main(call)
+    assert len(calls) == 14 + 9 and "going on after 1 rounds" in capsys.readouterr().out
+    assert calls[9:13] == calls[14:18], "in the same order"
+    assert {row["rounds"] for row in read_rows(tmp_path / "rows.csv")} == {"2"}
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.csv"]
+    startup.main(call)
+    assert len(calls) == 14 + 9 + 18, "what is finished is measured anew"
 
 
 @pytest.mark.slow

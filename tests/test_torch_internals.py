@@ -9,7 +9,8 @@ from cacompile import torch_internals
 from cacompile.torch_internals import CONTRACTS, Contract, broken_contracts
 
 PURPOSES = {
-    getattr(torch_internals, name) for name in ("COMPILE", "LOOK", "RANKS", "SHARDS", "CACHE", "STANDALONE", "SEE")
+    getattr(torch_internals, name)
+    for name in ("COMPILE", "LOOK", "RANKS", "SHARDS", "CACHE", "TRACED", "STANDALONE", "SEE")
 }
 
 

@@ -8,8 +8,9 @@ empty one, and the artifacts of the cold process (`torch.compiler.save_cache_art
 run in random order. Start: `torch.compile`, where Inductor is imported for itself, and the first forward and backward,
 for it compiles a backward when that first runs, and our graphs have theirs compiled with the forward. Switch: what the
 first backward after pinning half of the groups takes longer than a masked one; "convaware aside" is the option
-switch="when compiled". Beside the seconds: hits in AOTAutograd's cache, misses in Inductor's, and nodes of graphs that
-are alive in the end (each an operation).
+switch="when compiled". A run that was interrupted goes on after its last round, kept beside the rows until then, if
+commit and arguments are the same. Beside the seconds: hits in AOTAutograd's cache, misses in Inductor's, and nodes of
+graphs that are alive in the end (each an operation).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ from tabulate import tabulate
 from torch._dynamo.utils import counters
 
 import cacompile
-from benchmarks.lib.rows import RESULTS, ROOT, Row, write_rows
+from benchmarks.lib.rows import RESULTS, ROOT, Row, commit, write_rows
 from benchmarks.lib.timing import Spread, ratios
 from examples.models import GPT
 
@@ -89,6 +91,20 @@ def child(backend: str, cache: str, artifacts: str, kind: str, args: argparse.Na
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def same(args: argparse.Namespace) -> list[Any]:
+    """What a round that was done before must agree in."""
+    return [args.width, args.depth, torch.__version__, commit()]
+
+
+def done_before(unfinished: Path, args: argparse.Namespace) -> list[list[tuple[str, str, str, float]]]:
+    """The rounds of a run that was interrupted, of this commit and with the same arguments."""
+    lines = unfinished.read_text().splitlines() if unfinished.exists() else []
+    rounds = [results for of, results in map(json.loads, lines) if of == same(args)]
+    if rounds:
+        print(f"going on after {len(rounds)} rounds of {unfinished}", flush=True)
+    return rounds
+
+
 def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
@@ -106,15 +122,27 @@ def main(argv: list[str] | None = None) -> list[Row]:
         args.width, args.depth, args.rounds = 64, 1, 1
 
     order, shuffle = ["inductor", "convaware", "convaware aside"], random.Random(0)
-    found: dict[tuple[str, str, str], list[float]] = {}
-    for _ in range(args.rounds):
+    unfinished = args.out.with_suffix(".unfinished.jsonl")
+    rounds = done_before(unfinished, args)
+    for number in range(args.rounds):
         shuffle.shuffle(order)
+        if number < len(rounds):
+            continue
+        begun, results = time.perf_counter(), []
         for backend in order:
             with tempfile.TemporaryDirectory() as folder:
                 for kind in KINDS:
                     cache = f"{folder}/{'carried' if kind == 'carried' else 'own'}"
-                    for measure, value in child(backend, cache, f"{folder}/artifacts", kind, args).items():
-                        found.setdefault((kind, backend, measure), []).append(value)
+                    took = child(backend, cache, f"{folder}/artifacts", kind, args)
+                    results += [(kind, backend, measure, value) for measure, value in took.items()]
+        rounds.append(results)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "a") as file:
+            file.write(json.dumps([same(args), results]) + "\n")
+        print(f"round {number + 1} of {args.rounds}: {time.perf_counter() - begun:.0f} s", flush=True)
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for kind, backend, measure, value in (each for results in rounds[: args.rounds] for each in results):
+        found.setdefault((kind, backend, measure), []).append(value)
 
     rows, table = [], []
     for (kind, backend, measure), values in found.items():
@@ -132,6 +160,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     print(tabulate(table, headers=["start", "measured", "backend", "seconds or count", "over Inductor's"]))
     print(f"median [quartiles] of {args.rounds} rounds, every start a process of its own")
     write_rows(args.out, "startup", rows)
+    unfinished.unlink(missing_ok=True)
     return rows
 
 

@@ -23,14 +23,11 @@ from cacompile.torch_internals import (
     compile_lock,
     donated_inputs,
     donating,
-    hint_of,
     is_profiling,
-    key_of,
     warning_once,
 )
 
 from .aside import Aside
-from .cache_key import package_key
 from .facts import BackwardFacts
 from .fallback import warn_of_fault
 from .handle import erase_handle, without, without_input
@@ -39,9 +36,9 @@ from .lean import Cut
 from .log import CompileLog, profiled
 from .masked import MaskedMaker
 from .reading import reads_gradients
-from .source import BackwardSource, Run, StoredSource, Version
+from .source import BackwardSource, Run, StoredSource, Version, identity_of, plain_settings
 from .truncated import TruncatedVersions
-from .version_cache import VersionCache, digest
+from .version_cache import VersionCache
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +82,10 @@ class BackwardVersions:
         "_on_masked",
         "_places",
         "_plan",
-        "_slot",
         "_source",
-        "_truncated",
         "host",
+        "slot",
+        "truncated",
     )
 
     def __init__(
@@ -116,7 +113,7 @@ class BackwardVersions:
         self._find_cut = find_cut
         self._aside = aside
         self._handle = handle
-        self._slot = erase_handle(gm, handle)
+        self.slot = erase_handle(gm, handle)
         inputs = [value for i, value in enumerate(inputs) if i != handle]
         settings = without_input(settings, handle)
         context = TracingContext.try_get()
@@ -132,7 +129,8 @@ class BackwardVersions:
         compile_log.version("dense")
         with donating(context, donated):
             self._dense = Version(compile_inner(gm, inputs, **settings))
-        self._keep_versions(cache, _identity(source, layout, self._dense.run) if cache is not None else None)
+        marks = [(node.name, mark) for node in source.module.graph.nodes if (mark := node.meta.get(MARK))]
+        self._keep_versions(cache, identity_of(source, self._dense.run, marks, layout) if cache is not None else None)
 
     @classmethod
     def load(
@@ -146,14 +144,15 @@ class BackwardVersions:
         find_binding: Callable[[Any], GraphBinding | None],
         compile_log: CompileLog,
         max_truncated: int,
+        find_cut: Callable[[Any], Cut | None],
         aside: Aside | None,
         cache: Callable[[str], VersionCache],
     ) -> BackwardVersions:
         """Those of a backward that another process has traced. dense: the dense version, which that has compiled."""
         self = cls.__new__(cls)
-        self._find_cut = lambda handle: None  # its forward saves everything
+        self._find_cut = find_cut
         self._aside = aside
-        self._handle, self._slot = facts.handle, facts.slot
+        self._handle, self.slot = facts.handle, facts.slot
         self._places, self._deepest = facts.places, facts.deepest
         source = StoredSource(
             facts.source, settings, donated=facts.donated, compile_inner=compile_inner, compile_log=compile_log
@@ -179,7 +178,7 @@ class BackwardVersions:
         self._find_binding = find_binding
         self._log = source.log
         self._plan = maker.plan
-        self._truncated = TruncatedVersions(source, max_truncated, maker.device) if max_truncated else None
+        self.truncated = TruncatedVersions(source, max_truncated, maker.device) if max_truncated else None
         self._maker: MaskedMaker | None = maker
         self.host = maker.wants_host
         """Whether the masked version takes, or would take, the flags in CPU memory too."""
@@ -198,17 +197,16 @@ class BackwardVersions:
         """
         if self._identity is None or self._maker is None:
             raise ValueError("Inductor does not cache it")
-        settings = {name: value for name, value in self._source.settings.items() if _is_plain(value)}
         facts = BackwardFacts(
             handle=self._handle,
-            slot=self._slot,
+            slot=self.slot,
             plan=without_nodes(self._plan),
             layout=self._layout,
             places=self._places,
             deepest=self._deepest,
             device=str(self._maker.device),
             donated=self._source.donated,
-            settings=settings,
+            settings=plain_settings(self._source.settings),
             source=self._source.stored(),
             versions=self._identity,
         )
@@ -226,14 +224,14 @@ class BackwardVersions:
             grads[place] = None
         for place, param in zeros:
             grads[place] = torch.zeros_like(param)
-        if self._slot is not None:
-            grads.insert(self._slot, None)
+        if self.slot is not None:
+            grads.insert(self.slot, None)
         return grads
 
     def _choose(self, handle: Any, args: list[Any]) -> Choice:
         """The version to run, whose flags are added to `args`; dense, or that of its cut, where anything fails."""
         count, cut = len(args), self._find_cut(handle)
-        whole = self._dense if cut is None else cut.backward
+        whole = self._dense if cut is None or self.truncated is None else self.truncated.again(cut.places)
         try:
             binding = self._find_binding(handle)
             if binding is not None:
@@ -246,9 +244,9 @@ class BackwardVersions:
                 zeros = self._zeros(binding, none) if masked is not None else ()
                 version = masked or whole
                 places = none | {place for place, _ in zeros}
-                if places and self._truncated is not None:
-                    self._truncated.tick()
-                    found = self._truncated.find(
+                if places and self.truncated is not None:
+                    self.truncated.tick()
+                    found = self.truncated.find(
                         places, self._plan if masked is not None else None, self.aside_for(binding)
                     )
                     version = found or version
@@ -273,9 +271,9 @@ class BackwardVersions:
     def truncated_version(self, binding: GraphBinding, dead: frozenset[int]) -> Version | None:
         """The version for what is frozen now and these inputs, by position, before any mask; None for the dense one."""
         places = self._places_of((*binding.frozen, *dead))
-        if not places or self._truncated is None:
+        if not places or self.truncated is None:
             return None
-        return self._truncated.find(places, None, self.aside_for(binding))
+        return self.truncated.find(places, None, self.aside_for(binding))
 
     def aside_for(self, binding: GraphBinding) -> Aside | None:
         """Where versions for these parameters are compiled; None where their step waits.
@@ -301,7 +299,7 @@ class BackwardVersions:
             if place not in off:
                 break
             found.append((place, off[place]))
-        pays = found and self._truncated and self._truncated.pays(none, frozenset(place for place, _ in found))
+        pays = found and self.truncated and self.truncated.pays(none, frozenset(place for place, _ in found))
         return tuple(found) if pays else ()
 
     def _is_read(self, binding: GraphBinding) -> bool:
@@ -340,7 +338,7 @@ class BackwardVersions:
                         self._layout = self._on_masked(plan)
                     finally:
                         self._maker = None  # and all that only it has held
-                        if self._truncated is None:
+                        if self.truncated is None:
                             self._source.release()
         return self._masked
 
@@ -348,22 +346,6 @@ class BackwardVersions:
     def graph(self) -> fx.Graph:
         """The backward graph as it came, without our handle and the tensors of its constants: to be looked at."""
         return copy.deepcopy(self._source.module.graph)
-
-
-def _identity(source: BackwardSource, layout: MaskLayout, dense: Any) -> str | None:
-    """A hash of all that versions are made of; None where Inductor has no key for the dense one."""
-    key = key_of(dense)
-    if key is None:
-        return None
-    marks = [(node.name, mark) for node in source.module.graph.nodes if (mark := node.meta.get(MARK))]
-    sizes = [hint_of(value) for value in source.inputs if isinstance(value, torch.SymInt)]
-    return digest([package_key(), *key, source.donated, marks, layout, sizes])
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a setting means the same in another process."""
-    of_ints = isinstance(value, (list, tuple, range)) and all(type(each) is int for each in value)
-    return of_ints or value is None or type(value) in (bool, str)
 
 
 def _name(version: Version) -> str:

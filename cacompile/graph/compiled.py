@@ -28,7 +28,6 @@ from cacompile.torch_internals import (
     add_to_key,
     caches_are_on,
     captured_backwards,
-    dynamo_config,
     entries_hold_code,
     functorch_config,
     running_ddp,
@@ -38,14 +37,14 @@ from cacompile.torch_internals import (
 from .aside import Aside
 from .backward import BackwardVersions
 from .cache_key import cache_key
+from .cuts import Cuts
 from .ends import Endings
 from .facts import BackwardFacts, ForwardFacts
 from .fallback import warn_of_fault
-from .handle import NOWHERE, compile_without_handle, find_handle, has_handle, save_handle, with_handle
+from .handle import NOWHERE, Instead, compile_without_handle, find_handle, has_handle, save_handle, with_handle
 from .inner import Compile, Inner, inner_of
-from .lean import Cut, LeanForwards
+from .lean import LeanForwards
 from .log import CompileLog
-from .source import Run
 from .version_cache import VersionCache
 
 log = logging.getLogger(__name__)
@@ -133,10 +132,7 @@ class CompiledGraph:
         self._numbered: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
         self._analysed = False
         self._endings = Endings()
-        self._lean: LeanForwards | None = None
-        self._cuts: dict[int, Cut] = {}
-        """By the handle of a call whose forward is lean."""
-        self._captured = captured_backwards()
+        self._cuts = Cuts()
         self._inner = inner
         self._cached = cached
         self._log = compile_log
@@ -182,15 +178,21 @@ class CompiledGraph:
             self.forward = copy.deepcopy(gm.graph)
             if self._cached:
                 without = functools.partial(without, keep=functools.partial(self._stored_forward, handle))
-            if settings.get("is_inference", False) or not self.config.max_truncated or not self.plan.grads:
+            wanted = self._cached or self.config.max_truncated  # what is cached is for processes with other options too
+            if settings.get("is_inference", False) or not wanted or not self.plan.grads:
                 return without(gm, inputs, settings)
-            lean = LeanForwards(
-                gm, inputs, settings, handle=handle, compile_inner=self._inner.compile, compile_log=self._log
+            self._cuts.lean = lean = LeanForwards.of(
+                gm,
+                inputs,
+                settings,
+                handle=handle,
+                compile_inner=self._inner.compile,
+                compile_log=self._log,
+                limit=self.config.max_truncated,
             )
             # beside the code, and no part of it: what is stored is the whole forward, whatever is frozen now
-            compiled = without(gm, inputs, settings, instead=self._forward_of)
-            lean.compiled()
-            self._lean = lean
+            compiled = without(gm, inputs, settings, instead=self._cuts.forward_of)
+            lean.compiled(compiled, self._version_cache if self._cached else None)
             return compiled
         for param in self.plan.params[:1]:
             param.placeholder.graph.owning_module = None  # partitioned by now: its constants are not needed any more
@@ -208,7 +210,7 @@ class CompiledGraph:
                 find_binding=self.find_binding,
                 compile_log=self._log,
                 max_truncated=self.config.max_truncated,
-                find_cut=self._cuts.get,
+                find_cut=self._cuts.of,
                 aside=self._aside(),
                 cache=self._version_cache if self._cached else None,
             )
@@ -223,7 +225,8 @@ class CompiledGraph:
 
         if not isinstance(compiled, StorableFxGraph):
             return self._unstored(compiled)
-        return StoredForward.of(compiled, ForwardFacts(handle, saved_at, without_nodes(self.plan), self.layout))
+        facts, lean = ForwardFacts(handle, saved_at, without_nodes(self.plan), self.layout), self._cuts.lean
+        return StoredForward.of(compiled, facts, lambda: lean.stored() if lean is not None else None)
 
     def _stored_backward(self, versions: BackwardVersions) -> Any:
         from .stored import StoredBackward
@@ -254,10 +257,20 @@ class CompiledGraph:
     def _version_cache(self, identity: str) -> VersionCache:
         return VersionCache(identity, self._inner.patched)
 
-    def load_forward(self, facts: ForwardFacts) -> None:
-        """Torch has found the graph in its cache."""
+    def load_forward(self, facts: ForwardFacts, settings: dict[str, Any]) -> Instead:
+        """Torch has found the graph in its cache. Returns what may run in the place of its forward."""
         self.plan, self.layout = facts.plan, facts.layout
         self._log.found(facts.plan)
+        if facts.lean is not None and self.config.max_truncated:
+            self._cuts.lean = LeanForwards.load(
+                facts.lean,
+                settings,
+                compile_inner=self._inner.compile,
+                compile_log=self._log,
+                limit=self.config.max_truncated,
+                cache=self._version_cache,
+            )
+        return self._cuts.forward_of
 
     def load_backward(
         self, facts: BackwardFacts, dense: Callable[[list[Any]], Any], settings: dict[str, Any]
@@ -272,6 +285,7 @@ class CompiledGraph:
             find_binding=self.find_binding,
             compile_log=self._log,
             max_truncated=self.config.max_truncated,
+            find_cut=self._cuts.of,
             aside=self._aside(),
             cache=self._version_cache,
         )
@@ -288,21 +302,6 @@ class CompiledGraph:
         for binding in self.bindings.values():
             binding.layout = layout
         return layout
-
-    def _forward_of(self, handle: Any) -> Run | None:
-        """What runs in place of the whole forward."""
-        cut = self._cuts.get(handle) if self._cuts else None
-        return None if cut is None else cut.forward
-
-    def _find_cut(self, binding: GraphBinding, dead: frozenset[int]) -> Cut | None:
-        """The lean forward for what is frozen now, with its backward; None where the whole one must run."""
-        # a backward that compiled autograd traces reads all that is saved, so one must have come through us
-        if self.backward is None or self._lean is None or not torch.is_grad_enabled() or not binding.spent.backwards:
-            return None
-        if dynamo_config.compiled_autograd or captured_backwards() != self._captured:
-            return None
-        version = self.backward.truncated_version(binding, dead)
-        return self._lean.find(version, self.backward.aside_for(binding)) if version is not None else None
 
     def find_binding(self, handle: Any) -> GraphBinding | None:
         """The binding of this graph that a handle names; None for one that leads nowhere, such as a traced one."""
@@ -337,14 +336,18 @@ class CompiledGraph:
         try:
             dead, nothing_else = self._endings.dead(args, self.layout.params)
             over = nothing_else and binding.is_frozen and torch.is_grad_enabled() and self._endings.sound
-            cut = None if over else self._find_cut(binding, dead)
-            handle = binding.handle_for(dead, None if cut is None else cut.backward.truncated)
+            cut = None if over else self._cuts.find(self.backward, binding, dead)
+            handle = binding.handle_for(dead, None if cut is None else cut.places)
             self._numbered[handle] = binding
             if cut is not None:
-                self._cuts[handle] = cut
+                self._cuts.note(handle, cut)
         except Exception:
             warn_of_fault(log, "looking for what wants a gradient", DENSE)
             return compiled(*args, binding.handle)
+        if cut is not None:
+            outputs = compiled(*args, handle)
+            self._cuts.guard(self.backward, cut, outputs)
+            return outputs
         if not self._endings.seen:
             return self._endings.learn(compiled, [*args, handle])
         # DistributedDataParallel waits for all its parameters, if only for them to have no gradient

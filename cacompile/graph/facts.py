@@ -10,6 +10,22 @@ from cacompile.passes.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
+class LeanFacts:
+    """Of one forward: all that the forwards that save less are made of later."""
+
+    spared: dict[str, int]
+    """Inputs of the backward for which alone the forward computes an output -> the place of that output."""
+    strides: list[tuple[str, ...] | None]
+    """Of the whole forward's outputs, for which backwards are compiled."""
+    settings: dict[str, Any]
+    """What the last step of the compiler was called with; not what lives in one process only."""
+    source: bytes
+    """The graph as it came, without the handle, and its inputs, pickled."""
+    versions: str
+    """Under what they are cached."""
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardFacts:
     """Of one compiled graph, for the process that finds it in the cache."""
 
@@ -20,6 +36,8 @@ class ForwardFacts:
     plan: Plan
     """Without nodes."""
     layout: MaskLayout
+    lean: LeanFacts | None = None
+    """None where its forward can only run whole."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,10 +75,11 @@ class CompileLog:
         self._count(f"versions compiled: {name}")
 
     def version_found(self, name: str) -> None:
-        """A version that another process has compiled was found in the cache."""
-        self._count(f"versions found: {name.split()[0]}")
+        """A version that was compiled before was found in the cache; its name begins with what it is."""
+        kind = name.split(" [")[0]
+        self._count(f"versions found: {kind}")
         if not self._quiet:
-            log.info("graph %s: %s backward found in the cache", self._graph, name.split()[0])
+            log.info("graph %s: %s version found in the cache", self._graph, kind)
 
     def masking(self, before: Plan, plan: Plan, gm: fx.GraphModule) -> None:
         """The masked version's graph is made, and will be compiled now."""

@@ -17,17 +17,20 @@ from cacompile.torch_internals import (
     aligned_host_inputs,
     compiling_backward,
     donating,
+    hint_of,
+    key_of,
     late_context,
     pickle_graph,
     reported_strides,
     unpickle_graph,
 )
 
+from .cache_key import package_key
 from .facts import VersionFacts
 from .handle import without, without_input
 from .inner import Compile
 from .log import CompileLog
-from .version_cache import VersionCache
+from .version_cache import VersionCache, digest
 
 Run = Callable[[list[Any]], Any]
 
@@ -87,7 +90,7 @@ class BackwardSource:
         self._overrides = contextvars.Context()
 
     def find(self, name: str) -> tuple[Run, VersionFacts] | None:
-        """A version that another process has compiled; None where it has to be compiled."""
+        """A version that this or another process has compiled; None where it has to be compiled."""
         if self.cache is None:
             return None
         found = self._overrides.run(self.cache.find, name, self.settings)
@@ -95,10 +98,9 @@ class BackwardSource:
             self.log.version_found(name)
         return found
 
-    def save(self, name: str, code: Run, facts: VersionFacts) -> None:
-        """Keep a version for other processes."""
-        if self.cache is not None:
-            self._overrides.run(self.cache.save, name, code, facts)
+    def save(self, name: str, code: Run, facts: VersionFacts) -> bool:
+        """Keep a version on disk. Returns whether it is there, as far as is known."""
+        return self.cache is not None and self._overrides.run(self.cache.save, name, code, facts)
 
     def stored(self) -> bytes:
         """The graph and its inputs, pickled: see `StoredSource`. Raises whatever it likes for what cannot be."""
@@ -149,6 +151,28 @@ class BackwardSource:
             run = self._compile(gm, [*inputs, *flags], **settings)
             strides += reported
             return run
+
+
+def identity_of(source: BackwardSource, compiled: Any, *more: Any) -> str | None:
+    """A hash of all that versions are made of; None where Inductor has no key for what was compiled of the source.
+
+    more: what they depend on beside.
+    """
+    key = key_of(compiled)
+    if key is None:
+        return None
+    sizes = [hint_of(value) for value in source.inputs if isinstance(value, torch.SymInt)]
+    return digest([package_key(), *key, source.donated, *more, sizes])
+
+
+def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that mean the same in another process."""
+    return {name: value for name, value in settings.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    of_ints = isinstance(value, (list, tuple, range)) and all(type(each) is int for each in value)
+    return of_ints or value is None or type(value) in (bool, str)
 
 
 class StoredSource(BackwardSource):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from cacompile.torch_internals import (
@@ -15,14 +16,14 @@ from cacompile.torch_internals import (
     storable,
 )
 
-from .facts import BackwardFacts, ForwardFacts
-from .handle import around_handle
+from .facts import BackwardFacts, ForwardFacts, LeanFacts
+from .handle import Instead, around_handle
 
 
 class Compilation(Protocol):
     """The graph that is being compiled while torch looks into its cache."""
 
-    def load_forward(self, facts: ForwardFacts) -> None: ...
+    def load_forward(self, facts: ForwardFacts, settings: dict[str, Any]) -> Instead: ...
 
     def load_backward(
         self, facts: BackwardFacts, dense: Callable[[list[Any]], Any], settings: dict[str, Any]
@@ -34,24 +35,31 @@ compiling: contextvars.ContextVar[Compilation] = contextvars.ContextVar("compili
 
 
 class StoredForward(StorableFxGraph):
-    """Inductor's code of a forward, and the handle, which it does not see. What may run in its place is not stored."""
+    """Inductor's code of a forward, and the handle, which it does not see; and what lean forwards are made of."""
 
     convaware: ForwardFacts
+    convaware_lean: Any
 
     @classmethod
-    def of(cls, code: Any, facts: ForwardFacts) -> StoredForward:
-        """The code itself, which takes the handle already."""
+    def of(cls, code: Any, facts: ForwardFacts, lean: Callable[[], LeanFacts | None]) -> StoredForward:
+        """The code itself, which takes the handle already. lean: what is asked for when it is pickled."""
         code.__class__ = cls
-        code.convaware = facts
+        code.convaware, code.convaware_lean = facts, lean
         return code
+
+    def prepare_for_serialization(self) -> None:
+        """Called by torch on a copy that it is to pickle."""
+        super().prepare_for_serialization()
+        self.convaware = replace(self.convaware, lean=self.convaware_lean())
+        self.convaware_lean = None
 
     def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Any) -> None:
         """Called on a hit."""
         graph, facts = compiling.get(), self.convaware
         at = facts.handle
         super().post_compile([*example_inputs[:at], *example_inputs[at + 1 :]], constants, graph_kwargs)
-        around_handle(self, at, facts.saved_at)
-        graph.load_forward(facts)
+        settings = {**(facts.lean.settings if facts.lean is not None else {}), **graph_kwargs}
+        around_handle(self, at, facts.saved_at, instead=graph.load_forward(facts, settings))
 
 
 class StoredBackward(OutputCode):

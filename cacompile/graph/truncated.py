@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 STALE = 1000
 """Backwards after which a version that has not run makes room for another."""
 
+EARNED = 100
+"""How often, twice a step, a version must have been asked for before it is compiled in the place of one in use."""
+
 Key = tuple[frozenset[int], bool]
 """Places of the output that are None, and whether products are masked."""
 
@@ -34,17 +38,22 @@ Key = tuple[frozenset[int], bool]
 class TruncatedVersions:
     """A small cache of versions, each compiled when first asked for.
 
-    While it is full the nearest one serves, which computes more than is wanted; another is compiled when one of them
-    has not run for long.
+    While it is full, one that a cache on disk holds takes the place of the one that has run least recently, and nothing
+    is compiled again. One that is compiled must have been wanted often, or, where no cache holds what would go for it,
+    must wait until that has not run for long. Until then the nearest one serves, which computes more than is wanted.
     """
 
     def __init__(self, source: BackwardSource, limit: int, device: torch.device) -> None:
-        """limit: how many are kept; device: where the weights are."""
+        """limit: how many are held in memory; device: where the weights are."""
         self._device = device
         self._source = source
         self._limit = limit
         self._made: dict[Key, Version | None] = {}
         self._used: dict[Key, int] = {}
+        self._wanted: Counter[Key] = Counter()
+        """How often one was asked for that was not there."""
+        self._stored: set[Key] = set()
+        """Those that are known to be in the cache on disk."""
         self._saves: dict[tuple[frozenset[int], frozenset[int]], bool] = {}
         self._clock = 0
 
@@ -66,41 +75,94 @@ class TruncatedVersions:
         """
         key = places, plan is not None
         if key not in self._made:
-            if aside is not None and len(self._made) < self._limit:
-                aside.start(key, functools.partial(self.find, places, plan))
+            self._wanted[key] += 1
+            compiles = self._may_compile(key)
+            if not compiles and key not in self._stored and self._wanted[key] > 1:
                 return self._nearest(key)
-            with compile_lock:  # as for the masked version
-                if key not in self._made and not self._make_room():
-                    return self._nearest(key)
-                if key not in self._made:
-                    self._made[key] = self._make(places, plan)
+            get = functools.partial(self._get, key, plan, compiles=compiles)
+            if aside is not None:
+                aside.start(key, get)
+            else:
+                get()
+        if key not in self._made:
+            return self._nearest(key)
         self._used[key] = self._clock
-        return self._made[key]
+        return self._made.get(key)  # another thread may have taken it away since
 
-    def _make_room(self) -> bool:
-        if len(self._made) < self._limit:
+    def again(self, places: frozenset[int]) -> Version:
+        """The unmasked version that a forward has counted on, whatever was made in its place since."""
+        key = places, False
+        self._used[key] = self._clock
+        version = self._made.get(key) or self._get(key, None, compiles=True)
+        if version is None:
+            raise RuntimeError("the backward for which a forward has saved what it reads cannot be compiled again")
+        return version
+
+    def _may_compile(self, key: Key) -> bool:
+        """Whether there is room, or another may make room."""
+        if not self._is_full:
             return True
-        oldest = min(self._made, key=lambda key: self._used.get(key, 0), default=None)
-        if oldest is None or self._clock - self._used.get(oldest, 0) < STALE:
-            return False
-        del self._made[oldest]
-        return True
+        if self._clock - self._used.get(self._oldest, 0) >= STALE:
+            return True
+        return self._source.cache is not None and self._wanted[key] > EARNED
+
+    @property
+    def _is_full(self) -> bool:
+        return sum(one is not None for one in list(self._made.values())) >= self._limit
+
+    @property
+    def _oldest(self) -> Key:
+        """The one that has run least recently."""
+        made = list(self._made.items())  # a thread may add to it
+        return min((key for key, one in made if one is not None), key=lambda key: self._used.get(key, 0))
+
+    def _get(self, key: Key, plan: Plan | None, *, compiles: bool) -> Version | None:
+        """One that may not be there yet, loaded from the cache on disk, or else compiled if that is allowed."""
+        with compile_lock:  # as for the masked version
+            if key in self._made:
+                return self._made[key]
+            version = self._load(key, plan)
+            if version is None:
+                self._stored.discard(key)
+                if not compiles:
+                    return None
+                version = self._make(key, plan)
+            while version is not None and self._is_full:
+                self._forget(self._oldest)
+            self._made[key] = version
+            self._used[key] = self._clock
+            return version
+
+    def _forget(self, key: Key) -> None:
+        del self._made[key]
+        self._used.pop(key, None)
+        self._wanted[key] = 1  # it was looked for in the cache, and must be earned anew if it is not there
 
     def _nearest(self, wanted: Key) -> Version | None:
         places, masked = wanted
-        made = list(self._made.items())  # a thread may add to it
-        fit = [key for key, one in made if one is not None and key[0] <= places and key[1] is masked]
+        made = list(self._made.items())  # a thread may change it
+        fit = [(one.nodes, key, one) for key, one in made if one and key[0] <= places and key[1] is masked]
         if not fit:
             return None
-        best = min(fit, key=lambda key: getattr(self._made[key], "nodes", 0))
-        self._used[best] = self._clock
-        return self._made[best]
+        _, key, best = min(fit, key=lambda each: each[0])
+        self._used[key] = self._clock
+        return best
 
-    def _make(self, places: frozenset[int], plan: Plan | None) -> Version | None:
+    def _load(self, key: Key, plan: Plan | None) -> Version | None:
+        """Never raises."""
+        if (found := self._source.find(_name(key))) is None:
+            return None
+        run, facts = found
+        host = bool(facts.masked) and plan is not None and MaskedMaker(self._source, plan, self._device).wants_host
+        self._stored.add(key)
+        run = _with_fewer(run, facts.unread)
+        return Version(run, frozenset(facts.masked), host, key[0], facts.nodes, frozenset(facts.unread.values()))
+
+    def _make(self, key: Key, plan: Plan | None) -> Version | None:
         """Never raises."""
         start = time.perf_counter()
         try:
-            version = self._compiled(places, plan)
+            version = self._compiled(key, plan)
         except Broken as broken:
             log.warning("a truncated backward broke its promise, so all of it is computed: %s", broken)
             return None
@@ -108,16 +170,11 @@ class TruncatedVersions:
             log.warning("a truncated backward could not be made, so all of it is computed", exc_info=True)
             return None
         if version is not None:
-            self._source.log.truncated(len(places), version.nodes, time.perf_counter() - start)
+            self._source.log.truncated(len(key[0]), version.nodes, time.perf_counter() - start)
         return version
 
-    def _compiled(self, places: frozenset[int], plan: Plan | None) -> Version | None:
-        name = f"truncated {sorted(places)} {'masked' if plan is not None else 'dense'}"
-        if (found := self._source.find(name)) is not None:
-            run, facts = found
-            host = bool(facts.masked) and plan is not None and MaskedMaker(self._source, plan, self._device).wants_host
-            run = _with_fewer(run, facts.unread)
-            return Version(run, frozenset(facts.masked), host, places, facts.nodes, frozenset(facts.unread.values()))
+    def _compiled(self, key: Key, plan: Plan | None) -> Version | None:
+        places, _ = key
         flags: Sequence[Any] = ()
         masked, host = frozenset[str](), False
         if plan is None:
@@ -142,9 +199,16 @@ class TruncatedVersions:
                 module.graph.erase_node(inputs[i])
             module.recompile()
             code = self._source.compile(module, "truncated", flags, gone=tuple(unread))
-            self._source.save(name, code, VersionFacts(tuple(sorted(masked)), (), len(nodes), unread))
+            facts = VersionFacts(tuple(sorted(masked)), (), len(nodes), unread)
+            if self._source.save(_name(key), code, facts):
+                self._stored.add(key)
             run = _with_fewer(code, unread)
         return Version(run, masked, host, places, len(nodes), frozenset(unread.values()))
+
+
+def _name(key: Key) -> str:
+    places, masked = key
+    return f"truncated {sorted(places)} {'masked' if masked else 'dense'}"
 
 
 def _value(node: fx.Node) -> Any:

@@ -1,4 +1,4 @@
-"""Versions that were made later, found again by the next process: in Inductor's cache, under keys of ours."""
+"""Versions that were made later, found again by this or the next process: in Inductor's cache, under keys of ours."""
 
 from __future__ import annotations
 
@@ -38,15 +38,17 @@ class VersionCache:
             log.debug("a cached version of a backward could not be loaded", exc_info=True)
             return None
 
-    def save(self, name: str, code: Any, facts: VersionFacts) -> None:
-        """Never raises: a version that cannot be saved is compiled again by the next process."""
+    def save(self, name: str, code: Any, facts: VersionFacts) -> bool:
+        """Returns whether torch has raised nothing. Never raises: what cannot be saved is compiled again later."""
         try:
             with self.patched():
                 stored = storable(code)
                 setattr(stored, _FACTS, facts)
                 save_code(self._key(name), stored)
+            return True
         except Exception:
             log.debug("a version of a backward could not be saved", exc_info=True)
+            return False
 
     def _key(self, name: str) -> str:
         return "f" + digest([self.base, config_digest(), name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ class Freezing:
         self._decided: dict[str, int | None] = {}
         """Parameter's name -> since which step it is frozen, or None: for parameters that come in its place."""
         self._decided_blocks: dict[str, np.ndarray] = {}
+        self._fit: dict[str, list[str]] = {}
+        """Pattern -> the parameters that it names."""
+        self._fit_among: list[str] = []
+        """Of all of these."""
 
     @property
     def params(self) -> dict[str, ParamState]:
@@ -52,7 +56,10 @@ class Freezing:
     def hold_pin(self) -> None:
         raise NotImplementedError
 
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    def looking(self) -> contextlib.AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         raise NotImplementedError
 
     def _claim(self) -> dict[str, ParamState]:
@@ -71,14 +78,14 @@ class Freezing:
         Returns the names of the parameters and groups that were not frozen before. Raises ConvAwareError for a pattern
         that nothing is called by.
         """
-        return self._freeze(patterns, self.step_count)
+        return self._freeze(patterns)
 
     def thaw(self, *patterns: str) -> list[str]:
         """End `freeze` for these, or for all if none is given: training goes on from there.
 
         A parameter that was frozen as a whole is thawed as a whole. Returns the names of what was frozen before.
         """
-        return self._freeze(patterns or ("*",), None)
+        return self._freeze(patterns or ("*",), thaw=True)
 
     @contextlib.contextmanager
     def frozen(self, *patterns: str) -> Iterator[list[str]]:
@@ -99,20 +106,22 @@ class Freezing:
         since = index.least(np.concatenate([np.zeros(0, np.int64), *map(_since, index.params)]))
         return found | {name: int(step) for name, step in zip(self.names()[1], since) if step >= 0}
 
-    def _freeze(self, patterns: tuple[Any, ...], since: int | None) -> list[str]:
+    def _freeze(self, patterns: tuple[Any, ...], *, thaw: bool = False) -> list[str]:
         if not patterns:
             raise ConvAwareError("freeze takes at least one name or pattern, got none")
-        params = self._claim()
-        wanted, groups = self._found(patterns, params)
-        follow_optimizers()
-        attend(self)
-        changed = [name for name in wanted if (params[name].frozen is None) is (since is not None)]
-        for name in wanted:
-            if name in changed or not params[name].settled:
-                params[name].freeze(since)
-        changed += self._freeze_groups(groups, wanted, since)
-        self._note_frozen()
-        return changed
+        with self.looking():
+            params = self._claim()
+            since = None if thaw else self.step_count
+            wanted, groups = self._found(patterns, params)
+            follow_optimizers()
+            attend(self)
+            changed = [name for name in wanted if (params[name].frozen is None) is (since is not None)]
+            for name in wanted:
+                if name in changed or not params[name].settled:
+                    params[name].freeze(since)
+            changed += self._freeze_groups(groups, wanted, since)
+            self._note_frozen()
+            return changed
 
     def _found(self, patterns: tuple[Any, ...], params: Mapping[str, ParamState]) -> tuple[list[str], set[int]]:
         """The parameters that patterns name, and the numbers of groups, of patterns that name no parameter."""
@@ -123,7 +132,7 @@ class Freezing:
         for pattern in patterns:
             if not isinstance(pattern, str):
                 raise ConvAwareError(f"what is frozen must be names or patterns of type str, got {shown(pattern)}")
-            if whole := find_params(pattern, names):
+            if whole := self._fitting(pattern, names):
                 also = {other for name in whole for other in names[name]}
                 wanted |= dict.fromkeys(name for name in params if name in also)
                 continue
@@ -135,13 +144,21 @@ class Freezing:
             numbers.update(of)
         return list(wanted), numbers
 
+    def _fitting(self, pattern: str, names: Names) -> list[str]:
+        """The parameters that a pattern names. Looked for once: schedules ask for the same few again and again."""
+        if self._fit_among != (among := list(names)):
+            self._fit_among, self._fit = among, {}
+        if pattern not in self._fit:
+            self._fit[pattern] = find_params(pattern, names)
+        return self._fit[pattern]
+
     def _freeze_groups(self, numbers: set[int], whole: list[str], since: int | None) -> list[str]:
         """Freeze groups but for what is frozen already; thaw those that were named, and those of thawed parameters."""
-        index, names = self.index, self.names()[1]
+        index, names, params = self.index, self.names()[1], self.params
         frozen = np.concatenate([np.zeros(0, np.int64), *(param.column("frozen") for param in index.params)])
         before, chosen = index.least(frozen), np.isin(index.of_block, sorted(numbers))
         if since is None:
-            own = {id(self.params[name]) for name in whole}
+            own = {id(params[name]) for name in whole}
             of_whole = [np.full(param.blocks, id(param) in own) for param in index.params]
             chosen |= np.isin(index.of_block, index.of_block[np.concatenate([np.zeros(0, bool), *of_whole])])
         step = -1 if since is None else since

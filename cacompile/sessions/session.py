@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from cacompile.state.history import History, collect, forget, most_points
 from cacompile.state.params import ParamState, registry
 from cacompile.state.pins import Pin, attend, hold_pins, next_pin
 from cacompile.state.spent import Totals, add
+from cacompile.state.table import newest_structure
 from cacompile.torch_internals import uncompiled
 
 from .about import describe
@@ -56,6 +59,17 @@ def named_parameters(model: torch.nn.Module, **settings: bool) -> Iterator[tuple
         yield name.replace("_orig_mod.", ""), param
 
 
+@dataclass(slots=True)
+class _Looked:
+    """What was found of a model's parameters."""
+
+    trained: list[tuple[str, torch.nn.Parameter]]
+    """As the module has them, each once."""
+    names: Names
+    params: dict[str, ParamState] | None = None
+    """Their states, once all are tracked."""
+
+
 class Session(Freezing):
     """A view of the states of one model's parameters, under the names that they have in that model."""
 
@@ -67,6 +81,12 @@ class Session(Freezing):
         """When `pin`, `unpin` or `load_state_dict` was last called, among those of all sessions; 0: never."""
         self._held: weakref.WeakSet[ParamState] = weakref.WeakSet()
         """Parameters that it has pinned, also such as have left the model."""
+        self._looked: _Looked | None = None
+        """While one call looks; see `looking`."""
+        self._indexed: tuple[Any, GroupIndex] | None = None
+        """The groups, and of which structure of which states they are."""
+        self._called: tuple[Any, tuple[list[str], list[str]]] | None = None
+        """Their names, and of which structure of states of which names."""
         self._claim()
         self._controllers = Controllers()
         self._carried = Totals()
@@ -78,6 +98,8 @@ class Session(Freezing):
     @property
     def params(self) -> dict[str, ParamState]:
         """Parameter name -> its state, for the parameters of the model that are under our care, in its order."""
+        if self._looked is not None and self._looked.params is not None:
+            return self._looked.params
         found = ((name, registry.find(param)) for name, param in self._trained())
         return {name: state for name, state in found if state is not None}
 
@@ -94,7 +116,11 @@ class Session(Freezing):
     @property
     def index(self) -> GroupIndex:
         """The groups, and which blocks of which parameters they are."""
-        return GroupIndex([param for param in self.params.values() if param.blocks])
+        params = [param for param in self.params.values() if param.blocks]
+        key = newest_structure(), params
+        if self._indexed is None or self._indexed[0] != key:
+            self._indexed = key, GroupIndex(params)
+        return self._indexed[1]
 
     @property
     def groups(self) -> list[str]:
@@ -108,7 +134,12 @@ class Session(Freezing):
 
     def names(self) -> tuple[list[str], list[str]]:
         """(families', groups') names."""
-        return self.index.names({id(param): name for name, param in self.params.items()})
+        called = list(self.params.items())
+        key = newest_structure(), called
+        if self._called is None or self._called[0] != key:
+            self._called = key, self.index.names({id(param): name for name, param in called})
+        families, groups = self._called[1]
+        return list(families), list(groups)
 
     @property
     def mask(self) -> torch.Tensor:
@@ -252,12 +283,28 @@ class Session(Freezing):
         renamed(f"Session.{name}", f"Session.{_RENAMED[name]}")
         return getattr(self, _RENAMED[name])
 
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Within it the model is looked through once, for nothing of the user's runs meanwhile."""
+        before, model = self._looked, self._model()
+        every = list(named_parameters(model, remove_duplicate=False)) if model is not None else []
+        once = {id(param): (name, param) for name, param in reversed(every)}
+        self._looked = _Looked(list(reversed(once.values())), every_name(every))
+        try:
+            yield
+        finally:
+            self._looked = before
+
+    def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        if self._looked is not None:
+            return self._looked.trained
         model = self._model()
-        return named_parameters(model) if model is not None else iter(())
+        return named_parameters(model) if model is not None else ()
 
     @property
     def _names(self) -> Names:
+        if self._looked is not None:
+            return self._looked.names
         model = self._model()
         return every_name(named_parameters(model, remove_duplicate=False) if model is not None else ())
 
@@ -266,6 +313,8 @@ class Session(Freezing):
         for name, param in self._trained():
             if param.requires_grad:
                 registry.track(param, name)
+        if self._looked is not None:
+            self._looked.params = self.params
         hold_pins()
         return self.params
 

@@ -35,6 +35,7 @@ from .contracts import (
     SHARDS,
     STANDALONE,
     TESTED,
+    TRACED,
     Contract,
     broken_contracts,
     release,
@@ -54,6 +55,7 @@ from .distributed import (
 )
 from .dynamo import (
     captured_backwards,
+    compiled_function,
     copy_dynamo_graph,
     dynamo_source,
     forget_code,
@@ -65,6 +67,7 @@ from .dynamo import (
     name_input,
     source_path,
     symbolic_int,
+    traced_as,
     uncompiled,
 )
 from .graphs import (

@@ -91,7 +91,7 @@ def find_code(key: str, settings: Mapping[str, Any]) -> Any:
     with resolve("tracing")(resolve("TracingContext")(_fake_mode())):
         found, _ = resolve("FxGraphCache").load_with_key(key, [], [], True, None, True, constants, lambda *_: True)
         if found is not None:
-            found.post_compile([], constants, settings)
+            found.post_compile([], constants, {"is_backward": False, **settings})  # not said of a forward
     return found
 
 

@@ -26,6 +26,8 @@ SHARDS = "sharding"
 """Without it what `fully_shard` has spread over ranks stays dense."""
 CACHE = "starting from a cache"
 """Without it AOTAutograd's cache stays off for our graphs: each start traces them again."""
+TRACED = "ending backwards under compiled autograd"
+"""Without it forwards save all that they can, whatever is frozen: what traces the backward may read it."""
 STANDALONE = "running passes standalone"
 """Without it `cacompile.passes` finds no parameters, or changes no graph, under plain `torch.compile`."""
 SEE = "doctor"
@@ -214,6 +216,14 @@ CONTRACTS = (
         seen=("2.11", "2.13", "2.14"),
     ),
     Contract("swap_tensors", "torch.utils:swap_tensors", parameters=("t1", "t2")),
+    Contract("extract_bw_module", "torch._dynamo.compiled_autograd:extract_bw_module", purpose=TRACED, seen=("2.13",)),
+    Contract(
+        "CachedBackward",
+        "torch._functorch._aot_autograd.runtime_wrappers:CachedAutogradLazyBackwardCompileInfo",
+        parameters=("bw_module_fn",),
+        purpose=TRACED,
+        seen=("2.13",),
+    ),
     Contract(
         "OutputCode",
         "torch._inductor.output_code:OutputCode",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -24,6 +25,21 @@ def is_control_flow(error: BaseException) -> bool:
 def captured_backwards() -> int:
     """Backward passes that compiled autograd has traced."""
     return resolve("counters")["compiled_autograd"]["captures"]
+
+
+def compiled_function(output: Any) -> Any:
+    """The autograd node that runs a compiled backward for this output of a graph; None where none is found."""
+    node = getattr(output, "grad_fn", None)
+    for each in (node, *(following for following, _ in getattr(node, "next_functions", ()))):  # it may be a view
+        if hasattr(getattr(each, "_forward_cls", None), "_lazy_backward_info"):
+            return each
+    return None
+
+
+def traced_as(function: Any, edit: Callable[[fx.GraphModule], fx.GraphModule]) -> Any:
+    """A class like that of a compiled function, of whose backward compiled autograd traces what `edit` makes of it."""
+    info = resolve("CachedBackward")(lambda: edit(resolve("extract_bw_module")(function)))
+    return type(function.__name__, (function,), {"_lazy_backward_info": info})
 
 
 def dynamo_source(node: fx.Node) -> Any:
