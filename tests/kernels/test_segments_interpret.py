@@ -177,6 +177,7 @@ def fill_case(device: str, dtypes: tuple[torch.dtype, torch.dtype], choice: str,
         torch.testing.assert_close(room[written], expected[written], rtol=ROUNDING[room.dtype], atol=1e-5)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("choice", WEIGHTS)
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
