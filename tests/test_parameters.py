@@ -160,7 +160,6 @@ def test_no_optimizer() -> None:
     assert_masked(train_step(ours, x), train_step(theirs, x), masks(model))
 
 
-@pytest.mark.compiled
 def test_half_of_the_outputs_used() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

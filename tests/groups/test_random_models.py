@@ -62,7 +62,7 @@ def test_order_plays_no_part(drawn: Drawn) -> None:
     assert slices[0] == slices[1]
 
 
-@few
+@settings(few, max_examples=3)
 @given(nets)
 def test_pins_are_masks_of_slices(drawn: Drawn) -> None:
     torch._dynamo.reset()

@@ -68,7 +68,7 @@ MASKED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_features_of_as_many_messages_as_a_mask_lets_through(step: Callable[[Tensor], Tensor]) -> None:
     case = Case(lambda m, x: step((x @ m.a).relu()) @ m.b, {"a": (6, 8), "b": (8, 3)}, "8: a.1 b.0")
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        check(case, torch.rand(EDGES, 6))
+        check(case, torch.rand(EDGES, 6), look=explained)
 
 
 def test_zeros_that_layers_share_do_not_couple_them() -> None:
