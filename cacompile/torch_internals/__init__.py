@@ -36,10 +36,6 @@ from .contracts import (
     STANDALONE,
     TESTED,
     Contract,
-    broken_contracts,
-    release,
-    resolve,
-    taken_away,
 )
 from .distributed import (
     FullySharded,
@@ -92,6 +88,7 @@ from .inductor import (
     reported_strides,
     wrap_compiled,
 )
+from .lookup import broken_contracts, release, resolve, taken_away
 from .tensors import (
     forward_hooks,
     has_hooks,
