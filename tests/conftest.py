@@ -35,7 +35,10 @@ def launch(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         yield lambda function, *args: run(function, "cpu", *args)
 
 
-LONGEST = ("test_scripts.py", "test_quality.py", "test_exact.py", "test_locate_models.py", "test_triton_compile.py")
+LONGEST = (
+    *("test_exact.py", "test_triton_compile.py", "test_truncated.py", "test_triton_matmul.py", "test_cached_start.py"),
+    *("test_fully_sharded.py", "test_survive.py", "test_never_apart.py", "test_session.py", "test_random_models.py"),
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out

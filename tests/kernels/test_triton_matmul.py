@@ -44,6 +44,7 @@ def product_case(
     return over.called
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("m, n", itertools.product(ODD, ODD))
 def test_odd_sizes(interpreter, m, n):
     """Each pair of them along two of the three dimensions, in both dtypes and read both ways."""
@@ -64,6 +65,7 @@ def test_blocks(interpreter, block, axes):
     interpreter(product_case, (1, 200, 264, 24), blocks, torch.float16, arch)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("arch", (POINTERS, DESCRIPTORS))
 @pytest.mark.parametrize("blocks", ((1, 0, 0), (2, 0, 0), (1, 64, 0), (2, 16, 50), (0, 0, 0), (0, 64, 0)))
 def test_batches(interpreter, blocks, arch):
