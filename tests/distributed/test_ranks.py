@@ -29,10 +29,8 @@ def together(rank: int) -> int:
     return rank
 
 
-@pytest.mark.parametrize(
-    ("ending", "error"),
-    [(crash, (BrokenProcessPool, RuntimeError)), pytest.param(fail, LookupError, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ending", "error"), [(crash, (BrokenProcessPool, RuntimeError)), (fail, LookupError)])
 def test_ranks_come_up_again(
     ranks: Callable[..., list[Any]], ending: Callable[[int], None], error: type[Exception] | tuple[type[Exception], ...]
 ) -> None:
