@@ -49,7 +49,7 @@ def test_groups_part_every_parameter(drawn: Drawn) -> None:
     assert sum(group.flops for group in found.groups) == sum(row.flops for row in masked)
 
 
-@few
+@settings(few, max_examples=3)
 @given(nets)
 def test_order_plays_no_part(drawn: Drawn) -> None:
     """Parameters that were made, and so are numbered, the other way round; branches that are called so, too."""
