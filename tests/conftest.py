@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from helpers import interpreted  # noqa: F401 - a fixture
 from interpreter import interpreter_process, skip_without_interpreter
 from param_states import backward, followed, make, rows  # noqa: F401 - fixtures, for every folder below
+from thinning import thin_out
 from torch._functorch import config as functorch_config
 
 from cacompile.controller import policy
@@ -33,11 +35,16 @@ def launch(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         yield lambda function, *args: run(function, "cpu", *args)
 
 
-LONGEST = ("test_scripts.py", "test_quality.py", "test_exact.py", "test_locate_models.py", "test_triton_compile.py")
+LONGEST = (
+    *("test_exact.py", "test_triton_compile.py", "test_truncated.py", "test_triton_matmul.py", "test_cached_start.py"),
+    *("test_fully_sharded.py", "test_survive.py", "test_never_apart.py", "test_session.py", "test_random_models.py"),
+)
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of two processes, neither should be left with the slowest at the end."""
+    thin_out(items)
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 

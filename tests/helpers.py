@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor, nn
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx, nn
+from torch._inductor.compile_fx import compile_fx
 
 import cacompile
 from cacompile.sessions.session import Session
 
 OPTIONS = {"block_rows": 16, "warmup_steps": 10**6}
+
+STAND_INS: dict[str, Any] = {}
+"""Backends that `compile_all` takes in the place of torch's, by name: see `interpreted`."""
 
 Compiled = tuple[nn.Module, Callable[..., Any]]
 """A module, for its parameters, and what is called in its place."""
@@ -23,7 +30,20 @@ def compile_all(model: nn.Module, backend: str, **settings: Any) -> Callable[...
     """torch.compile with our options where they belong."""
     if backend == "convaware":
         settings = {**settings, "options": {**OPTIONS, **settings.get("options", {})}}
-    return torch.compile(model, backend=backend, **settings)
+    return torch.compile(model, backend=STAND_INS.get(backend, backend), **settings)
+
+
+def interpret(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """In place of Inductor's last step, which makes C++ of a graph: the graph, operation by operation."""
+    return make_boxed_func(gm.forward)
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For files in which Inductor's graphs are looked at, not its code, but for tests marked `compiled`."""
+    if request.node.get_closest_marker("compiled") is None:
+        monkeypatch.setattr("cacompile.graph.inner.compile_fx_inner", interpret)
+        monkeypatch.setitem(STAND_INS, "inductor", functools.partial(compile_fx, inner_compile=interpret))
 
 
 def square_mean(output: Any) -> Tensor:

@@ -14,6 +14,8 @@ from torch import nn
 
 import cacompile
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 
 def grads_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
@@ -45,6 +47,7 @@ def compile_blocks(stack: nn.Module, backend: str) -> nn.Module:
     return stack
 
 
+@pytest.mark.compiled
 def test_blocks_compiled_one_by_one_keep_their_own_mask() -> None:
     stack = Stack()
     replacement = copy.deepcopy(stack)
@@ -82,6 +85,7 @@ def test_identical_blocks_inside_one_graph_have_names_of_their_own() -> None:
     ]
 
 
+@pytest.mark.compiled
 def test_two_models_of_one_class_keep_their_own_mask() -> None:
     one, two = Block(), Block()
     x = [torch.randn(8, 32)]

@@ -13,8 +13,8 @@ from helpers import OPTIONS, Block, Step, assert_bits, assert_same, compile_all,
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd import autograd_cache
 from torch._inductor import codecache
-from torch._inductor import config as inductor_config
 
 import cacompile
 from cacompile import torch_internals
@@ -31,12 +31,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, and AOTAutograd's turned on."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    """No graphs in the caches, and AOTAutograd's turned on. Compiled C++ is found by its text, wherever it is from."""
+    for place, kind in ((codecache.FxGraphCache, "fxgraph"), (autograd_cache.AOTAutogradCache, "aotautograd")):
+        monkeypatch.setattr(place, "_get_tmp_dir", staticmethod(lambda kind=kind: str(tmp_path / kind)))
     codecache.PyCodeCache.cache_clear()
-    headers = inductor_config.patch(cpp_cache_precompile_headers=False)  # of C++, which an empty cache has not
-    with functorch_config.patch(enable_autograd_cache=True), headers:
-        yield tmp_path / "cache"
+    with functorch_config.patch(enable_autograd_cache=True):
+        yield tmp_path
 
 
 @dataclasses.dataclass
@@ -415,6 +415,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", ["aotautograd", "fxgraph"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_a_miss(cache: Path, kind: str, damage: str) -> None:
@@ -432,8 +433,6 @@ def test_a_damaged_entry_is_a_miss(cache: Path, kind: str, damage: str) -> None:
 
 
 def test_a_disk_that_is_full(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._functorch._aot_autograd import autograd_cache
-
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -467,6 +466,7 @@ def _marked(model: nn.Module, backend: str, **settings: Any) -> Callable[[Tensor
     return call
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("by", ["asked for", "marked", "seen"])
 @pytest.mark.parametrize("late", [False, True], ids=["all", "dense only"])
 def test_dynamic_sizes(late: bool, by: str) -> None:

@@ -117,9 +117,9 @@ def assert_equal(ours: Trained, theirs: Trained) -> None:
         assert_bits(ours.state[name], value, name)
 
 
-# every pair of model, precision and optimizer; the other half of all triples is slow
+# every pair of model, precision and optimizer but the resnet in bf16, whose C++ takes longest; other triples are slow
 PAIRWISE = {
-    *(("gpt", "fp32", "adamw"), ("gpt", "bf16", "sgd"), ("resnet", "fp32", "sgd"), ("resnet", "bf16", "adamw")),
+    *(("gpt", "fp32", "adamw"), ("gpt", "bf16", "sgd"), ("resnet", "fp32", "sgd")),
     *(("mlp", "fp32", "adamw"), ("mlp", "bf16", "sgd")),
 }
 
@@ -175,8 +175,13 @@ class Case:
         }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case == ("resnet", "bf16") else ())
+        for case in itertools.product(MODELS, PRECISIONS)
+    ],
+)
 def test_rows_that_are_on_have_the_dense_gradient_and_nothing_else_changes(name: str, precision: str):
     case = Case(name, precision)
     dense = case.backward()
@@ -230,7 +235,7 @@ def nothing_compiled_again() -> Iterator[None]:
     assert counters["graph_break"] == breaks
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("set_to_none", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_hundred_masks_compile_nothing_again(set_to_none: bool):
     """With four micro-batches a step, clipping and a schedule; what is accumulated is right to the last step."""
     counters.clear()

@@ -19,7 +19,7 @@ from cacompile.explanation.products import Version
 from cacompile.graph import masked as versions
 from cacompile.passes.kinds import KINDS
 
-OPTIONS = {"block_rows": 16}
+OPTIONS = {"block_rows": 16, "inner": "aot_eager"}
 
 
 class Net(nn.Module):

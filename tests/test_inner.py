@@ -63,6 +63,7 @@ def compiled(model: nn.Module, inner: Any, **options: Any) -> Callable[..., Any]
 
 
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning a function that doesn't take boxed")
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("which", INNERS)
 def test_all_on_is_that_compiler_alone_and_a_mask_skips(which: str, name: str) -> None:

@@ -242,7 +242,7 @@ def test_accelerate_still_refuses_other_names():
     assert plugin.to_kwargs() == {"backend": "convaware", "options": {"tolerance": 0.1}}
 
 
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("package", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.slow)])
 def test_lightning_logs_and_resumes_bit_for_bit(package: str, tmp_path: Path):
     from cacompile.integrations.lightning import ConvAwareCallback
 

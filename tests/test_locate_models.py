@@ -16,7 +16,6 @@ from functorch.compile import make_boxed_func
 from helpers import compare as compare_models
 from helpers import compile_all, masks, mlp, square_mean
 from torch import Tensor, fx, nn
-from torch._inductor.compile_fx import compile_fx
 from torch.nn.utils.parametrizations import weight_norm
 
 from cacompile.config import Config
@@ -25,28 +24,13 @@ from cacompile.graph.handle import erase_handle
 from cacompile.passes import locate, mask_weight_grads, verify
 from cacompile.passes.plan import Param, Plan
 
-
-def interpret(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-    """In place of Inductor's last step, which makes C++ of a graph: the graph, operation by operation."""
-    return make_boxed_func(gm.forward)
-
-
-@pytest.fixture(autouse=True)
-def last_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is looked at here is in the graphs that Inductor makes, not in its code, but in tests marked `compiled`."""
-    if request.node.get_closest_marker("compiled") is None:
-        monkeypatch.setattr("cacompile.graph.inner.compile_fx_inner", interpret)
-        monkeypatch.setitem(PLAIN, "inductor", functools.partial(compile_fx, inner_compile=interpret))
-
-
-PLAIN: dict[str, Any] = {}
-"""Backends in the place of torch's."""
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def small_blocks(model: nn.Module, backend: str, **settings: Any) -> Callable[..., Any]:
     """What is looked at here are single layers: of rows that lead nowhere a group has many."""
     options = {"options": {"block_rows": 4}} if backend == "convaware" else {}
-    return compile_all(model, PLAIN.get(backend, backend), **options, **settings)
+    return compile_all(model, backend, **options, **settings)
 
 
 compare = functools.partial(compare_models, compile_it=small_blocks)

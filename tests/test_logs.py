@@ -54,7 +54,9 @@ def train(**environment: str) -> str:
     return result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(("level", "details"), [("cacompile", False), ("+cacompile", True)])
+@pytest.mark.parametrize(
+    ("level", "details"), [("cacompile", False), pytest.param("+cacompile", True, marks=pytest.mark.slow)]
+)
 def test_torch_logs(level: str, details: bool) -> None:
     lines = [line for line in train(TORCH_LOGS=level).splitlines() if "cacompile/" in line]
     text = "\n".join(lines)
@@ -68,6 +70,7 @@ def test_torch_logs(level: str, details: bool) -> None:
         assert len(lines) == 4, "a line a step is too much at INFO"
 
 
+@pytest.mark.slow
 def test_without_torch_logs_nothing_is_said() -> None:
     assert "cacompile" not in train()
 

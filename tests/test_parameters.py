@@ -13,6 +13,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import cacompile
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 BOTH = ["up.weight", "down.weight"]
 
 
@@ -20,6 +22,7 @@ def batch() -> list[Tensor]:
     return [torch.randn(8, 32, requires_grad=True)]
 
 
+@pytest.mark.compiled
 def test_model_without_parameters() -> None:
     model = nn.Softmax(-1)
     ours, theirs = compile_all(model, "convaware"), compile_all(nn.Softmax(-1), "inductor")
@@ -40,6 +43,7 @@ def test_only_vectors() -> None:
     assert cacompile.session(model).groups == []
 
 
+@pytest.mark.compiled
 def test_frozen_parameters() -> None:
     def make() -> nn.Module:
         model = Block()

@@ -110,6 +110,7 @@ def test_what_is_wrong_is_said(make: Callable[[], Any], words: str) -> None:
         make()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=0.1), torch.optim.AdamW])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_plain_loop_is_the_eager_one_bit_for_bit(schedule: Schedule, make: Any) -> None:
@@ -225,7 +226,7 @@ def test_trainer(tmp_path: Path, one_thread: None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
 
 
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("package", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.slow)])
 def test_lightning(package: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     library: Any = importlib.import_module(package)
     schedule = RandomLayers([f"net.blocks.{i}" for i in range(4)], live_layers=1, every=1, seed=3)

@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 import cacompile
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 BOTH = ["up.weight", "down.weight"]
 
 
@@ -32,6 +34,7 @@ def batch() -> list[Tensor]:
     return [torch.randn(8, 32, requires_grad=True)]
 
 
+@pytest.mark.compiled
 def test_graph_breaks() -> None:
     class Breaks(nn.Module):
         def __init__(self) -> None:
@@ -48,6 +51,7 @@ def test_graph_breaks() -> None:
     assert names == {"first.up.weight", "second.up.weight"}
 
 
+@pytest.mark.compiled
 def test_two_threads() -> None:
     """Inductor writes other code for several threads; the suite itself runs with one."""
     threads = torch.get_num_threads()
@@ -62,7 +66,11 @@ def test_fullgraph() -> None:
     compare(Block, batch, grouped=BOTH, fullgraph=True)
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    "mode",
+    ["default", "reduce-overhead", pytest.param("max-autotune-no-cudagraphs", marks=pytest.mark.slow)],
+)
 def test_modes(mode: str) -> None:
     def compiled(model: nn.Module, backend: str) -> Any:
         return torch.compile(model, backend=backend, mode=mode)  # mode and options exclude each other
@@ -77,6 +85,7 @@ def test_modes(mode: str) -> None:
     assert_masked(train_step(ours, x), dense, masks(model))
 
 
+@pytest.mark.compiled
 def test_without_gradients_it_is_inductor() -> None:
     model = Block()
     replacement = copy.deepcopy(model)
@@ -89,6 +98,7 @@ def test_without_gradients_it_is_inductor() -> None:
     assert not cacompile.session(model).bindings
 
 
+@pytest.mark.compiled
 def test_eval_between_epochs() -> None:
     def make() -> nn.Module:
         return nn.Sequential(Block(), nn.BatchNorm1d(32), nn.Dropout(0.0))
@@ -124,6 +134,7 @@ def test_batch_of_zero_tokens() -> None:
     assert_masked(train_step(ours, x), dense, masks(model))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
 def test_batch_size_changes(dynamic: bool | None) -> None:
     model = Block()
@@ -191,6 +202,7 @@ def test_saved_on_cpu() -> None:
     compare(Block, batch, grouped=BOTH, compile_it=compiled)
 
 
+@pytest.mark.compiled
 def test_compiled_autograd_stays_dense_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     model = Block()
     replacement = copy.deepcopy(model)

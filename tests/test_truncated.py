@@ -417,9 +417,10 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("name", [name for name in CASES if name != "everything"])
-def test_freezing_at_random(name: str, make: Callable[..., torch.optim.Optimizer], changes: int = 20) -> None:
+def test_freezing_at_random(name: str, make: Callable[..., torch.optim.Optimizer], changes: int = 10) -> None:
     """Another set is frozen in each step: gradients and weights as in eager, bit for bit, and nothing is recompiled."""
     case, rng = CASES[name], random.Random(name)
     model = case.model()

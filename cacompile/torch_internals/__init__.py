@@ -37,10 +37,6 @@ from .contracts import (
     TESTED,
     TRACED,
     Contract,
-    broken_contracts,
-    release,
-    resolve,
-    taken_away,
 )
 from .distributed import (
     FullySharded,
@@ -96,6 +92,7 @@ from .inductor import (
     reported_strides,
     wrap_compiled,
 )
+from .lookup import broken_contracts, release, resolve, taken_away
 from .tensors import (
     forward_hooks,
     has_hooks,

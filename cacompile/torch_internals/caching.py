@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .contracts import CACHE, broken_contracts, resolve
+from .contracts import CACHE
+from .lookup import broken_contracts, resolve
 
 KEY = "_convaware_key"
 """Attribute of Dynamo's graph; its attributes are part of the key of AOTAutograd's cache, and passes are not."""

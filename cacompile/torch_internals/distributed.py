@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .contracts import resolve
+from .lookup import resolve
 
 
 def running_ddp() -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from .contracts import resolve
+from .lookup import resolve
 
 _STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
 _PLUMBING = {"_modules", "_parameters", "_buffers", "_orig_mod", "__self__", "__dict__", "__func__"}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from .contracts import resolve
+from .lookup import resolve
 from .tensors import storage_id
 
 Run = TypeVar("Run", bound=Callable[..., Any])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .contracts import resolve
+from .lookup import resolve
 
 
 def inductor_alone(gm: fx.GraphModule, example_inputs: Any, patches: dict[str, Any]) -> Callable[..., Any]:

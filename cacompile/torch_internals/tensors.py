@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-from .contracts import resolve
+from .lookup import resolve
 
 
 def is_profiling() -> bool:

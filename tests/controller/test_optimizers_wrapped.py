@@ -146,7 +146,7 @@ def test_a_step_that_failed_leaves_nothing_behind(pair: Any, backward: Any, foll
 def test_the_first_step_counts_where_the_first_forward_is_inside_it(wrapped: bool):
     """As in Lightning, whose closure holds forward and backward: nothing is known when the step begins."""
     model = net()
-    compiled = torch.compile(model, backend="convaware", options={"block_rows": 16})
+    compiled = torch.compile(model, backend="convaware", options={"block_rows": 16, "inner": "aot_eager"})
     optimizer: Any = optim.AdamW(model.parameters())
     optimizer = Within(optimizer) if wrapped else optimizer
 
@@ -240,7 +240,7 @@ def test_who_never_steps_is_told_once_what_to_call(how: str, caplog: Any, monkey
     monkeypatch.setattr(binding, "PATIENCE", 4)
     torch._logging._internal.warning_once.cache_clear()
     model = net()
-    compiled = torch.compile(model, backend="convaware", options={"block_rows": 16})
+    compiled = torch.compile(model, backend="convaware", options={"block_rows": 16, "inner": "aot_eager"})
     optimizer: Any = Plain(model, tells=how == "foreign, told")
     if how in ("past the hooks", "torch's"):
         optimizer = optim.SGD(model.parameters(), lr=0.1)
@@ -262,7 +262,9 @@ def test_who_never_steps_is_told_once_what_to_call(how: str, caplog: Any, monkey
 def test_ways_to_run_a_step_skip_alike(how: str):
     torch.manual_seed(0)
     model = net()
-    compiled = torch.compile(model, backend="convaware", options={"block_rows": 16, "warmup_steps": 0})
+    compiled = torch.compile(
+        model, backend="convaware", options={"block_rows": 16, "warmup_steps": 0, "inner": "aot_eager"}
+    )
     optimizer = optim.AdamW(model.parameters(), **({how: True} if how in ("fused", "foreach") else {}))
     step = torch.compile(optimizer.step) if how == "compiled" else optimizer.step
     for i in range(4):

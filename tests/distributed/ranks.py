@@ -25,26 +25,48 @@ def some_ranks(count: int = RANKS) -> Iterator[Callable[..., list[Any]]]:
     """run(function, *args): calls function(rank, *args) in all processes at once; what they return, by rank.
 
     first: only what the first one returns that has something to say, as where the other waits for it in vain.
+    The processes start with the first call, and anew with the next one after a call that failed or was not waited for.
     """
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    pools = [ProcessPoolExecutor(1, spawn, _begin, (rank, port, count)) for rank in range(count)]
+    pools: list[ProcessPoolExecutor] = []
 
     def run(function: Callable[..., Any], *args: Any, first: bool = False) -> list[Any]:
-        waiting = [pool.submit(_fresh, function, rank, *args) for rank, pool in enumerate(pools)]
-        if first:
-            return [next(found for each in as_completed(waiting, 240) if (found := each.result()))]
-        return [each.result(timeout=240) for each in waiting]
+        if not pools:
+            pools.extend(_started(count))
+        usable = False
+        try:
+            waiting = [pool.submit(_fresh, function, rank, *args) for rank, pool in enumerate(pools)]
+            if first:
+                return [next(found for each in as_completed(waiting, 240) if (found := each.result()))]
+            for each in as_completed(waiting, 240):
+                each.result()  # the first error, not what it does to the others
+            usable = True
+            return [each.result() for each in waiting]
+        finally:
+            if not usable:
+                _end(pools)
 
     try:
         yield run
     finally:
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
-                process.kill()  # one may wait for the other for ever
+        _end(pools)
+
+
+def _started(count: int) -> list[ProcessPoolExecutor]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    spawn = multiprocessing.get_context("spawn")
+    return [ProcessPoolExecutor(1, spawn, _begin, (rank, port, count)) for rank in range(count)]
+
+
+def _end(pools: list[ProcessPoolExecutor]) -> None:
+    """Ends the processes at once: one may wait for the other for ever."""
+    for pool in pools:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
+    pools.clear()
 
 
 def _begin(rank: int, port: int, count: int) -> None:

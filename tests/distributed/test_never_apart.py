@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import OPTIONS, apart, some_ranks
+from ranks import OPTIONS, apart
 from torch import Tensor, nn, optim
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -244,9 +244,8 @@ def other_option(rank: int, name: str, values: list[Any]) -> str:
 @pytest.mark.parametrize(
     ("name", "values"), [("seed", [0, 1]), pytest.param("monitor_every", [2, 4], marks=pytest.mark.slow)]
 )
-def test_what_differs_between_ranks_is_named(name: str, values: list[Any]) -> None:
-    with some_ranks() as run:
-        (text,) = run(other_option, name, values, first=True)
+def test_what_differs_between_ranks_is_named(ranks: Callable[..., list[Any]], name: str, values: list[Any]) -> None:
+    (text,) = ranks(other_option, name, values, first=True)
     assert f"option '{name}'" in text and "rank 1" in text
 
 
@@ -273,9 +272,8 @@ def drifted(rank: int) -> str:
 
 
 @pytest.mark.slow
-def test_drift_is_an_error() -> None:
-    with some_ranks() as run:
-        (text,) = run(drifted, first=True)
+def test_drift_is_an_error(ranks: Callable[..., list[Any]]) -> None:
+    (text,) = ranks(drifted, first=True)
     assert "drifted apart: their optimizer steps differ" in text
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from random_models import Drawn, Net, Spec, interpreted, nets, tokens
@@ -13,7 +15,8 @@ import cacompile
 from cacompile.explanation.explain import Explanation
 
 OPTIONS = {"block_rows": 8}
-few = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), max_examples=15)
+few = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), max_examples=5)
+often = settings(few, max_examples=50)
 
 
 def explained(model: Net) -> Explanation:
@@ -46,7 +49,7 @@ def test_groups_part_every_parameter(drawn: Drawn) -> None:
     assert sum(group.flops for group in found.groups) == sum(row.flops for row in masked)
 
 
-@settings(few, max_examples=8)
+@settings(few, max_examples=3)
 @given(nets)
 def test_order_plays_no_part(drawn: Drawn) -> None:
     """Parameters that were made, and so are numbered, the other way round; branches that are called so, too."""
@@ -59,7 +62,7 @@ def test_order_plays_no_part(drawn: Drawn) -> None:
     assert slices[0] == slices[1]
 
 
-@settings(few, max_examples=8)
+@settings(few, max_examples=3)
 @given(nets)
 def test_pins_are_masks_of_slices(drawn: Drawn) -> None:
     torch._dynamo.reset()
@@ -105,3 +108,11 @@ def test_a_pin_reaches_the_gradients() -> None:
             grads[0][piece.param].narrow(piece.dim, piece.start, piece.stop - piece.start).zero_()
     for param in grads[0]:
         torch.testing.assert_close(grads[1][param], grads[0][param])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "test", [test_groups_part_every_parameter, test_order_plays_no_part, test_pins_are_masks_of_slices]
+)
+def test_more_models(test: Any) -> None:
+    often(given(nets)(test.hypothesis.inner_test))()

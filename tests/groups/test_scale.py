@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gc
 import time
 from pathlib import Path
@@ -19,10 +20,9 @@ PER_NODE = 1.0 / 10_000
 """Seconds that a node of the joint graph may take."""
 
 
-@pytest.fixture(scope="module")
-def spent() -> dict[int, tuple[zoo_scale.Scale, float]]:
-    """Layers -> what was found, and the processor's seconds: others on the machine do not count.."""
-    found = {}
+@functools.cache
+def spent(layers: int) -> tuple[zoo_scale.Scale, float]:
+    """What was found, and the processor's seconds: others on the machine do not count."""
     make_plan, seconds = region.make_plan, []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -37,24 +37,27 @@ def spent() -> dict[int, tuple[zoo_scale.Scale, float]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(region, "make_plan", timed)
-        for layers in (2, 8):
-            seconds.clear()
-            scale = zoo_scale.measure(layers, rounds=1)
-            found[layers] = scale, min(seconds)
-    return found
+        scale = zoo_scale.measure(layers, rounds=1)
+    return scale, min(seconds)
 
 
-@pytest.mark.parametrize("layers", [2, 8])
-def test_groups_are_counted_out(spent: dict[int, tuple[zoo_scale.Scale, float]], layers: int) -> None:
-    scale, _ = spent[layers]
+@pytest.mark.parametrize("layers", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_groups_are_counted_out(layers: int) -> None:
+    scale, _ = spent(layers)
     blocks = -(-zoo_scale.VOCABULARY // (4 * 128))
     assert (scale.heads, scale.neurons, scale.tokens) == (8 * layers, 14336 // 128 * layers, 2 * blocks)
     assert scale.coverage == pytest.approx(1.0)
 
 
-def test_time_is_linear_and_short(spent: dict[int, tuple[zoo_scale.Scale, float]]) -> None:
+def test_time_is_short() -> None:
+    scale, seconds = spent(2)
+    assert seconds / scale.nodes <= PER_NODE
+
+
+@pytest.mark.slow
+def test_time_is_linear() -> None:
     """The vocabulary, 502 groups of it, is the same for few layers and for many, so only growth is held to a line."""
-    (few, before), (many, after) = spent[2], spent[8]
+    (few, before), (many, after) = spent(2), spent(8)
     assert after / many.nodes <= PER_NODE
     assert after / many.nodes <= 2 * before / few.nodes
 

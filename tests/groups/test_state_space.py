@@ -36,6 +36,7 @@ def explained(model: torch.nn.Module, block_rows: int) -> Explanation:
     return cacompile.explain(model, options={"block_rows": block_rows}, **INPUTS)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("block_rows", [16, 64, 128])
 def test_all_but_the_time_steps_are_in_groups_with_a_meaning(block_rows: int, groups: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn, optim
 import cacompile
 from cacompile.hooks.steps import Controllers, controllers_of, make_controllers
 
-OPTIONS = {"block_rows": 16, "warmup_steps": 0}
+OPTIONS = {"block_rows": 16, "warmup_steps": 0, "inner": "aot_eager"}
 
 
 def net() -> nn.Module:

@@ -86,7 +86,7 @@ def check() -> Callable[..., None]:
     return compare
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter() -> Iterator[Callable[..., Any]]:
     """Runs a function of a test file in Triton's interpreter, where torch.empty gives NaN."""
     from interpreting import prepare  # which skips where there is no interpreter

@@ -20,6 +20,7 @@ def operands(
     return dy.to(dtype).mT, x.to(dtype)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("block", (1, 2, 128))

@@ -116,6 +116,7 @@ def conv(request: pytest.FixtureRequest) -> Conv:
     return request.param
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "dtype, layout",
     [
@@ -134,6 +135,7 @@ def test_matches_float64_where_on_and_is_zero_where_off(device, conv, dtype, lay
     check(conv.masked(grad_out, x, weight, flags, masked_conv_dw_reference), exact, flags, *conv.where())
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("layout_x", ("contiguous", "channels last"))
 @pytest.mark.parametrize("layout_weight", ("contiguous", "channels last"))
 @pytest.mark.parametrize("batch", (3, 1, 0))

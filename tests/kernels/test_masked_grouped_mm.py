@@ -38,6 +38,7 @@ def exact_product(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return torch.stack([a[:, lo:hi].double() @ b[lo:hi].double() for lo, hi in spans])
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("block", (1, 2, 50))

@@ -31,6 +31,7 @@ def test_memory_is_poisoned():
     assert torch.empty(1).new_empty_strided((2, 3), (1, 2)).isnan().all()
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("block", (1, 16, 128))
@@ -46,6 +47,7 @@ def test_matches_float64_where_on_and_is_zero_where_off(device, dtype, dim, bloc
         check(masked_mm_reference(a, b, flags, None, *masked), exact, flags, *masked)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("layout_a", LAYOUTS)
 @pytest.mark.parametrize("layout_b", LAYOUTS)

@@ -55,6 +55,7 @@ def compile_for(target: GPUTarget, name: str) -> Any:
     return triton.compile(source, target=target, options={"num_warps": warps})
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_nvidia_to_wide_accesses_without_spilling(name, capability, tmp_path):
@@ -68,6 +69,7 @@ def test_compiles_for_nvidia_to_wide_accesses_without_spilling(name, capability,
     assert spilled_bytes(ptx, capability, tmp_path) == 0
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_amd(name):
     compiled = compile_for(GPUTarget("hip", "gfx942", 64), name)

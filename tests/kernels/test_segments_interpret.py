@@ -98,6 +98,7 @@ def adam_case(device: str, dtypes: tuple[torch.dtype, torch.dtype], on_device: b
     assert torch.equal(*sums)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("dtypes", PAIRS[:3], ids=str)
 def test_descent_of_adam(launch: Any, dtypes: Any, on_device: bool):
@@ -177,6 +178,7 @@ def fill_case(device: str, dtypes: tuple[torch.dtype, torch.dtype], choice: str,
         torch.testing.assert_close(room[written], expected[written], rtol=ROUNDING[room.dtype], atol=1e-5)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("choice", WEIGHTS)
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)

@@ -68,6 +68,7 @@ def check_speed(launch: Launch, found: Resources, case: Any) -> None:
         assert re.search(COPIED, code) or re.search(WIDE, code)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dy_t_x", (True, False), ids=("dy_t_x", "turned"))
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_products(arch, case, dy_t_x):
@@ -94,6 +95,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_products(arch, name):
     case, how = VARIANTS[name]
@@ -103,6 +105,7 @@ def test_variants_of_products(arch, name):
     check_speed(launch, found, case)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("case", CONV_CASES, ids=case_id)
 def test_convolutions(arch, case):
     tile, (launch, add_parts) = tile_of(case, arch), case.launches(arch)
@@ -113,6 +116,7 @@ def test_convolutions(arch, case):
     compile_checked(add_parts)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("case", CONV_CASES[:2], ids=case_id)
 def test_convolutions_of_contiguous_images(arch, case):
     launch, _ = case.launches(arch, channels_last=False)
@@ -159,6 +163,7 @@ EXPERTS = (
 )
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("case", EXPERTS, ids=case_id)
 def test_experts(arch, case):
     tile, launch = triton_grouped.CONFIGS[arch][case.entry], case.launch(arch)

@@ -50,6 +50,7 @@ CONVS = {  # images, weight, (stride, padding, dilation, groups)
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("layout", ("contiguous", "channels last", "sliced"))
 @pytest.mark.parametrize("name", CONVS)
 def test_conv(interpreter, name, layout):
@@ -59,6 +60,7 @@ def test_conv(interpreter, name, layout):
     interpreter(conv_case, dtype, *CONVS[name], layout, 15, "mixed")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("block", (1, 7, 10, 64))
 def test_conv_blocks(interpreter, block, pattern):
     interpreter(conv_case, torch.float16, *CONVS["groups"], "contiguous", block, pattern)

@@ -35,6 +35,7 @@ def case(
     assert torch.equal(masked_grouped_matmul(a, b, offs, flags, first_flags, blocks), out)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("sizes", ((1, 130), (130, 1), (17, 64), (130, 72)))
 @pytest.mark.parametrize("blocks", ((1, 0, 0), (2, 16, 50)))
@@ -42,6 +43,7 @@ def test_odd_sizes(interpreter, sizes, blocks, dtype):
     interpreter(case, TOKENS, sizes, blocks, dtype)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("blocks", ((0, 0, 0), (1, 0, 0), (0, 128, 0), (0, 0, 50), (1, 64, 128)))
 def test_patterns(interpreter, blocks, pattern):
     interpreter(case, (3, 40, 1), (136, 136), blocks, torch.float16, pattern)

@@ -44,6 +44,7 @@ def product_case(
     return over.called
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("m, n", itertools.product(ODD, ODD))
 def test_odd_sizes(interpreter, m, n):
     """Each pair of them along two of the three dimensions, in both dtypes and read both ways."""
@@ -55,6 +56,7 @@ def test_odd_sizes(interpreter, m, n):
     interpreter(product_case, (1, m, n, k), blocks, dtype, arch)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("axes", ((1,), (2,), (1, 2)), ids=("rows", "columns", "both"))
 @pytest.mark.parametrize("block", (64, 128, 256, 50, 192, 1, 1000))
 def test_blocks(interpreter, block, axes):
@@ -63,12 +65,14 @@ def test_blocks(interpreter, block, axes):
     interpreter(product_case, (1, 200, 264, 24), blocks, torch.float16, arch)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("arch", (POINTERS, DESCRIPTORS))
 @pytest.mark.parametrize("blocks", ((1, 0, 0), (2, 0, 0), (1, 64, 0), (2, 16, 50), (0, 0, 0), (0, 64, 0)))
 def test_batches(interpreter, blocks, arch):
     interpreter(product_case, (5, 72, 72, 40), blocks, torch.float16, arch)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("blocks", ((1, 0, 0), (0, 128, 0), (0, 0, 50), (1, 64, 64)))
 def test_patterns(interpreter, blocks, pattern, dtype):
@@ -76,6 +80,7 @@ def test_patterns(interpreter, blocks, pattern, dtype):
     interpreter(product_case, (2, 136, 72, 40), blocks, dtype, arch, pattern, ("turned", "plain"), 2)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("layouts", itertools.product(LAYOUTS, LAYOUTS))
 def test_layouts(interpreter, layouts):
     how = (2, 72, 72, 40), (0, 64, 0), torch.float16

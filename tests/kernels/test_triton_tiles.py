@@ -81,6 +81,7 @@ def list_case(size: int, tile: int, block: int, pattern: str) -> None:
     assert touched.nonzero().flatten().tolist() == live
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("tile", (1, 64, 128))
 @pytest.mark.parametrize("block", (0, 1, 50, 64, 192, 256, 1000))
 def test_lists_of_live_tiles(interpreter, block, tile, pattern):

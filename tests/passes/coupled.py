@@ -6,14 +6,19 @@ common, all of them: what is not written must not be coupled.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._inductor.decomposition import select_decomp_table
 
 import cacompile
+from cacompile import passes
 from cacompile.explanation.explain import Explanation
+from cacompile.passes.plan import Plan
 
 
 class Case(NamedTuple):
@@ -41,17 +46,26 @@ def explained(case: Case, x: Tensor) -> Explanation:
     return cacompile.explain(Function(case), x, options={"block_rows": 2})
 
 
-def couplings(explanation: Explanation) -> list[str]:
+def planned(case: Case, x: Tensor) -> Plan:
+    """Without Dynamo and a partition: the joint graph alone."""
+    with contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, Function(case), (x,), decompositions=select_decomp_table())
+        return passes.find_plan(joint.graph_module, block_rows=2)
+
+
+def couplings(found: Explanation | Plan) -> list[str]:
     """As in `Case.expected`, sorted."""
-    shared = [axis for axis in explanation.axes if len(axis.members) > 1]
+    shared = [axis for axis in found.axes if len(axis.members) > 1]
     return sorted(f"{axis.size}: {' '.join(sorted(f'{name}.{dim}' for name, dim in axis.members))}" for axis in shared)
 
 
-def check(case: Case, x: Tensor, untraced: str = "") -> None:
+def check(
+    case: Case, x: Tensor, untraced: str = "", look: Callable[[Case, Tensor], Explanation | Plan] = planned
+) -> None:
     """untraced: words of the one operation that may not be followed; empty for none."""
-    explanation = explained(case, x)
-    found = couplings(explanation)
+    looked = look(case, x)
+    found, ends = couplings(looked), dict(looked.untraced)
     texts = [text.split(": ") for text in case.expected.split(" | ") if text]
     expected = sorted(f"{size}: {' '.join(sorted(members.split()))}" for size, members in texts)
-    assert found == expected, f"{found} != {expected}; untraced {dict(explanation.untraced)}"
-    assert [untraced in reason for reason in explanation.untraced] == [True] * bool(untraced), explanation.untraced
+    assert found == expected, f"{found} != {expected}; untraced {ends}"
+    assert [untraced in reason for reason in ends] == [True] * bool(untraced), ends

@@ -16,7 +16,14 @@ import cacompile
 from cacompile.errors import ConvAwareError, shown
 from cacompile.sessions.session import Session
 
-OPTIONS = {"block_rows": 16, "warmup_steps": 5, "monitor_every": 2, "tolerance": 0.5, "max_age": 6}
+OPTIONS = {
+    "block_rows": 16,
+    "warmup_steps": 5,
+    "monitor_every": 2,
+    "tolerance": 0.5,
+    "max_age": 6,
+    "inner": "aot_eager",
+}
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adamw": lambda p: optim.AdamW(p, lr=0.01),
     "clipped": lambda p: optim.AdamW(p, lr=0.01),

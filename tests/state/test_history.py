@@ -16,7 +16,7 @@ from cacompile.state import history
 from cacompile.state.series import Series
 
 EVERY = 2
-OPTIONS = {"block_rows": 16, "warmup_steps": 5, "monitor_every": EVERY, "tolerance": 0.5}
+OPTIONS = {"block_rows": 16, "warmup_steps": 5, "monitor_every": EVERY, "tolerance": 0.5, "inner": "aot_eager"}
 
 
 @pytest.mark.parametrize(

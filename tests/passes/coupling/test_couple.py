@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from coupled import Case, check, couplings, explained
+from coupled import Case, check, couplings, explained, planned
 from torch import Tensor
 
 B, T = 2, 5
@@ -116,7 +116,7 @@ LOST: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 @pytest.mark.parametrize(("step", "rows"), LOST.values(), ids=LOST.keys())
 def test_features_that_are_others_afterwards(step: Callable[[Tensor], Tensor], rows: int) -> None:
-    assert couplings(explained(between(step, "", rows), torch.rand(B, T, 6))) == []
+    assert couplings(planned(between(step, "", rows), torch.rand(B, T, 6))) == []
 
 
 def gated(m: Any, x: Tensor) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from coupled import Case, check, couplings, explained
+from coupled import Case, couplings, explained
+from coupled import check as check_as_looked_at
 from torch import Tensor
+
+# with Dynamo, which makes inputs of tensors that are global
+check = functools.partial(check_as_looked_at, look=explained)
 
 EDGES, NODES = 12, 4
 TO = torch.arange(EDGES) % NODES
