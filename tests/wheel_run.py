@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from jinja2 import PackageLoader
 from torch import nn
 
 import cacompile
@@ -40,9 +41,9 @@ def train(seconds: float, quick: bool) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     losses: list[float] = []
     began = time.perf_counter()
-    while len(losses) < 4 or (not quick and time.perf_counter() - began < seconds):
+    while len(losses) < (4 if quick else 60) or (not quick and time.perf_counter() - began < seconds):
         if quick and len(losses) == 2:
-            cacompile.session(model).pin({"blocks.0.1.neurons[0:128]": False})
+            cacompile.session(model).pin({"blocks.0.neurons[0:128]": False})
         x = torch.randn(256, 64)
         loss = (run(x) - x.roll(1, 1).sin()).square().mean()
         loss.backward()
@@ -53,8 +54,9 @@ def train(seconds: float, quick: bool) -> None:
     assert losses[-1] < losses[0], losses
     assert 0 < found.saved_flops < found.total_flops, found
     torch.save(cacompile.session(model).state_dict(), "session.pt")
-    cacompile.report_state(torch.load("session.pt", weights_only=True), "run.html")
-    assert "<svg" in Path("run.html").read_text(encoding="utf-8") or quick
+    cacompile.report_state(torch.load("session.pt", weights_only=True), "run.csv")
+    assert "blocks.0.neurons" in Path("run.csv").read_text(encoding="utf-8") or quick
+    assert {"run.html.jinja", "explanation.html.jinja"} <= set(PackageLoader("cacompile.pages").list_templates())
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {cacompile.__file__}")
     print(f"{len(losses)} steps, loss {losses[0]:.4f} to {losses[-1]:.4f}, "
           f"{found.saved_flops / found.total_flops:.1%} of dW FLOPs skipped")  # fmt: skip
