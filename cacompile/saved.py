@@ -30,7 +30,7 @@ def find_state(place: Path) -> tuple[Path, Mapping[str, Any]]:
     theirs. Raises ConvAwareError that says what is there instead.
     """
     if place.is_file():
-        return place, _of_file(place)
+        return place, _one(place, _of_file(place))
     if not place.is_dir():
         raise ConvAwareError(f"no such file or folder: {place}")
     newest = sorted((each for each in place.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime)
@@ -50,13 +50,15 @@ def _of_folder(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
     # the session's own file is small; what else is there may be gigabytes
     for file in sorted(files, key=lambda file: (file.name != "cacompile.pt", file.stat().st_size)):
         try:
-            return file, _of_file(file)
+            states = _of_file(file)
         except ConvAwareError:
             continue
+        return file, _one(file, states)
     return None
 
 
-def _of_file(file: Path) -> Mapping[str, Any]:
+def _of_file(file: Path) -> dict[str, Mapping[str, Any]]:
+    """Where in the file -> session, one at least. Raises ConvAwareError that says what is there instead."""
     try:
         value = _load(file)
     except Exception as error:  # whatever torch.load makes of a file of another kind
@@ -66,7 +68,7 @@ def _of_file(file: Path) -> Mapping[str, Any]:
     if not states:
         inside = f"a mapping with {shown(list(value)[:8])}" if isinstance(value, Mapping) else type(value).__name__
         raise ConvAwareError(f"{file} holds no session of cacompile: it is {inside}; {HOW}")
-    return _one(file, states)
+    return states
 
 
 def _one(place: Path, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:

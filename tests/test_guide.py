@@ -90,8 +90,9 @@ def test_figures_are_compared(claim: str, line: str, expected: bool) -> None:
 
 
 @pytest.mark.slow
-def test_what_the_page_on_fine_tuning_says_runs() -> None:
+def test_what_the_page_on_fine_tuning_says_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks("fine-tuning.md"):
         exec(compile(block.text, "docs", "exec"), names)
