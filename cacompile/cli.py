@@ -16,11 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import ConvAwareError
+from .version import VERSION
 
 app = typer.Typer(
-    help="Training stops paying for what has converged.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 FORMATS = (".html", ".svg", ".json")
@@ -39,6 +38,21 @@ def _fail(message: object) -> typer.Exit:
     """To be raised; 2 is the code for what a user gave."""
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(2)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cacompile {VERSION}")
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="tell the version and stop")
+    ] = False,
+) -> None:
+    """Training stops paying for what has converged."""
 
 
 @app.command()
@@ -120,25 +134,32 @@ def _load(file: Path) -> Any:
 
 @app.command()
 def report(
-    state: Annotated[Path, typer.Argument(help="what torch.save wrote of session.state_dict()")],
+    state: Annotated[
+        Path,
+        typer.Argument(help="a saved session, a checkpoint that has one, or a folder of a Trainer, of DCP, of files"),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="run.html, run.csv, run.txt or a folder for TensorBoard; by default it is printed"),
     ] = None,
 ) -> None:
-    """Tell what a training run did, from its saved session."""
-    if not state.is_file():
-        raise _fail(f"no such file: {state}")
-    import torch
+    """Tell what a training run did, from its saved session.
 
+    It may be what torch.save wrote of session.state_dict(), or of a mapping that has it somewhere, as a checkpoint of
+    Lightning; or a folder: a Trainer's checkpoint-N or all of them, of which the newest counts, Accelerate's, or that
+    of torch.distributed.checkpoint. The latter has an index that torch unpickles: give only folders that you trust.
+    """
     from cacompile.report.run import report_state
 
+    from .saved import find_state
+
     try:
-        report_state(torch.load(state, map_location="cpu", weights_only=True), "-" if out is None else out)
+        found, saved = find_state(state)
+        report_state(saved, "-" if out is None else out)
     except ConvAwareError as error:
         raise _fail(error) from None
-    except Exception as error:  # whatever torch.load makes of a file of another kind
-        raise _fail(f"{state} cannot be read as what torch.save wrote of session.state_dict(): {error}") from None
+    if found != state:
+        typer.echo(f"from: {found}", err=True)
     if out is not None:
         typer.echo(f"written: {out}")
 

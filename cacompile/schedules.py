@@ -27,6 +27,8 @@ from cacompile.sessions.session import named_parameters, session
 from cacompile.state.draws import generator
 from cacompile.torch_internals import uncompiled
 
+__all__ = ["BlockCyclic", "Follow", "FreezeOut", "GradualUnfreezing", "Layers", "RandomLayers", "Schedule"]
+
 Layers = Sequence[str | Sequence[str]]
 """From the bottom up, each a name or pattern of parameters or modules, or several, as `session.freeze` takes them."""
 

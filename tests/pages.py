@@ -24,7 +24,10 @@ def sections(page: str) -> list[str]:
 
 def blocks(page: str) -> list[Block]:
     """All blocks of a page of docs that name a language."""
-    text = (DOCS / page).read_text(encoding="utf-8")
+    return blocks_of((DOCS / page).read_text(encoding="utf-8"))
+
+
+def blocks_of(text: str) -> list[Block]:
     return [
         Block(([""] + _SECTION.findall(text[: found.start()]))[-1], found[1], found[2])
         for found in _FENCE.finditer(text)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._inductor import config as inductor_config
+from torch.distributed import checkpoint as distributed_checkpoint
 from typer.testing import CliRunner
 
 import cacompile
 from cacompile import doctor, torch_internals
 from cacompile.cli import app
 from cacompile.doctor import Check, examine
+from cacompile.saved import find_state
 
 FACTORIES = """
 import torch
@@ -124,12 +129,70 @@ def test_report(saved: Path, tmp_path: Path) -> None:
 
 
 def test_report_says_what_is_wrong(saved: Path, tmp_path: Path) -> None:
-    assert "no such file: nothing.pt" in call("report", "nothing.pt", code=2)
+    assert "no such file or folder: nothing.pt" in call("report", "nothing.pt", code=2)
     assert "path must end in" in call("report", saved, "--out", "run.pdf", code=2)
     torch.save({"weight": torch.ones(2)}, other := tmp_path / "model.pt")
-    assert "state_dict must be one of Session.state_dict()" in call("report", other, code=2)
+    assert "holds no session of cacompile: it is a mapping with ['weight']" in call("report", other, code=2)
+    torch.save([1], other)
+    assert "it is list; save cacompile.session(model).state_dict()" in call("report", other, code=2)
     (text := tmp_path / "notes.txt").write_text("nothing to load")
-    assert "cannot be read" in call("report", text, code=2)
+    assert f"{text} cannot be read as what torch.save writes of plain values" in call("report", text, code=2)
+    assert f"{tmp_path} holds no session" in call("report", tmp_path, code=2)
+    state = torch.load(saved, weights_only=True)
+    torch.save(state | {"format": 99}, other)
+    assert "with format" in call("report", other, code=2), "the report's own words for a state of another version"
+    torch.save({"one": state, "two": {"inner": state}}, other)
+    assert "holds 2 sessions, at one, two.inner" in call("report", other, code=2)
+
+
+def as_trainer(state: dict[str, Any], folder: Path) -> Path:
+    """All checkpoints of a Trainer; the session's file is beside larger ones."""
+    for step in (10, 20):
+        (place := folder / f"checkpoint-{step}").mkdir()
+        torch.save({"state": {}, "param_groups": []}, place / "optimizer.pt")
+        torch.save(state, place / "cacompile.pt")
+        os.utime(place, (step, step))
+    return folder / "checkpoint-20" / "cacompile.pt"
+
+
+def as_accelerate(state: dict[str, Any], folder: Path) -> Path:
+    (folder / "random_states_0.pkl").write_bytes(b"not torch's")
+    torch.save(state, folder / "custom_checkpoint_0.pkl")
+    return folder / "custom_checkpoint_0.pkl"
+
+
+def as_lightning(state: dict[str, Any], folder: Path) -> Path:
+    checkpoint = {"epoch": 1, "state_dict": {"weight": torch.ones(2)}, "callbacks": {"cacompile": state}}
+    torch.save(checkpoint, file := folder / "last.ckpt", _use_new_zipfile_serialization=False)
+    return file
+
+
+def as_distributed(state: dict[str, Any], folder: Path) -> Path:
+    class Packed(cacompile.StatefulSession):
+        def __init__(self) -> None:
+            self._session = types.SimpleNamespace(state_dict=lambda: state)
+
+    distributed_checkpoint.save(
+        {"model": {"weight": torch.ones(2)}, "convaware": Packed()}, checkpoint_id=folder, no_dist=True
+    )
+    return folder
+
+
+@pytest.mark.parametrize("save", [as_trainer, as_accelerate, as_lightning, as_distributed])
+def test_report_of_a_checkpoint_folder(save: Any, saved: Path, tmp_path: Path) -> None:
+    state = torch.load(saved, weights_only=True)
+    where = save(state, tmp_path)
+    found, loaded = find_state(tmp_path)
+    assert found == where and loaded["flops"] == state["flops"]
+    said = call("report", tmp_path)
+    assert "of dW FLOPs were skipped in 6 steps" in said and (f"from: {where}" in said) == (where != tmp_path)
+    if where.is_file():
+        assert find_state(where)[1]["flops"] == state["flops"]
+
+
+def test_version_and_completion() -> None:
+    assert call("--version") == f"cacompile {cacompile.__version__}\n"
+    assert "complete -o default" in call("--show-completion", "bash") and "--install-completion" in call("--help")
 
 
 def states() -> dict[str, str]:
@@ -181,6 +244,14 @@ def test_doctor_needs_no_extra(missing: str) -> None:
     result = run_python("-c", f"{hide}from cacompile.__main__ import main\nmain()")
     assert result.returncode == 0, result.stderr
     assert "torch's inside" in result.stdout and torch.__version__ in result.stdout
+
+
+@pytest.mark.parametrize("arguments, code", [(["--version"], 0), (["doctor", "--tset"], 2)])
+def test_what_else_works_without_extras(arguments: list[str], code: int) -> None:
+    hide = f"import sys; sys.modules['typer'] = None; sys.argv = ['cacompile', *{arguments}]\n"
+    result = run_python("-c", f"{hide}from cacompile.__main__ import main\nmain()")
+    assert result.returncode == code, result.stderr
+    assert ("--tset" in result.stderr) if code else (result.stdout == f"cacompile {cacompile.__version__}\n")
 
 
 def test_doctor_tests_itself() -> None:

@@ -14,10 +14,12 @@ COMMANDS = (
     "benchmarks.gpu.__main__",
     "benchmarks.kernels.docs",
     "benchmarks.kernels.tune",
+    "benchmarks.pages",
     "benchmarks.quality.__main__",
     "benchmarks.quality.policies",
     "benchmarks.speed.alive",
     "benchmarks.speed.controller",
+    "benchmarks.speed.fine_tuning",
     "benchmarks.speed.flipping",
     "benchmarks.speed.host_time",
     "benchmarks.speed.overhead",
@@ -35,6 +37,8 @@ COMMANDS = (
 def test_benchmark_says_how_it_is_called(module, capsys):
     if module == "benchmarks.kernels.docs":
         pytest.importorskip("triton", exc_type=ImportError)
+    if module == "benchmarks.speed.fine_tuning":
+        pytest.importorskip("peft")
     with pytest.raises(SystemExit) as end:
         importlib.import_module(module).main(["--help"])
     assert end.value.code == 0
@@ -77,7 +81,9 @@ def test_example_compares_and_draws(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step_time", "startup", "controller", "host_time", "alive", "truncated", "flipping"])
+@pytest.mark.parametrize(
+    "name", ["step_time", "startup", "controller", "host_time", "alive", "truncated", "flipping", "fine_tuning"]
+)
 def test_benchmark_writes_its_rows(name, tmp_path):
     against = ("--against", str(ROOT)) if name in ("host_time", "alive") else ()
     out = run_module(f"benchmarks.speed.{name}", "--smoke", "--out", str(tmp_path / "rows.csv"), *against)

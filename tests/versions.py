@@ -3,6 +3,7 @@
     python -m tests.versions                    # all releases, one at a time; each environment is removed afterwards
     python -m tests.versions 2.11 2.15 --keep         # some; their environments stay
     python -m tests.versions 2.15 --python ENV/bin/python    # in an environment that is there already
+    python -m tests.versions 2.15 --strict         # with exit code 1 if a test fails
 
 An environment takes 5 to 7 GB on a machine whose torch comes with CUDA. A row of the table is written when its run
 ends; rows of other releases stay as they were.
@@ -86,12 +87,18 @@ def main(argv: list[str] | None = None) -> None:
         "--python", type=Path, help="interpreter of an environment that is there already, for one release"
     )
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="what else pytest is told")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if a test of any release fails")
     args = parser.parse_args(argv)
+    failed = 0
     for release in args.releases:
         python = args.python or make_environment(release)
-        write(run_suite(python, args.pytest))
+        row = run_suite(python, args.pytest)
+        failed += int(row[HEADS.index("failed")])
+        write(row)
         if not args.keep and args.python is None:
             shutil.rmtree(ENVIRONMENTS / f"torch-{release}")
+    if args.strict and failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

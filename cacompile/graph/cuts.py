@@ -18,6 +18,7 @@ from cacompile.torch_internals import (
     captured_backwards,
     compiled_function,
     dynamo_config,
+    trace_as,
     traced_as,
 )
 
@@ -86,8 +87,8 @@ class Cuts:
                     self._traced.clear()
                 slot = versions.slot if versions is not None else None
                 places = frozenset(place + (slot is not None and place >= slot) for place in cut.places)
-                self._traced[cut] = traced_as(node._forward_cls, functools.partial(_truncated, places=places))
-            node._forward_cls = self._traced[cut]
+                self._traced[cut] = traced_as(node, functools.partial(_truncated, places=places))
+            trace_as(node, self._traced[cut])
         except Exception:
             self.lean = None
             warn_of_fault(log, "looking for the backward of a forward", WHOLE)

@@ -63,6 +63,7 @@ from .dynamo import (
     name_input,
     source_path,
     symbolic_int,
+    trace_as,
     traced_as,
     uncompiled,
 )

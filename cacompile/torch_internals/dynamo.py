@@ -36,10 +36,16 @@ def compiled_function(output: Any) -> Any:
     return None
 
 
-def traced_as(function: Any, edit: Callable[[fx.GraphModule], fx.GraphModule]) -> Any:
-    """A class like that of a compiled function, of whose backward compiled autograd traces what `edit` makes of it."""
+def traced_as(node: Any, edit: Callable[[fx.GraphModule], fx.GraphModule]) -> Any:
+    """A class like that of a compiled function's node, of whose backward compiled autograd traces what `edit` makes."""
+    function = node._forward_cls
     info = resolve("CachedBackward")(lambda: edit(resolve("extract_bw_module")(function)))
     return type(function.__name__, (function,), {"_lazy_backward_info": info})
+
+
+def trace_as(node: Any, function: Any) -> None:
+    """Let compiled autograd trace the backward of this node as that of `function`, which `traced_as` has made."""
+    node._forward_cls = function
 
 
 def dynamo_source(node: fx.Node) -> Any:

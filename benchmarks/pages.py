@@ -1,0 +1,196 @@
+"""The tables of docs/ that are made of rows in results/.
+
+python -m benchmarks.pages       # writes them anew, in a second; the sentences beside them are for a person
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.lib.rows import RESULTS, ROOT
+from benchmarks.lib.tables import markdown_table
+
+DOCS = ROOT / "docs"
+
+
+class Task(NamedTuple):
+    """A section of quality.md."""
+
+    title: str
+    arms: dict[str, dict[str, str]]
+    """Title of an arm -> its row."""
+    time: str
+    """Of convaware over dense's on a clock, and what FLOPs promise; empty where they did not take turns."""
+    made: str
+    """From which day to which the rows were made."""
+
+
+def read_tasks(file: Path = RESULTS / "quality.md") -> list[Task]:
+    found = []
+    for section in file.read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, _, rest = section.partition("\n")
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in rest.splitlines() if line[:1] == "|"]
+        heads, _, *rows = lines
+        arms = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+        time = re.search(r"Time of convaware .*?: (.+)\.$", rest, re.M)
+        (made,) = re.findall(r"^Rows of (\S+) to (\S+);", rest, re.M)
+        dates = made[0] if made[0] == made[1] else f"{made[0]} to {made[1]}"
+        found.append(Task(title, arms, time[1] if time else "", dates))
+    return found
+
+
+OURS, DENSE = "convaware, default options", "dense Inductor"
+CONTROLS = ("random groups, convaware's share in each step", "random groups frozen once, convaware's share in all")
+WORTH = "frontier / own, FLOPs"
+
+
+def quality_table() -> str:
+    """A row for each task that convaware was run on."""
+    heads = ("task", "seeds", "dW skipped", "FLOPs / dense", "test loss: dense", "convaware",
+             "**FLOPs of the dense run as good / own** (95 %)", "random groups", "frozen groups", "peers",
+             "made")  # fmt: skip
+    rows = []
+    for task in read_tasks():
+        if OURS not in task.arms:
+            continue
+        ours, dense = task.arms[OURS], task.arms[DENSE]
+        peers = [f"{name}: {row[WORTH]}" for name, row in task.arms.items()
+                 if row[WORTH] and name not in (OURS, *CONTROLS) and not name.startswith(DENSE)]  # fmt: skip
+        worth = f"**{ours[WORTH]}**" + (f" ({ours['95 %']})" if ours["95 %"] else "")
+        losses = (row["quality"].removeprefix("-") for row in (dense, ours))
+        controls = (task.arms.get(name, {}).get(WORTH, "") for name in CONTROLS)
+        rows.append((task.title, ours["seeds"], ours["dW skipped"], ours["FLOPs / dense"], *losses, worth,
+                     *controls, ", ".join(peers), task.made))  # fmt: skip
+    return markdown_table(heads, rows)
+
+
+def clock_table() -> str:
+    rows = [(task.title, *_time(task.time)) for task in read_tasks() if task.time]
+    return markdown_table(("task", "seconds / Inductor's, measured", "FLOPs / dense, counted"), rows)
+
+
+def _time(text: str) -> tuple[str, str]:
+    measured, _, promised = text.partition("; FLOPs promise ")
+    return measured, promised.removesuffix(" (counted)")
+
+
+def read_rows(name: str) -> list[dict[str, str]]:
+    with open(RESULTS / name, newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def spread(row: Mapping[str, str], digits: int = 3) -> str:
+    """Median and quartiles of a row of results."""
+    median, *quartiles = (f"{float(row[name]):.{digits}f}" for name in ("median", "lower_quartile", "upper_quartile"))
+    return f"{median} [{', '.join(quartiles)}]"
+
+
+STEP_ARMS = {
+    "dense": "nothing (dense version)",
+    "keep 0.75": "25 %",
+    "keep 0.5": "50 %",
+    "keep 0.25": "75 %",
+    "keep 0": "100 %",
+    "oracle": "static oracle: these weights frozen before compiling",
+}
+
+
+def step_table() -> str:
+    rows = {(row["arm"], row["measure"]): spread(row) for row in read_rows("step_time_cpu.csv")
+            if row["unit"] == "ratio to inductor"}  # fmt: skip
+    measures = ("forward and backward", "whole step")
+    lines = [(title, *(rows[arm, measure] for measure in measures)) for arm, title in STEP_ARMS.items()]
+    return markdown_table(("dW skipped (counted)", *(f"{measure} / Inductor" for measure in measures)), lines)
+
+
+def overhead_table() -> str:
+    rows = [(row["case"], spread(row, 1)) for row in read_rows("overhead_cpu.csv")
+            if row["measure"] == "host time a call over the library's"]  # fmt: skip
+    return markdown_table(("operation", "host time over the library call's, microseconds"), rows)
+
+
+def host_table() -> str:
+    """Of this checkout's arms: what a step of many tiny layers takes beyond plain aot_eager's."""
+    rows = [row for row in read_rows("host_time_cpu.csv") if row["unit"] == "us" and "(this" in row["arm"]]
+    lines = []
+    for arm, each in groupby(rows, lambda row: row["arm"].partition(" (")[0]):
+        added = {row["measure"]: spread(row, 0) for row in each if row["measure"].endswith(", added")}
+        lines.append((arm, *added.values()))
+    heads = [measure.removesuffix(", added") for measure in added]
+    return markdown_table(("groups", *(f"{head}, added, microseconds" for head in heads)), lines)
+
+
+def zoo_table() -> str:
+    notes = {row["model"]: row for row in read_rows("zoo_notes.csv")}
+    rows = [
+        (row["model"], row["source"], _yes(row["trains"]), _yes(row["grads_equal"]), f"{float(row['coverage']):.1%}",
+         f"{float(row['semantic']):.1%}", row["graph_breaks"], row["compile_ratio"], notes[row["model"]]["date"])
+        for row in sorted(read_rows("zoo.csv"), key=lambda row: (row["source"], row["model"]))
+    ]  # fmt: skip
+    heads = ("model", "from", "trains", "gradients as Inductor's", "dW FLOPs masked",
+             "of those in groups with a meaning", "graph breaks", "compiling / Inductor's", "made")  # fmt: skip
+    return markdown_table(heads, rows)
+
+
+def _yes(value: str) -> str:
+    return "yes" if value == "True" else "no"
+
+
+def fine_tuning_table() -> str:
+    rows = read_rows("fine_tuning_cpu.csv")
+    lines = []
+    for way, each in groupby(rows, lambda row: row["arm"]):
+        by_measure = {(row["measure"], row["unit"].partition(" ")[0]): row for row in each}
+        dw = by_measure.get(("dW", "share"))
+        lines.append((
+            way,
+            spread(by_measure["step", "ratio"]),
+            f"{float(by_measure['FLOPs of a step', 'ratio']['median']):.3f}",
+            f"{float(dw['median']):.1%}" if dw else "",
+            f"{float(by_measure['saved by the forward', 'MiB']['median']):.2f}",
+        ))  # fmt: skip
+    heads = ("way", "step / Inductor's with all weights, measured", "FLOPs / those, counted",
+             "dW, of its own step's FLOPs", "saved activations, MiB")  # fmt: skip
+    return markdown_table(heads, lines)
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "fine-tuning.md": {"ways": fine_tuning_table},
+    "performance.md": {"step": step_table, "operations": overhead_table, "host": host_table},
+    "results.md": {"quality": quality_table, "clock": clock_table},
+    "zoo.md": {"models": zoo_table},
+}
+"""Page -> name of a table in it -> what makes it."""
+
+
+def marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: written by benchmarks.pages -->\n\n", f"\n\n<!-- end of {name} -->"
+
+
+def pages() -> Iterator[tuple[Path, str, str]]:
+    """(page, its text now, its text with the tables that the results make)."""
+    for page, tables in TABLES.items():
+        text = now = (DOCS / page).read_text(encoding="utf-8")
+        for name, table in tables.items():
+            begin, end = marks(name)
+            before, _, rest = text.partition(begin)
+            text = before + begin + table() + end + rest.partition(end)[2]
+        yield DOCS / page, now, text
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    for page, now, anew in pages():
+        page.write_text(anew, encoding="utf-8")
+        print(f"{page.relative_to(ROOT)}: {'as it was' if now == anew else 'written'}")
+
+
+if __name__ == "__main__":
+    main()
