@@ -33,6 +33,7 @@ def families(run: RunData) -> Table:
         Column("skipped now", lambda family: percent(family.share[-1]), "number"),
         Column("descent", lambda family: scientific(family.descent[-1]), "number"),
         Column("update ratio", lambda family: scientific(family.update_ratio[-1]), "number"),
+        Column("why not", lambda family: run.why(family.name), wraps=True),
     )
     steps = f"steps {run.history.step[0]} to {run.history.step[-1]}" if run.measurements else "no step"
     return Table(columns, tuple(run.families), f"Families, {steps}")
@@ -61,12 +62,13 @@ def stretches(run: RunData) -> Table:
 
 
 def options(run: RunData) -> Table:
-    """(name, value, what the default is) of each option, then versions of libraries."""
+    """(name, value, what the default is) of each option, then what ran, and versions of libraries."""
     defaults = {name: plain(value) for name, value in asdict(Config()).items()}
     rows: list[tuple[str | Names, ...]] = []
     for name, value in run.about.get("options", {}).items():
         told = "" if name not in defaults else "default" if defaults[name] == value else f"default: {defaults[name]}"
         rows.append((Names([name]), str(value), told))
+    rows += [(name, value, "") for name, value in run.identity.items()]
     rows += [(f"version of {name}", value, "") for name, value in run.about.get("versions", {}).items()]
     columns = (
         Column("", lambda row: row[0]),

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-FORMAT = 7
+from cacompile.state.losses import Losses
+
+FORMAT = 8
 """Format of the states that this version saves."""
 
 _ENTRY_4 = {"awaited": "in_flight", "shares": "norm_shares", "groups": "blocks"}
@@ -38,8 +40,31 @@ def upgraded(state: Any) -> Any:
         step = (
             3.0 * flops[0] if isinstance(flops, (tuple, list)) and flops and isinstance(flops[0], (int, float)) else 0.0
         )
-        state = {**state, "format": FORMAT, "step_flops": step, "parameters": _each(state, _entry_of_6)}
+        state = {**state, "format": 7, "step_flops": step, "parameters": _each(state, _entry_of_6)}
+    if _is(state, 7):
+        state = _of_7(state)
     return state
+
+
+def _of_7(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Forward passes were not counted, no loss was kept, nobody said why; and a named pin held all others on."""
+    pin, about, history = state.get("pin"), state.get("about"), state.get("history")
+    if isinstance(pin, Mapping):
+        pin = {"rest": True, **pin}
+    if isinstance(about, Mapping) and about:
+        about = {"run": {}, "why": {"weights": "", "nothing": "", "families": {}}, **about}
+    if isinstance(history, Mapping) and isinstance(history.get("total"), torch.Tensor):
+        history = {"step_flops": torch.full_like(history["total"], torch.nan), **history}
+    return {
+        "forward_flops": None,
+        "losses": Losses.nothing(),
+        **state,
+        "format": FORMAT,
+        "pin": pin,
+        "about": about,
+        "history": history,
+        "parameters": _each(state, _entry_of_7),
+    }
 
 
 def _each(state: Mapping[str, Any], upgrade: Callable[[Any], Any]) -> Any:
@@ -73,6 +98,13 @@ def _is_pin(pin: Any) -> bool:
     """Whether its parts are of types that can be compared."""
     kinds: tuple[Any, ...] = ((tuple, list, type(None)), (int, float), int)
     return isinstance(pin, (tuple, list)) and len(pin) == 3 and all(isinstance(*pair) for pair in zip(pin, kinds))
+
+
+def _entry_of_7(entry: Any) -> Any:
+    blocks = entry.get("blocks") if isinstance(entry, Mapping) else None
+    if not isinstance(blocks, Mapping) or not isinstance(blocks.get("score"), torch.Tensor):
+        return entry
+    return {**entry, "blocks": {"descent": torch.full_like(blocks["score"], torch.nan), **blocks}}
 
 
 def _entry_of_6(entry: Any) -> Any:

@@ -264,11 +264,11 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda s: None, ["format 7", "NoneType"]),
-        (lambda s: {**s, "format": 8}, ["format 7", "got 8"]),
-        (lambda s: {"weight": torch.ones(2)}, ["format 7", "got None"]),
-        (lambda s: {**s, "format": torch.ones(2)}, ["format 7", "tensor([1., 1.])"]),
-        (lambda s: [s], ["format 7", "list"]),
+        (lambda s: None, ["format 8", "NoneType"]),
+        (lambda s: {**s, "format": 8}, ["format 8", "got 8"]),
+        (lambda s: {"weight": torch.ones(2)}, ["format 8", "got None"]),
+        (lambda s: {**s, "format": torch.ones(2)}, ["format 8", "tensor([1., 1.])"]),
+        (lambda s: [s], ["format 8", "list"]),
         (lambda s: {**s, "more": 1}, ["unknown key of state_dict: 'more'", "flops"]),
         (lambda s: {**s, "flops": (10**400, 0)}, ["flops", "two finite numbers >= 0", "1000"]),
         (lambda s: {**s, "flops": (math.nan, 0.0)}, ["flops", "nan"]),
