@@ -21,6 +21,9 @@ NO_ROOM = "the option tolerance leaves no room for it"
 FAST = "still moves fast"
 DEAR = "too dear, wins too much for its FLOPs"
 
+SELDOM = 0.99
+"""What is computed in more of the steps than that counts as never skipped."""
+
 
 class Weighed(NamedTuple):
     """What `policy.keep_probabilities` is given."""
@@ -79,10 +82,10 @@ def why_dense(weighed: Weighed, config: Config) -> list[str]:
     ]
     reasons = np.full(len(descent), DEAR, object)
     for text, values, asked in reversed(otherwise):
-        reasons[values.keep(asked) < 1.0] = text
+        reasons[values.keep(asked) < SELDOM] = text
     reasons[~known] = UNREAD
     reasons[flops == 0.0] = SMALL
     if known.any() and not won > 0.0:
         reasons[known & (flops > 0.0)] = NOTHING_WON
-    reasons[weighed.keep(config) < 1.0] = ""
+    reasons[weighed.keep(config) < SELDOM] = ""
     return list(map(str, reasons))

@@ -7,7 +7,6 @@ import logging
 import torch
 from torch import distributed
 
-from cacompile.sessions.session import session
 from cacompile.sessions.status import Status, status
 from cacompile.sessions.why import small_part
 from cacompile.torch_internals import warning_once
@@ -28,12 +27,12 @@ class Reporter:
 
     def numbers(self, model: torch.nn.Module) -> dict[str, float]:
         """`status(model).to_dict()`; empty, and said once, if no graph of the model is convaware's."""
-        if not session(model).bindings:
+        now = status(model)
+        if not now.can:
             warning_once(
                 log, "nothing of %s is compiled by convaware: there is nothing to log or save", type(model).__name__
             )
             return {}
-        now = status(model)
         if not self._said:
             self._said = True
             say(first_line(now))

@@ -167,7 +167,7 @@ def status(model: torch.nn.Module) -> Status:
         step_flops=whole,
         families=families,
         frozen=view.frozen_since,
-        can=reasons.line if index.params or bindings else "",
+        can=reasons.line,
         dw_of_step=total / whole if whole else float(dw / step) if step else 0.0,
         why=reasons.nothing,
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cacompile.config import Config
-from cacompile.controller.weigh import UNREAD, weigh, why_dense
+from cacompile.controller.weigh import SELDOM, UNREAD, weigh, why_dense
+from cacompile.state.binding import GraphBinding, bindings_with
 from cacompile.state.frozen import newest_freeze
 from cacompile.state.groups import GroupIndex
 from cacompile.state.params import ParamState
@@ -52,8 +53,11 @@ class Why:
 
     @property
     def line(self) -> str:
-        """`8 of 12 weights can be skipped, from step 20 on`."""
-        return f"{self.skippable} of {self.weights} weights can be skipped, from step {self.start} on"
+        """`8 of 12 weights can be skipped, from step 20 on`; empty for a model that has not run with us."""
+        if self.nothing == NOT_COMPILED:
+            return ""
+        text = f"{self.skippable} of {self.weights} weights can be skipped"
+        return f"{text}, from step {self.start} on" if self.skippable else text
 
 
 def why(view: Session) -> Why:
@@ -63,8 +67,8 @@ def why(view: Session) -> Why:
     skippable = {id(state.param) for binding in view.bindings for state in binding.skippable}
     can = sum(id(param) in skippable for param in trained)
     if config is None:
-        nothing = _nothing_planned(view) if view.bindings else NOT_COMPILED
-        return Why(len(trained), can, Config().warmup_steps, {}, nothing)
+        ran = bindings_with(param for _, param in view._trained())
+        return Why(len(trained), can, 0, {}, _nothing_planned(ran) if ran else NOT_COMPILED)
     reasons, names = _reasons(view, index, config), view.families
     families = {name: _commonest(reasons[index.family == i], index, i) for i, name in enumerate(names)}
     told = families if any(families.values()) and all(families.values()) else {}
@@ -123,7 +127,7 @@ def _asked(index: GroupIndex) -> np.ndarray:
         reasons = np.array(why_dense(weigh(own, descent, ratio, flops, usual, fixed), config), dtype=object)
         if not np.isfinite(descent).any():
             reasons[:] = UNREAD
-        reasons[own.least(own.column("keep")) < 1.0] = ""
+        reasons[own.least(own.column("keep")) < SELDOM] = ""
         found |= dict(zip(map(id, params), own.split(reasons)))
     return np.concatenate([np.zeros(0, dtype=object), *(found[id(param)] for param in index.params)])
 
@@ -155,11 +159,8 @@ def _sentence(families: Mapping[str, str], config: Config, steps: int) -> str:
     return f"Nothing is skipped now. {'; '.join(parts)}."
 
 
-def _nothing_planned(view: Session) -> str:
-    """Of a model of which nothing can be skipped."""
-    reasons: Counter[str] = Counter()
-    for binding in view.bindings:
-        for dense in binding.layout.dense:
-            reasons[dense.reason] += 1
+def _nothing_planned(ran: Sequence[GraphBinding]) -> str:
+    """Of a model that has run, and nothing of which can be skipped."""
+    reasons = Counter(dense.reason for binding in ran for dense in binding.layout.dense)
     parts = [f"{reason} ({n})" for reason, n in reasons.most_common(3)]
     return f"Nothing can be skipped: {'; '.join(parts)}." if parts else "Nothing can be skipped."

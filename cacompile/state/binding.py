@@ -203,6 +203,15 @@ class GraphBinding:
         if spent.backwards % PATIENCE == 0:
             self._look_for_steps()
 
+    def count_forward(self) -> None:
+        """It runs forward, and no backward will come: at the mean sizes of those so far, or as compiled."""
+        layout, spent = self._layout, self.spent
+        flops = layout.step.compiled[0]
+        if spent.backwards:
+            flops = sum(map(operator.mul, spent.sizes, layout.step.forward)) / spent.backwards
+        spent.forward += flops
+        spent.step += flops
+
     def count_cut(self, sizes: Sequence[int], positions: frozenset[int]) -> None:
         """That backward ends where only the gradients of these inputs, by position, lie below: what it does not count.
 
@@ -344,6 +353,12 @@ class GraphBinding:
                 "another kind, or its step is called past torch's hooks, call cacompile.step(model) after each step",
                 PATIENCE,
             )
+
+
+def bindings_with(tensors: Iterable[torch.Tensor]) -> list[GraphBinding]:
+    """Live bindings that run with any of these, also where nothing of them can be skipped."""
+    wanted = set(map(id, tensors))
+    return [one for _, one in sorted(_alive.items()) if any(id(t) in wanted for t in one.inputs.values())]
 
 
 def bindings_of(params: Iterable[ParamState]) -> list[GraphBinding]:
