@@ -50,6 +50,8 @@ def test_groups_are_weighed_by_their_blocks():
     index = Numbering(np.array([0, 0, 1, 2]), np.zeros(3, int))
     descent = np.array([1.0, np.nan, 2.0, 3.0])
     fixed = np.array([False, False, False, True])
-    found = weigh(index, descent, np.array([0.1, 0.5, 0.2, 0.3]), np.full(4, 10.0), np.array([1.0, np.nan, 2, 3]), fixed)
+    found = weigh(
+        index, descent, np.array([0.1, 0.5, 0.2, 0.3]), np.full(4, 10.0), np.array([1.0, np.nan, 2, 3]), fixed
+    )
     assert found.descent.tolist() == [1.0, 2.0, 0.0] and found.flops.tolist() == [20.0, 10.0, 0.0]
     assert found.ratio[:2].tolist() == [0.1, 0.2] and found.usual.tolist() == [1.0, 2.0, 3.0]

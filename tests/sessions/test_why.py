@@ -105,7 +105,9 @@ def test_the_policy_is_asked_once_after_each_decision(monkeypatch: pytest.Monkey
     run = Run(lr=0.3)
     run.train(4)
     asked: list[int] = []
-    monkeypatch.setattr("cacompile.sessions.why.why_dense", lambda of, _: asked.append(1) or ["asked"] * len(of.descent))
+    monkeypatch.setattr(
+        "cacompile.sessions.why.why_dense", lambda of, _: asked.append(1) or ["asked"] * len(of.descent)
+    )
     run.session.judged = None
     for _ in range(3):
         run.whys()
@@ -124,8 +126,10 @@ def test_a_small_part_is_warned_of(dw: float, warned: bool):
 
 def test_old_names_of_numbers_still_work_and_new_ones_say_share_or_amount():
     found = Run().train(8)
-    assert found.saved_step == found.saved_flops / found.step_flops < found.saved_dw == found.saved_flops / found.dw_flops
-    assert 0.0 < found.dw_of_step <= 1 / 3 and found.skipped_step < found.skipped_dw or not found.skipped
+    assert (
+        found.saved_step == found.saved_flops / found.step_flops < found.saved_dw == found.saved_flops / found.dw_flops
+    )
+    assert (0.0 < found.dw_of_step <= 1 / 3 and found.skipped_step < found.skipped_dw) or not found.skipped
     with pytest.warns(DeprecationWarning, match="skipped_flops is now .*skipped_dw"):
         assert found.skipped_flops == found.skipped_dw
     with pytest.warns(DeprecationWarning, match="total_flops is now .*dw_flops"):
