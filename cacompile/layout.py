@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import CodeType
@@ -166,6 +166,17 @@ class GradLayout:
         return slice(self.first_flag, self.first_flag + self.blocks)
 
 
+def gone_with(needed: Iterable[tuple[int, int]], positions: Collection[int]) -> list[int]:
+    """The products of a backward, by number, that only the gradients of these inputs need.
+
+    needed: (position of an input, the products that its gradient needs: bit i for the i-th) of each.
+    """
+    needed = tuple(needed)
+    every = functools.reduce(operator.or_, (needs for _, needs in needed), 0)
+    kept = functools.reduce(operator.or_, (needs for at, needs in needed if at not in positions), 0)
+    return [i for i in range(every.bit_length()) if (every & ~kept) >> i & 1]
+
+
 @dataclass(frozen=True, slots=True)
 class StepLayout:
     """FLOPs of forward pass, dX and dW, and what of them goes where gradients are None."""
@@ -185,9 +196,7 @@ class StepLayout:
 
     def left_out(self, positions: Collection[int]) -> tuple[float, ...]:
         """What goes of `coefficients` where the gradients of these inputs are None, and all that only they need."""
-        every = functools.reduce(operator.or_, (needs for _, needs in self.needed), 0)
-        kept = functools.reduce(operator.or_, (needs for at, needs in self.needed if at not in positions), 0)
-        gone = [each for i, each in enumerate(self.backward) if (every & ~kept) >> i & 1]
+        gone = [self.backward[i] for i in gone_with(self.needed, positions)]
         return tuple(map(sum, zip(*gone))) or (0,) * len(self.coefficients)
 
     def as_compiled(self) -> StepLayout:

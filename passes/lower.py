@@ -132,7 +132,12 @@ def at_mean_sizes(plan: Plan, sizes: Mapping[Monomial, float]) -> Plan:
     costs = plan.costs
     return replace(
         plan,
-        costs=replace(costs, step=count(costs.step), forward=count(costs.forward), backward=(), needed=()),
+        costs=replace(
+            costs,
+            step=count(costs.step),
+            forward=count(costs.forward),
+            backward=tuple(map(count, costs.backward)),
+        ),
         grads=tuple(map(counted, plan.grads)),
         dense=tuple(replace(dense, flops=count(dense.flops)) for dense in plan.dense),
         groups=tuple(replace(group, flops=count(group.flops)) for group in plan.groups),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from cacompile.errors import renamed
-from cacompile.layout import ParamFamily, ParamGroup, Slice, StaysDense
+from cacompile.layout import ParamFamily, ParamGroup, Slice, StaysDense, gone_with
 
 __all__ = [
     "GoneNode",
@@ -133,6 +134,10 @@ class StepCosts:
     """Of each product of the backward, dX or dW."""
     needed: tuple[tuple[int, int], ...] = ()
     """(position of an input of Dynamo's graph, the products that its gradient needs: bit i for the i-th)."""
+
+    def left_out(self, positions: Collection[int]) -> int:
+        """FLOPs of what only the gradients of these inputs need."""
+        return sum(self.backward[i] for i in gone_with(self.needed, positions))
 
 
 _RENAMED = {"cuts": "untraced", "guarded": "masked", "skips": "dense"}

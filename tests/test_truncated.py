@@ -219,6 +219,10 @@ def test_a_step_is_counted_as_far_down_as_it_goes(name: str) -> None:
     assert session.step_flops - step == counter.get_total_flops()
     trained = sum(session.params[n].flops.sum() for n, p in theirs.named_parameters() if p.requires_grad)
     assert session.flops[0] - dw == pytest.approx(trained)
+    found = cacompile.explain(model).step
+    assert (found.forward, found.dw) == (session.forward_flops - forward, session.flops[0] - dw)
+    if "breaks" not in name:  # a graph by itself does not know that nothing is trained below it
+        assert found.total == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import distributed
 
+from cacompile.notes import say
 from cacompile.sessions.status import Status, status
 from cacompile.sessions.why import small_part
 from cacompile.torch_internals import warning_once
@@ -14,9 +14,6 @@ from cacompile.torch_internals import warning_once
 log = logging.getLogger(__name__)
 
 BACKEND = "convaware"
-
-notes = logging.getLogger("cacompile.notes")
-"""What a user of a callback is told once, in a line: at INFO, shown where nobody has set up logging as well."""
 
 
 class Reporter:
@@ -43,17 +40,6 @@ def first_line(now: Status) -> str:
     """`8 of 12 weights can be skipped, from step 20 on. Nothing is skipped in the first 20 steps ...`."""
     parts = [f"convaware: {now.can}", small_part(now.dw_of_step, 1.0) if now.dw_of_step else "", now.why]
     return ". ".join(part.rstrip(".") for part in parts if part)
-
-
-def say(text: str) -> None:
-    """A line for whoever watches the training, from the first rank."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
-        return
-    if not notes.hasHandlers():
-        notes.addHandler(logging.StreamHandler())
-    if notes.level == logging.NOTSET:
-        notes.setLevel(logging.INFO)
-    notes.info(text)
 
 
 def missing(library: str, error: ImportError) -> ImportError:
