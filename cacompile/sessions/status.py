@@ -18,9 +18,9 @@ PREFIX = "convaware/"
 """Of the names of numbers that are logged."""
 
 LOGGED = {
-    "keep": "mean probability of being kept, over all groups, 0 to 1",
     "skipped_step": "share of the step's FLOPs, forward and backward, that this step skips, 0 to 1",
     "skipped_dw": "share of its dW FLOPs that this step skips, 0 to 1",
+    "keep": "mean probability of being kept, over all groups, 0 to 1",
     "saved_step": "share of the steps' FLOPs, forward and backward, left out so far, 0 to 1",
     "saved_dw": "share of their dW FLOPs left out so far, 0 to 1",
     "dw_of_step": "share of the steps' FLOPs that dW is, and so the most that can be saved, 0 to 1",
