@@ -115,7 +115,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report(saved: Path, tmp_path: Path) -> None:
     total, left_out = torch.load(saved, weights_only=True)["flops"]
     assert 0.0 < left_out < total
-    assert f"{left_out / total:.1%} of dW FLOPs were skipped in 6 steps" in call("report", saved)
+    assert f"of the FLOPs of 6 steps were skipped, {left_out / total:.1%} of dW" in call("report", saved)
     page = tmp_path / "run.html"
     assert f"written: {page}" in " ".join(call("report", saved, "--out", page).split())
     assert "skipped in 6 steps" in page.read_text(encoding="utf-8")
