@@ -180,6 +180,16 @@ def test_options_are_checked_when_the_callback_is_made(options: Any, words: str)
         ConvAwareCallback(options)
 
 
+def test_a_schedule_is_checked_when_the_callback_is_made():
+    from cacompile.integrations import lightning, transformers
+
+    for module in (lightning, transformers):
+        with pytest.raises(cacompile.ConvAwareError, match="unknown kind of schedule: 'GradualUnfreesing'; did you"):
+            module.FreezingCallback({"kind": "GradualUnfreesing", "layers": [], "every": 1})
+        made = module.FreezingCallback({"kind": "GradualUnfreezing", "layers": ["a", "b"], "every": 1})
+        assert made.schedule.frozen(0) == ("a",)
+
+
 def test_a_model_compiled_already_is_told_of_when_the_trainer_is_made(tmp_path: Path):
     made = trainer(tmp_path, ConvAwareCallback())
     made.model.compile(backend="convaware")

@@ -70,7 +70,9 @@ def why(view: Session) -> Why:
         ran = bindings_with(param for _, param in view._trained())
         return Why(len(trained), can, 0, {}, _nothing_planned(ran) if ran else NOT_COMPILED)
     reasons, names = _reasons(view, index, config), view.families
-    families = {name: _commonest(reasons[index.family == i], index, i) for i, name in enumerate(names)}
+    flops = index.sum(index.column("flops"))
+    of_family = [index.family == i for i in range(len(names))]
+    families = {name: _commonest(reasons[own], flops[own]) for name, own in zip(names, of_family)}
     told = families if any(families.values()) and all(families.values()) else {}
     return Why(len(trained), can, config.warmup_steps, families, _sentence(told, config, view.step_count))
 
@@ -132,9 +134,8 @@ def _asked(index: GroupIndex) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=object), *(found[id(param)] for param in index.params)])
 
 
-def _commonest(reasons: np.ndarray, index: GroupIndex, family: int) -> str:
+def _commonest(reasons: np.ndarray, flops: np.ndarray) -> str:
     """Of one family's groups, by their FLOPs."""
-    flops = index.sum(index.column("flops"))[index.family == family]
     weights: Counter[str] = Counter()
     for reason, each in zip(reasons, flops):
         weights[reason] += each + 1e-9
