@@ -24,10 +24,13 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> ConvAwareError:
-    """The error for a name that does not exist, with the nearest one that does."""
+def unknown(kind: str, name: object, known: Iterable[str], others: Iterable[str] = ()) -> ConvAwareError:
+    """The error for a name that does not exist, with the nearest one that does.
+
+    others: names that exist as well, of which only the nearest is worth a word.
+    """
     names, text = sorted(known), name if isinstance(name, str) else shown(name)
-    near = difflib.get_close_matches(text, names, n=1)
+    near = difflib.get_close_matches(text, names, n=1) or difflib.get_close_matches(text, sorted(others), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     some = names if len(names) <= 20 else [*difflib.get_close_matches(text, names, n=5, cutoff=0.4), "..."]
     return ConvAwareError(f"unknown {kind} {shown(name)}; {hint}known: {', '.join(some)}")

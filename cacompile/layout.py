@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import CodeType
 from typing import Any
@@ -166,6 +166,56 @@ class GradLayout:
         return slice(self.first_flag, self.first_flag + self.blocks)
 
 
+def gone_with(needed: Iterable[tuple[int, int]], positions: Collection[int]) -> list[int]:
+    """The products of a backward, by number, that only the gradients of these inputs need.
+
+    needed: (position of an input, the products that its gradient needs: bit i for the i-th) of each.
+    """
+    needed = tuple(needed)
+    every = functools.reduce(operator.or_, (needs for _, needs in needed), 0)
+    kept = functools.reduce(operator.or_, (needs for at, needs in needed if at not in positions), 0)
+    return [i for i in range(every.bit_length()) if (every & ~kept) >> i & 1]
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """FLOPs of forward pass, dX and dW, and what of them goes where gradients are None."""
+
+    flops: int = 0
+    """Of the whole step, with the sizes seen when compiling."""
+    coefficients: tuple[float, ...] = (0,)
+    """How many of them there are to one of each of the graph's monomials."""
+    forward: tuple[float, ...] = (0,)
+    """Those of the forward pass."""
+    backward: tuple[tuple[float, ...], ...] = ()
+    """Those of each product of the backward, dX or dW."""
+    compiled: tuple[float, tuple[float, ...]] = (0, ())
+    """FLOPs of the forward pass and of each of these products, with the sizes seen when compiling."""
+    needed: tuple[tuple[int, int], ...] = ()
+    """(position of an input of Dynamo's graph, the products that its gradient needs: bit i for the i-th)."""
+
+    def left_out(self, positions: Collection[int]) -> tuple[float, ...]:
+        """What goes of `coefficients` where the gradients of these inputs are None, and all that only they need."""
+        gone = [self.backward[i] for i in gone_with(self.needed, positions)]
+        return tuple(map(sum, zip(*gone))) or (0,) * len(self.coefficients)
+
+    def as_compiled(self) -> StepLayout:
+        """The same where sizes are not to be had: as many FLOPs as with those seen when compiling."""
+        forward, backward = self.compiled
+        return replace(
+            self, coefficients=(self.flops,), forward=(forward,), backward=tuple((each,) for each in backward)
+        )
+
+    def in_proportion(self, coefficients: Sequence[int], flops: int) -> StepLayout:
+        """The same in proportion to another count, whose `coefficients` are known. flops: that, when compiling."""
+        forward, backward = self.compiled
+
+        def like(part: float) -> tuple[float, ...]:
+            return tuple(part / max(1, flops) * each for each in coefficients)
+
+        return replace(self, coefficients=like(self.flops), forward=like(forward), backward=tuple(map(like, backward)))
+
+
 @dataclass(frozen=True)
 class MaskLayout:
     """Parameters, blocks, flags, groups and families of one compiled graph, and what of it stays dense."""
@@ -184,10 +234,8 @@ class MaskLayout:
     """How many dW FLOPs there are to one of each monomial, masked or not."""
     sources: tuple[tuple[SizeSource | DerivedSize, ...], ...] = ()
     """For each monomial, where a backward finds its factors; empty where no size is symbolic."""
-    step: int = 0
-    """FLOPs of a whole step of this graph, with the sizes seen when compiling: forward pass, dX and dW."""
-    step_coefficients: tuple[float, ...] = (0,)
-    """How many of them there are to one of each monomial."""
+    step: StepLayout = StepLayout()
+    """What a whole step of this graph costs."""
     masked: frozenset[str] | None = None
     """Parameters whose products the masked version masks; None until that version was made."""
 

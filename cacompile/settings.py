@@ -35,7 +35,7 @@ def settings(options: Mapping[str, Any] | None, mode: str | None = None) -> Sett
     for name, value in theirs.items():
         key = name.replace("-", "_")
         if key not in known:
-            raise unknown("option", name, {*known, *Config.__dataclass_fields__})
+            raise unknown("option", name, Config.__dataclass_fields__, others=known)
         try:
             check_inductor_option(name, value)
         except (RuntimeError, TypeError, ValueError, OverflowError) as error:

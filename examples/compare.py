@@ -92,7 +92,7 @@ class Run:
         self.seconds.append(time.perf_counter() - start)
         self.compiles.append(Graphs(*(now - then for now, then in zip(Graphs.so_far(), before, strict=True))))
         status = self.status() if self.status else None
-        self.flops.append((status.saved_flops, status.total_flops) if status else (0.0, 0.0))
+        self.flops.append((status.saved_flops, status.dw_flops) if status else (0.0, 0.0))
 
     def finish(self) -> None:
         """Score the trained model, uncompiled: an evaluation must not show up among the recompiles."""

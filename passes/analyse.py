@@ -9,12 +9,11 @@ from dataclasses import replace
 from torch import fx
 
 from .coupling.couple import couple
-from .flops import Flops
 from .group import group
 from .inside import count_inside
 from .locate import locate
-from .plan import Param, Plan
-from .step import step_flops
+from .plan import Param, Plan, StepCosts
+from .step import step_costs
 
 
 def make_plan(
@@ -36,5 +35,5 @@ def make_plan(
             graph, {param.placeholder: param.name for param in params if not param.subclass} | dict(frozen or {})
         )
         plan = group(plan, coupling, block_rows=block_rows)
-    step = step_flops(params[0].placeholder.graph) if params else Flops(0)
-    return replace(plan, step=step, analysis_s=time.perf_counter() - start)
+    costs = step_costs(params[0].placeholder.graph) if params else StepCosts()
+    return replace(plan, costs=costs, analysis_s=time.perf_counter() - start)

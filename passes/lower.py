@@ -9,7 +9,16 @@ from typing import Any
 
 from torch import SymInt, fx
 
-from cacompile.layout import FUNCTIONS, DerivedSize, GradLayout, MaskLayout, Monomial, Partition, SizeSource
+from cacompile.layout import (
+    FUNCTIONS,
+    DerivedSize,
+    GradLayout,
+    MaskLayout,
+    Monomial,
+    Partition,
+    SizeSource,
+    StepLayout,
+)
 from cacompile.torch_internals import expression_of
 
 from .flops import at_sizes, split
@@ -18,9 +27,11 @@ from .plan import Plan, WeightGrad
 
 def lower(plan: Plan) -> MaskLayout:
     """The layout of one planned graph. Holds nothing of the plan's nodes."""
-    names = list(plan.flops_by_param)
+    names, costs = list(plan.flops_by_param), plan.costs
     counts = [*plan.flops_by_param.values(), *(flops for grad in plan.grads for flops in grad.block_flops)]
-    monomials, (step, *coefficients) = split([plan.step, *counts])
+    products = len(costs.backward)
+    monomials, (step, forward, *coefficients) = split([costs.step, costs.forward, *costs.backward, *counts])
+    backward, coefficients = coefficients[:products], coefficients[products:]
     left = iter(coefficients[len(names) :])
     return MaskLayout(
         params=tuple((param.name, param.index) for param in plan.params),
@@ -30,8 +41,14 @@ def lower(plan: Plan) -> MaskLayout:
         flops_by_param=tuple((name, int(flops)) for name, flops in plan.flops_by_param.items()),
         monomials=monomials,
         coefficients_by_param=tuple(zip(names, coefficients)),
-        step=int(plan.step),
-        step_coefficients=step,
+        step=StepLayout(
+            flops=int(costs.step),
+            coefficients=step,
+            forward=forward,
+            backward=tuple(backward),
+            compiled=(int(costs.forward), tuple(map(int, costs.backward))),
+            needed=costs.needed,
+        ),
         **_outcome(plan),
     )
 
@@ -69,11 +86,10 @@ def with_sources(layout: MaskLayout, backward: fx.Graph, handle: int) -> MaskLay
             monomials=(Monomial("1", ()),),
             grads=tuple(replace(grad, coefficients=(grad.block_flops,)) for grad in layout.grads),
             coefficients_by_param=tuple((name, (flops,)) for name, flops in layout.flops_by_param),
-            step_coefficients=(layout.step,),
+            step=layout.step.as_compiled(),
         )
     if None in sources:
-        times = layout.step / max(1, layout.flops)
-        layout = replace(layout, step_coefficients=tuple(times * each for each in layout.coefficients))
+        layout = replace(layout, step=layout.step.in_proportion(layout.coefficients, layout.flops))
     return replace(layout, sources=tuple(source or () for source in sources))
 
 
@@ -113,8 +129,15 @@ def at_mean_sizes(plan: Plan, sizes: Mapping[Monomial, float]) -> Plan:
     def counted(grad: WeightGrad) -> WeightGrad:
         return replace(grad, products=tuple(replace(p, flops=count(p.flops)) for p in grad.products))
 
+    costs = plan.costs
     return replace(
         plan,
+        costs=replace(
+            costs,
+            step=count(costs.step),
+            forward=count(costs.forward),
+            backward=tuple(map(count, costs.backward)),
+        ),
         grads=tuple(map(counted, plan.grads)),
         dense=tuple(replace(dense, flops=count(dense.flops)) for dense in plan.dense),
         groups=tuple(replace(group, flops=count(group.flops)) for group in plan.groups),

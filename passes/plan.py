@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from cacompile.errors import renamed
-from cacompile.layout import ParamFamily, ParamGroup, Slice, StaysDense
+from cacompile.layout import ParamFamily, ParamGroup, Slice, StaysDense, gone_with
 
 __all__ = [
     "GoneNode",
@@ -21,6 +22,7 @@ __all__ = [
     "SharedAxis",
     "Slice",
     "StaysDense",
+    "StepCosts",
     "WeightGrad",
     "without_nodes",
 ]
@@ -118,6 +120,26 @@ class SharedAxis:
     """Index among the plan's families of one that its units are; -1: it owns nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """FLOPs of all matrix products, convolutions and attention of a joint graph.
+
+    What recomputing activations adds is not part of them. Operations without a formula count nothing, as everywhere.
+    """
+
+    step: int = 0
+    """Forward pass, dX and dW."""
+    forward: int = 0
+    backward: tuple[int, ...] = ()
+    """Of each product of the backward, dX or dW."""
+    needed: tuple[tuple[int, int], ...] = ()
+    """(position of an input of Dynamo's graph, the products that its gradient needs: bit i for the i-th)."""
+
+    def left_out(self, positions: Collection[int]) -> int:
+        """FLOPs of what only the gradients of these inputs need."""
+        return sum(self.backward[i] for i in gone_with(self.needed, positions))
+
+
 _RENAMED = {"cuts": "untraced", "guarded": "masked", "skips": "dense"}
 
 
@@ -136,8 +158,8 @@ class Plan:
     """Parameters of whose dW FLOPs some are inside operations that nobody can look into; those found are counted."""
     untraced: tuple[tuple[str, int], ...] = ()
     """What the search for groups could not follow, and how often."""
-    step: int = 0
-    """FLOPs of a whole step of this graph: forward pass, dX and dW."""
+    costs: StepCosts = StepCosts()
+    """Of a whole step of this graph."""
     nodes: int = 0
     """Nodes of the joint graph."""
     analysis_s: float = 0.0

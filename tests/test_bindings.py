@@ -245,7 +245,7 @@ def test_status_after_a_recompilation_for_another_size() -> None:
         train_step((model, call), [torch.randn(batch, 32)])
     assert len(cacompile.session(model).bindings) == 2
     cacompile.session(model).pin(keep=0.0)
-    assert cacompile.status(model).skipped_flops == pytest.approx(1.0)
+    assert cacompile.status(model).skipped_dw == pytest.approx(1.0)
 
 
 def test_a_default_device_does_not_move_the_flags() -> None:

@@ -103,9 +103,29 @@ def test_files(found, tmp_path):
     assert found.to_svg()._repr_svg_() == found.to_svg()
 
 
+def test_without_arguments_there_is_something_to_see(found, tmp_path):
+    whole = found.show(path=tmp_path / "whole.svg")
+    assert whole == found.to_svg() == (tmp_path / "whole.svg").read_text(encoding="utf-8")
+    assert found.show(format="dot").startswith("digraph {")
+    assert found.code() == found.code("masked") and "masked_mm" in found.code()
+    alone = cacompile.explain(nn.Embedding(4, 2), torch.arange(4))
+    assert alone.code() == alone.code("joint") and "dense: an embedding" in alone.code()
+
+
+def test_printed_a_picture_says_what_it_shows(found):
+    for picture in (found.show(), found.show("block.up.weight")):
+        printed = str(picture)
+        assert "<svg" not in printed and printed.startswith(picture.words) and f"{picture}" == printed
+        assert picture.text == picture._repr_svg_() == "".join([picture]) and picture.text.startswith("<svg")
+    assert "dW of block.up.weight" in str(found.show("block.up.weight"))
+    assert "block.neurons" in str(found.show()) and "up.weight, 4 × 16 rows" in str(found.show())
+    assert "<svg" in found.to_html()
+
+
 @pytest.mark.parametrize(
     ("param", "settings", "words"),
     [
+        (None, {"version": "masked"}, "of the picture of one parameter"),
         ("block.up.wieght", {}, "unknown parameter 'block.up.wieght'; did you mean 'block.up.weight'?"),
         ("block.up.weight", {"format": "png"}, "unknown format 'png'; known: dot, svg"),
         ("block.up.weight", {"version": "forward"}, "known: backward, joint, masked"),

@@ -111,7 +111,7 @@ def test_it_does_and_prints_what_it_says(tmp_path: Path) -> None:
             if "python train.py" in block.text:
                 total, left_out = torch.load(tmp_path / "run" / "checkpoint-80" / "cacompile.pt")["flops"]
                 saved.append(left_out / total)
-    assert "dW FLOPs were skipped in 80 steps" in (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "of the FLOPs of 80 steps were skipped" in (tmp_path / "run.html").read_text(encoding="utf-8")
     with open(tmp_path / "run.csv", newline="") as lines:
         head = [row for row in csv.DictReader(lines) if row["family"] == "lm_head.tokens"]
     keep = {int(row["step"]): float(row["keep"]) for row in head}

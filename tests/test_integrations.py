@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -34,13 +35,7 @@ from cacompile.integrations.transformers import FILE, ConvAwareCallback
 
 STEPS = 6
 OPTIONS = {"warmup_steps": 2, "monitor_every": 1, "tolerance": 1.0, "block_rows": 16, "inner": "aot_eager"}
-LOGGED = {
-    "convaware/skipped_dw",
-    "convaware/keep",
-    "convaware/saved_flops",
-    "convaware/saved_dw",
-    "convaware/saved_step",
-}
+LOGGED = {f"convaware/{name}" for name in cacompile.sessions.status.LOGGED}
 
 pytestmark = pytest.mark.usefixtures("however_fast")
 
@@ -68,7 +63,8 @@ def assert_equal_runs(model: nn.Module, other: nn.Module) -> None:
 
 def said(caplog: Any) -> list[str]:
     """What we have warned of."""
-    return [record.getMessage() for record in caplog.records if record.name.startswith("cacompile")]
+    ours = (record for record in caplog.records if record.name.startswith("cacompile"))
+    return [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
 
 
 class Sees(TrainerCallback):
@@ -113,6 +109,9 @@ def test_trainer_logs_and_resumes_bit_for_bit(torch_compile: bool, inner: str, t
     whole = trainer(tmp_path / "run", ConvAwareCallback(options), sees, **how)
     whole.train()
     assert cacompile.session(whole.model).config == cacompile.Config(**options)
+    assert cacompile.session(whole.model).losses[0].tolist() == list(range(1, STEPS + 1))
+    notes = [record.getMessage() for record in caplog.records if record.name == "cacompile.notes"]
+    assert len(notes) == 1 and re.match(r"convaware: \d+ of \d+ weights can be skipped, from step 2 on", notes[0])
     losses = [logs for logs in sees.logs if "loss" in logs]
     assert len(losses) == STEPS and all(logs.keys() >= LOGGED for logs in losses)
     assert [logs.keys() >= LOGGED for logs in whole.state.log_history] == STEPS * [True] + [False]
@@ -164,6 +163,38 @@ def test_trainer_is_told_what_does_not_fit(options: Any, settings: dict[str, Any
 
     with pytest.raises(cacompile.ConvAwareError, match=words):
         train()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tolerance": 2}, "'tolerance' must be between"),
+        ({"keep": 3}, "'keep' must be a tuple"),
+        ({"max_autotun": True}, "did you mean 'max_autotune'"),
+        ({"nothing_like_it": 1}, "known: block_rows, estimate, .*warmup_steps$"),
+        (3, "options must be a dict"),
+    ],
+)
+def test_options_are_checked_when_the_callback_is_made(options: Any, words: str):
+    with pytest.raises(cacompile.ConvAwareError, match=words):
+        ConvAwareCallback(options)
+
+
+def test_a_schedule_is_checked_when_the_callback_is_made():
+    from cacompile.integrations import lightning, transformers
+
+    for module in (lightning, transformers):
+        with pytest.raises(cacompile.ConvAwareError, match="unknown kind of schedule: 'GradualUnfreesing'; did you"):
+            module.FreezingCallback({"kind": "GradualUnfreesing", "layers": [], "every": 1})
+        made = module.FreezingCallback({"kind": "GradualUnfreezing", "layers": ["a", "b"], "every": 1})
+        assert made.schedule.frozen(0) == ("a",)
+
+
+def test_a_model_compiled_already_is_told_of_when_the_trainer_is_made(tmp_path: Path):
+    made = trainer(tmp_path, ConvAwareCallback())
+    made.model.compile(backend="convaware")
+    with pytest.raises(cacompile.ConvAwareError, match="compiled already"):
+        Trainer(made.model, made.args, callbacks=[ConvAwareCallback(OPTIONS)])
 
 
 ACCELERATED = {
@@ -286,6 +317,8 @@ def test_lightning_logs_and_resumes_bit_for_bit(package: str, tmp_path: Path):
     with open(Path(trainer.logger.log_dir) / "metrics.csv") as lines:
         rows = list(csv.DictReader(lines))
     assert len(rows) == STEPS and rows[0].keys() >= LOGGED
+    assert float(trainer.progress_bar_metrics["saved"]) == pytest.approx(cacompile.status(whole).saved_step, abs=0.1)
+    assert cacompile.session(whole).losses[0].tolist() == list(range(1, STEPS + 1))
     assert float(rows[0]["convaware/skipped_dw"]) == 0.0 < float(rows[-1]["convaware/skipped_dw"])
     again, _ = fit("again", tmp_path / "whole" / f"step={STEPS // 2}.ckpt")
     assert_equal_runs(again, whole)

@@ -32,7 +32,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 cacompile.session(model).pin(keep=1.0)
 for step in range(12):
     if step == 6:
-        cacompile.session(model).pin({"up.neurons[0:16]": False})
+        cacompile.session(model).pin([False, True, True, True])
     run(torch.randn(8, 32)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()

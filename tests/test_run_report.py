@@ -73,7 +73,9 @@ class Trained:
         self.generator = torch.Generator().manual_seed(0)
         for step in range(1, 41):
             tokens = torch.randint(0, 48, (4, 12), generator=self.generator)
-            F.cross_entropy(compiled(tokens).flatten(0, 1), (tokens * 5 + 1).remainder(48).flatten()).backward()
+            loss = F.cross_entropy(compiled(tokens).flatten(0, 1), (tokens * 5 + 1).remainder(48).flatten())
+            loss.backward()
+            self.session.note_loss(loss.item())
             optimizer.step()
             optimizer.zero_grad()
             if step in (3, 5):
@@ -130,12 +132,35 @@ def test_the_page_says_what_the_session_says(trained: Trained, tmp_path: Path):
     total, saved = session.flops
     backwards, masked = session.backwards
     assert 0 < saved < total and 0 < masked < backwards == 40
-    assert f"{100 * saved / total:.1f}% of dW FLOPs were skipped in 40 steps" in page
-    assert f"{amount(saved)} of {amount(total)}" in page and f"{masked} of {backwards}" in page
+    whole = session.step_flops
+    assert f"{100 * saved / whole:.1f}% of the FLOPs of 40 steps were skipped, {100 * saved / total:.1f}% of dW" in page
+    assert f"{amount(saved)} of {amount(whole)}" in page and f"{masked} of {backwards}" in page
+    dx = 1 - (total + session.forward_flops) / whole
+    assert f"dX {100 * dx:.1f}%, dW {100 * total / whole:.1f}%" in page
     assert all(f"<code>{name}</code>" in page for name in session.families)
     assert all(html.escape(row.reason) in page for row in trained.explained.rows if row.reason)
     assert '<td>0.3</td><td class="quiet">default: 0.05</td>' in page and str(torch.__version__) in page
-    assert page.count("<svg") == 4 + 3 * 3, "of the whole run four, of each of three kinds three"
+    assert page.count("<svg") == 5 + 3 * 3, "of the whole run five, of each of three kinds three"
+    about = session.about["run"]
+    assert about.keys() == {"model", "began", "device", "optimizer"} and about["optimizer"] == "AdamW"
+    assert all(html.escape(text) in page for text in about.values()) and about["model"].startswith("Net, ")
+    steps, losses = session.losses
+    assert steps.tolist() == list(range(40)) and f"{losses[-1]:.4g}" in page
+
+
+def test_a_state_of_before_has_no_steps_and_says_so(trained: Trained, tmp_path: Path):
+    """As format 7 was: FLOPs of forward passes, of steps at each measurement, reasons and losses are not known."""
+    state = trained.states[40]
+    history = {name: value for name, value in state["history"].items() if name != "step_flops"}
+    about = {name: value for name, value in state["about"].items() if name not in ("why", "run")}
+    kept = {name: value for name, value in state.items() if name not in ("forward_flops", "losses")}
+    old = {**kept, "format": 7, "history": history, "about": about}
+    page = written(old, tmp_path, "old.html")
+    assert "Share of dW that was skipped" in page and "Share of the steps that" not in page
+    assert "dX" not in page and page.count("<svg") == 4 + 3 * 3 and "nan" not in page.lower()
+    nothing = written({**old, "flops": (old["flops"][0], 0.0)}, tmp_path, "nothing.html")
+    assert "saved by an earlier version" in nothing
+    assert written(state, tmp_path, "new.html").count("Share of the steps that") == 1
 
 
 def test_a_file_is_enough(trained: Trained, tmp_path: Path):
@@ -154,6 +179,7 @@ def test_rows_are_the_history(trained: Trained, tmp_path: Path):
         wide = rows.pivot(index="step", columns="group", values=name)[list(kept.groups)]
         np.testing.assert_allclose(wide.to_numpy(), table, rtol=1e-6, err_msg=name)
     runs = rows.groupby("step").first()
+    assert (runs.step_flops == kept.step_flops).all() and (kept.step_flops > 2.9 * kept.total).all()
     assert (runs.dw_flops == kept.total).all() and (runs.dw_flops_saved == kept.saved).all()
     assert (runs.backwards_masked == kept.masked).all() and (runs.groups_skipped == kept.skipped).all()
     assert set(rows.kind) == {"heads", "neurons", "tokens"}
@@ -176,8 +202,10 @@ def test_tensorboard_reads_it(trained: Trained, tmp_path: Path):
             known = np.isfinite(values)
             assert list(found) == run.history.step[known].tolist()
             np.testing.assert_allclose(list(found.values()), values[known], rtol=1e-5)
-    shares = [event.value for event in events.Scalars("run/dW share skipped since the last measurement")]
-    np.testing.assert_allclose(shares, run.shares, rtol=1e-5, atol=1e-7)
+    for tag, values in (("dW", run.shares), ("step", run.step_shares)):
+        shares = [event.value for event in events.Scalars(f"run/{tag} share skipped since the last measurement")]
+        np.testing.assert_allclose(shares, values, rtol=1e-5, atol=1e-7)
+    assert [event.value for event in events.Scalars("run/loss")] == pytest.approx(run.losses[1].tolist())
     assert [event.step for event in events.Histograms("groups/keep")] == run.history.step.tolist()
 
 

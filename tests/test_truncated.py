@@ -198,6 +198,33 @@ def test_as_without_requires_grad(case: Case, inner: str) -> None:
             assert buffer == 5 and buffers[name] == 1
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("checkpointed", "everything")])
+def test_a_step_is_counted_as_far_down_as_it_goes(name: str) -> None:
+    """Forward pass, dX and dW, as torch counts them where the same parameters have requires_grad=False."""
+    case = CASES[name]
+    model, batch = case.model(), case.batch()
+    theirs = oracle(model, case.frozen)
+    run, session = compile_all(model, "convaware", **EAGER), cacompile.session(model)
+    step_of((model, run), batch)
+    for each in case.frozen:
+        session.freeze(each)
+    step_of((model, run), batch)
+    step, dw, forward = session.step_flops, session.flops[0], session.forward_flops
+    step_of((model, run), batch)
+    with FlopCounterMode(display=False) as counter:
+        theirs(*batch)
+    assert session.forward_flops - forward == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        square_mean(theirs(*batch)).backward()
+    assert session.step_flops - step == counter.get_total_flops()
+    trained = sum(session.params[n].flops.sum() for n, p in theirs.named_parameters() if p.requires_grad)
+    assert session.flops[0] - dw == pytest.approx(trained)
+    found = cacompile.explain(model).step
+    assert (found.forward, found.dw) == (session.forward_flops - forward, session.flops[0] - dw)
+    if "breaks" not in name:  # a graph by itself does not know that nothing is trained below it
+        assert found.total == counter.get_total_flops()
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

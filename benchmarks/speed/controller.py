@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         rows.append((case, name, "memory over the parameters'", "%", Spread.of([100.0 * kept / size])))
     print(tabulate([(arm, measure, f"{spread} %") for _, arm, measure, _, spread in rows], ["", "of", "share"]))
     status = cacompile.status(model)
-    skipped = f"{status.saved_flops / status.total_flops:.0%} of dW skipped"
+    skipped = f"{status.saved_flops / status.dw_flops:.0%} of dW skipped"
     print(f"{case}; median [quartiles] of {args.rounds} rounds of {every} steps; {skipped}")
     write_rows(args.out, "controller", rows)
     return rows

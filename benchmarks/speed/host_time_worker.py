@@ -65,7 +65,7 @@ class Arm:
         if not self.is_ours or not self.optimizer.state:
             return 0.0, 0.0
         status = cacompile.status(self.model)
-        return status.saved_flops, status.total_flops
+        return status.saved_flops, status.dw_flops
 
 
 def main(layers: int, width: int) -> None:

@@ -17,7 +17,7 @@ from .turns import next_turns
 FREE, OFF, ON = -1, 0, 1
 """What a pin says of a block."""
 
-SHOWN = ("score", "mean_descent", "update_ratio", "flops")
+SHOWN = ("score", "mean_descent", "update_ratio", "descent", "flops")
 """Columns that no mask follows from before the next decision: for sessions, which are the same on every rank."""
 
 
@@ -89,7 +89,8 @@ class Agreed:
         else:
             index = Numbering(self.of_block, self.turn)
             young = np.repeat(steps < self.warmup_steps, self.blocks)
-            keep, phase = index.least(self.keep), index.least(self.phase)
+            keep = index.least(np.where(self.pinned == FREE, self.keep, 1.0))
+            phase = index.least(self.phase)
             chosen, phase = next_turns(keep, phase, self.turn, self.role, (self.seed, step, self.key))
             self.phase = phase[self.of_block]
             chosen |= ~index.every((self.age < self.max_age) & ~young)
@@ -124,6 +125,8 @@ class Followed:
         """Let this rank's sessions see what has been measured and decided."""
         for name, values in (*self.agreed.shown.items(), ("keep", self.agreed.keep)):
             getattr(self.table, name)[self.rows] = values
+        for param in self.params:
+            param.decided = (0, param.step)
 
     def draw(self, step: int) -> None:
         """The next step's mask, also in the table."""

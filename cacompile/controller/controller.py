@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -24,11 +25,14 @@ from .lending import lend
 from .monitor import Found, learn, measure, measure_together, settings_by_param
 from .movement import moved, moved_here, sample
 from .optimizers import adapter_of, statistic_of
-from .policy import keep_probabilities, mean_descent
+from .policy import mean_descent
 from .spikes import EARLY, believed_ratio, was_spike
 from .turns import next_turns
+from .weigh import step_flops, weigh
 
 log = logging.getLogger(__name__)
+
+_numbers = itertools.count(1)
 
 
 class Controller:
@@ -40,6 +44,8 @@ class Controller:
         self.table = BlockTable.of(self.params)
         self.rows = _rows(self.params)
         """Its rows in the table, in the order of `params`."""
+        self.number = next(_numbers)
+        """Its own in the process; parameters tell by it which one has weighed them, against which others."""
         self._blocks = [param.blocks for param in self.params]
         self._segments = Tables()
         self._index = GroupIndex(self.params)
@@ -162,8 +168,9 @@ class Controller:
             on = chosen[index.of_block]
         for param, part in zip(self.params, np.split(on, np.cumsum(self._blocks)[:-1])):
             if param.pin is not None:
-                part[:] = param.pinned_mask()
-                param.column("keep")[:] = param.pin.keep_of(param)
+                held = param.pinned_blocks
+                part[held] = param.pinned_mask()[held]
+                param.column("keep")[held] = param.pin.keep_of(param)[held]
         return on
 
     def averaged(self, optimizer: Optimizer | None) -> np.ndarray:
@@ -185,7 +192,9 @@ class Controller:
         index = self._index
         # with a parameter's key, so that the controllers of one model do not draw alike
         counters = self.config.seed, step, self.params[0].key or 0
-        keep, phase = index.least(self.column("keep")), index.least(self.column("phase"))
+        held = np.concatenate([param.pinned_blocks for param in self.params])
+        keep = index.least(np.where(held, 1.0, self.column("keep")))  # what a pin leaves of a group goes on as it was
+        phase = index.least(self.column("phase"))
         on, phase = next_turns(keep, phase, index.turn, index.role, counters)
         self.table.phase[self.rows] = phase[index.of_block]
         return on
@@ -220,11 +229,6 @@ class Controller:
                 ready.append((param, known))
         return ready
 
-    def _step_flops(self) -> float | None:
-        """FLOPs of a whole step, of what has been counted so far; None where nothing has."""
-        dw, whole = (sum(map(of, self.params)) for of in (lambda p: int(p.counted.sum()), lambda p: p.step_counted))
-        return float(self.column("flops").sum()) * whole / dw if dw and whole else None
-
     def _count(self) -> None:
         """Bring the FLOPs of each block up to date."""
         for param in self.params:
@@ -236,29 +240,21 @@ class Controller:
         index, flops, settings = self._index, self.column("flops"), settings_by_param(optimizer)
         rate = np.repeat([rate_of(settings.get(id(param.param), {})) for param in self.params], self._blocks)
         descent, last = self.column("score") * rate, last_score * rate
-        # what is frozen wins nothing and costs nothing; what is always kept is not to be weighed against others
+        self.table.descent[self.rows] = descent
         fixed = np.concatenate([param.frozen_blocks for param in self.params])
         fixed |= ~index.every(~self.column("kept"))[index.of_block]
-        descent, last, flops = (np.where(fixed, 0.0, each) for each in (descent, last, flops))
+        descent, last = (np.where(fixed, 0.0, each) for each in (descent, last))
         measurements = np.repeat([param.step for param in self.params], self._blocks) / self.config.monitor_every
         usual = self.column("mean_descent")
         spike = was_spike(usual, descent, last, early=self._step <= EARLY * self.config.monitor_every)
         movement = believed_ratio(self.column("update_ratio"), last_ratio, spike=spike)
         self.table.mean_descent[self.rows] = means = mean_descent(usual, descent, measurements, last)
-        # what costs nothing need not be known, nor what has had no gradient yet while the rest of its group has
-        known = np.isfinite(descent)
-        some = index.sum(known & (flops > 0.0))[index.of_block] > 0.0
-        descent = np.where(~known & ((flops == 0.0) | some), 0.0, descent)
-        counted = np.where(known, flops, 0.0)
-        with np.errstate(invalid="ignore"):
-            moving = np.where(counted > 0.0, movement * counted, 0.0)
-            ratio = index.sum(moving) / index.sum(counted)
-        descent = index.sum(descent)
-        means = index.sum(np.nan_to_num(means))
-        every = index.sum(flops)
-        keep = keep_probabilities(descent, ratio, every, means, self.config, index.turns, self._step_flops())
+        weighed = weigh(index, descent, movement, flops, means, fixed, step_flops(self.params))
+        keep = weighed.keep(self.config)
         self.table.keep[self.rows] = keep[index.of_block]
-        note(self.params, index, self._step, descent, ratio)
+        for param in self.params:
+            param.decided = (self.number, self._step)
+        note(self.params, index, self._step, weighed.descent, weighed.ratio)
 
 
 def _rows(params: Sequence[ParamState]) -> slice | np.ndarray:

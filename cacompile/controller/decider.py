@@ -117,7 +117,9 @@ class Decider(Controller):
             here = slice(start, start + param.blocks)
             start += param.blocks
             if param.pin is not None:
-                pinned[here], keep[here] = param.pinned_mask(), param.pin.keep_of(param)
+                held = param.pinned_blocks
+                pinned[here] = np.where(held, param.pinned_mask(), FREE)
+                keep[here] = np.where(held, param.pin.keep_of(param), keep[here])
         config, blocks = self.config, len(keep)
         return Agreed(
             places=[param.place for param in self.params],

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from cacompile.errors import ConvAwareError
 from cacompile.passes.plan import SharedAxis
 
-from .facts import DOCUMENTED, ExplainedGroup, ExplainedParam, Facts, Uncounted
+from .facts import DOCUMENTED, ExplainedGroup, ExplainedParam, Facts, StepFlops, Uncounted
 from .graphs import VERSIONS, Graphs
 from .products import ExplainedProduct, Version
 
-VERSION: Literal[3] = 3
+VERSION: Literal[4] = 4
 """Rises whenever a field comes, goes or changes its meaning."""
 
 
@@ -51,13 +51,15 @@ class Document:
     """What `cacompile.explain(model).to_json()` writes; `python -m cacompile.explanation.schema` makes its schema."""
 
     format: Literal["cacompile.explain"]
-    version: Literal[3]
+    version: Literal[4]
     """Rises whenever a field comes, goes or changes its meaning."""
     made_by: MadeBy
     graphs: int
     """Compiled graphs."""
     nodes: int
     """Nodes of the joint graphs."""
+    step: StepFlops
+    """FLOPs of one step of the compiled graphs: what savings are a share of."""
     coverage: float
     """Share of the compiled graphs' dW FLOPs that masked operations compute, 0 to 1."""
     semantic: float

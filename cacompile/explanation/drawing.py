@@ -76,12 +76,25 @@ class Drawing:
 
 
 class Svg(str):
-    """A picture, as text; a notebook shows it."""
+    """A picture, as text: a notebook shows it, a file takes it, and printed it says what it shows."""
 
-    __slots__ = ()
+    words: str
+
+    def __new__(cls, text: str, words: str = "") -> Svg:
+        made = super().__new__(cls, text)
+        made.words = words
+        return made
+
+    @property
+    def text(self) -> str:
+        """The SVG itself."""
+        return self[:]
 
     def _repr_svg_(self) -> str:
-        return str(self)
+        return self.text
+
+    def __str__(self) -> str:
+        return f"{self.words}\n(an SVG of {len(self):,} characters: a notebook shows it, path= writes it, .text has it)"
 
 
 def title(text: str) -> Line:
@@ -139,7 +152,18 @@ def svg(drawing: Drawing) -> Svg:
     """
     laid_out = _laid_out(dot(drawing))
     head, end, rest = laid_out[laid_out.index("<svg") :].partition(">")
-    return Svg(f"{head}{end}<style>\n{render('drawing.css.jinja')}</style>\n{rest}")
+    text = f"{head}{end}<style>\n{render('drawing.css.jinja')}</style>\n{rest}"
+    return Svg(text, "\n".join(_lines(drawing)))
+
+
+def _lines(drawing: Drawing) -> Iterator[str]:
+    """What is drawn, a line each."""
+    for line in drawing.lines:
+        yield "".join(word.text for word in line)
+    for boxes, head in [*((cluster.boxes, cluster.lines) for cluster in drawing.clusters), (drawing.boxes, ())]:
+        yield from ("".join(word.text for word in line) for line in head)
+        for box in boxes:
+            yield "  " + ", ".join(" ".join("".join(word.text for word in line).split()) for line in box.lines)
 
 
 def _laid_out(text: str) -> str:

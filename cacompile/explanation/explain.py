@@ -25,7 +25,7 @@ from . import code as annotated
 from . import tables
 from .document import text as document
 from .drawing import Svg, dot, svg
-from .facts import ExplainedParam, Facts
+from .facts import ExplainedParam, Facts, StepFlops
 from .families import families_of
 from .graphs import Graphs, along
 from .groups import list_groups
@@ -43,13 +43,20 @@ _UNSEEN = "in no compiled graph that has run"
 class Explanation(Facts):
     """What `explain` found; prints as a table."""
 
-    def code(self, version: str, graph: int = 0, path: str | os.PathLike[str] | None = None) -> str:
+    def code(
+        self, version: str | None = None, graph: int | None = None, path: str | os.PathLike[str] | None = None
+    ) -> str:
         """A graph as Python code, with what is known of each weight gradient beside the line that computes it.
 
-        version: `joint`, `forward`, `backward` (the dense one) or `masked`, as Inductor gets them.
-        graph: which one, as in `rows`. Written to `path` as well. Raises ConvAwareError for what there is not.
+        version: `joint`, `forward`, `backward` (the dense one) or `masked`, as Inductor gets them; by default the last
+        of backward and masked that there is, else joint. graph: which one, as in `rows`; by default the first, or
+        without a version that in which most can be skipped. Written to `path` as well. Raises ConvAwareError for what
+        there is not.
         """
-        return _written(annotated.code(self.context(graph), _version(version)), path)
+        if graph is None:
+            graph = 0 if version is not None else self.dearest
+        context = self.context(graph)
+        return _written(annotated.code(context, _version(version or context.graphs.newest)), path)
 
     def diff(self, graph: int = 0, path: str | os.PathLike[str] | None = None) -> str:
         """Unified diff of a graph's dense backward to its masked one, with comments; written to `path` as well."""
@@ -57,7 +64,7 @@ class Explanation(Facts):
 
     def show(
         self,
-        param: str,
+        param: str | None = None,
         format: str = "svg",
         *,
         version: str | None = None,
@@ -66,13 +73,19 @@ class Explanation(Facts):
     ) -> str:
         """A picture of what surrounds a parameter's dW: operands, products, groups, and where it goes.
 
+        Without a parameter, of what is skipped together in the whole model, as of `to_svg`.
         format: `svg`, for notebooks and browsers, or `dot`. version: as of `code`, by default the masked backward,
         or the joint graph where there is none. graph: by default the first in which it can be skipped. Written to
         `path` as well. Raises ConvAwareError for a parameter, version or format that there is not.
         """
         if format not in ("svg", "dot"):
             raise unknown("format", format, ("svg", "dot"))
-        drawing = neighbourhood(self, param, version and _version(version), graph)
+        if param is None:
+            if version is not None or graph is not None:
+                raise ConvAwareError("version and graph are of the picture of one parameter, and param is None")
+            drawing = picture(self)
+        else:
+            drawing = neighbourhood(self, param, version and _version(version), graph)
         return _written(dot(drawing) if format == "dot" else svg(drawing), path)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -85,7 +98,7 @@ class Explanation(Facts):
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """A page of its own: the picture, all families and all parameters; written to `path` as well."""
-        values = {"found": self, "svg": svg(picture(self)), "families": families_of(self), "tables": tables}
+        values = {"found": self, "svg": svg(picture(self)).text, "families": families_of(self), "tables": tables}
         return _written(render("explanation.html.jinja", **values), path)
 
     def __str__(self) -> str:
@@ -196,11 +209,25 @@ def _explanation(runs: Sequence[RanGraph], model: torch.nn.Module) -> Explanatio
         axes=_axes(plans, called),
         families=families_of_plans,
         untraced=dict(untraced),
+        step=_step(runs, called, since),
         nodes=sum(plan.nodes for plan in plans),
         analysis_s=sum(plan.analysis_s for plan in plans),
         ways_down=tuple(f"graph {i}: {text}" for i, text in enumerate(_ways_down(runs, called, since)) if text),
         traced=tuple(Graphs.of(i, run.plan, own, run.graph) for i, (run, own) in enumerate(zip(runs, called))),
     )
+
+
+def _step(runs: Sequence[RanGraph], called: Sequence[Mapping[str, str]], since: Mapping[str, int]) -> StepFlops:
+    """Of all graphs, without what is frozen, and dX that only it needs, where a backward may end above that."""
+    forward = total = dw = 0
+    for run, names in zip(runs, called):
+        costs, flops = run.plan.costs, run.plan.flops_by_param
+        ends = run.graph is not None and run.graph.config.max_truncated > 0
+        frozen = [p for p in run.plan.params if ends and names.get(p.name, p.name) in since]
+        forward += costs.forward
+        total += costs.step - (costs.left_out([p.index for p in frozen]) if frozen else 0)
+        dw += run.plan.flops - sum(flops.get(p.name, 0) for p in frozen)
+    return StepFlops(int(forward), max(0, int(total - forward - dw)), int(dw))
 
 
 def _ways_down(runs: Sequence[RanGraph], called: Sequence[Mapping[str, str]], since: Mapping[str, int]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from cacompile.errors import ConvAwareError, renamed
 from cacompile.pages.numbers import count
 from cacompile.passes.plan import SharedAxis, Slice
+from cacompile.sessions.why import small_part
 
 from .fold import fold, fold_name, pattern
 from .graphs import Graphs
@@ -63,6 +64,25 @@ class ExplainedParam:
         if not self.counted:
             return f"at least {self.share:.1%}" if self.flops else "?"
         return f"{self.share:.1%}"
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """FLOPs of one step of the compiled graphs; counted, no farther down than their backwards go while frozen."""
+
+    forward: int
+    dx: int
+    dw: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.dx + self.dw
+
+    @property
+    def text(self) -> str:
+        """`forward 33.4%, dX 33.3%, dW 33.3%`."""
+        parts = {"forward": self.forward, "dX": self.dx, "dW": self.dw}
+        return ", ".join(f"{name} {part / (self.total or 1):.1%}" for name, part in parts.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +144,8 @@ class Context:
 
 
 DOCUMENTED = (
-    "graphs", "nodes", "coverage", "semantic", "outside", "uncounted", "untraced", "rows", "groups", "axes", "families",
+    "graphs", "nodes", "step", "coverage", "semantic", "outside", "uncounted", "untraced", "rows", "groups", "axes",
+    "families",
 )  # fmt: skip
 """What a Document has of Facts, under the same names."""
 
@@ -160,6 +181,7 @@ class Facts:
     traced: tuple[Graphs | None, ...] = field(default=(), repr=False, compare=False)
     """The graphs themselves; None in an explanation that was pickled."""
 
+    step: StepFlops = StepFlops(0, 0, 0)
     ways_down: tuple[str, ...] = ()
     """Where the backward of each graph ends while something of it is frozen, in words."""
 
@@ -172,6 +194,12 @@ class Facts:
     def coverage(self) -> float:
         """Share of the compiled graphs' dW FLOPs that masked operations compute, 0 to 1; see `outside`, `uncounted`."""
         return min(1.0, math.fsum(row.share for row in self.rows if row.operation))
+
+    @property
+    def coverage_of_step(self) -> float:
+        """Share of a step's FLOPs, forward and backward, that masked operations compute, 0 to 1: what can be saved."""
+        found = {(row.graph, row.param): row.flops for row in self.rows if row.operation and row.frozen < 0}
+        return min(1.0, sum(found.values()) / self.step.total) if self.step.total else 0.0
 
     @property
     def counted_of(self) -> str:
@@ -213,12 +241,14 @@ class Facts:
     def summary(self) -> list[str]:
         """What stands below a table of parameters."""
         lines = [
-            f"{self.masked} of {len(self.rows)} parameters masked, {self.coverage:.1%} of {self.counted_of} (counted), "
-            f"{self.semantic:.1%} of those in groups with a meaning, "
-            f"{count(len(self.families), 'family', 'families')}, {count(self.graphs, 'graph')}"
+            f"{self.masked} of {len(self.rows)} parameters masked: {self.coverage_of_step:.1%} of a step's FLOPs "
+            f"({self.step.text}), {self.coverage:.1%} of {self.counted_of} (counted), {self.semantic:.1%} of those in "
+            f"groups with a meaning, {count(len(self.families), 'family', 'families')}, {count(self.graphs, 'graph')}"
         ]
         if not self.rows:
             lines.append("nothing is trained: no parameter requires a gradient")
+        if warning := small_part(self.step.dw, self.step.total):
+            lines.append(warning)
         lines += [*self.ways_down, *self.beyond]
         if self.untraced:
             ends = ", ".join(f"{reason} ({times}x)" for reason, times in self.untraced.items())
@@ -236,6 +266,12 @@ class Facts:
     def to_dict(self) -> dict[str, Any]:
         """Plain values of all that JSON has too, but for versions and products."""
         return {name: to_plain(getattr(self, name)) for name in DOCUMENTED}
+
+    @property
+    def dearest(self) -> int:
+        """The graph in which most dW FLOPs can be skipped; 0 where there is none."""
+        flops = [sum(row.flops for row in self.rows if row.graph == i and row.operation) for i in range(self.graphs)]
+        return flops.index(max(flops)) if flops else 0
 
     def context(self, graph: int) -> Context:
         """What notes on one of the graphs need to know of the model."""

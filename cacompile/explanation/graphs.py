@@ -59,6 +59,11 @@ class Graphs:
         """Whether there is a masked version."""
         return self.backward is not None and self.plan.masked != ()
 
+    @property
+    def newest(self) -> str:
+        """The last of the versions that there is."""
+        return "masked" if self.maskable and self.plan.grads else "joint" if self.backward is None else "backward"
+
     def version(self, name: str) -> fx.Graph:
         """A copy of one version; nodes of the masked one have the names that they have in the dense one."""
         if name not in VERSIONS:

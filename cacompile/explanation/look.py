@@ -31,6 +31,7 @@ from cacompile.torch_internals import (
 )
 
 from .fake import faked
+from .progress import Progress, progress
 
 CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 """In newer torch only."""
@@ -46,12 +47,21 @@ class RanGraph(NamedTuple):
 
 def trace(model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RanGraph]:
     """All graphs that `model` would be compiled to, each checked by building its masked backward."""
+    with progress(f"explain {type(model).__name__}") as shown:
+        return _traced(model, config, args, kwargs, shown)
+
+
+def _traced(
+    model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: Mapping[str, Any], shown: Progress
+) -> list[RanGraph]:
+    shown.stage("reading the forward pass")
     runs: dict[tuple[int, ...], tuple[CompiledGraph, dict[str, torch.Tensor], dict[str, int]]] = {}
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if not has_trainable(inputs):
             return gm.forward
         sizes: dict[str, int] = {}
+        shown.stage(f"graph {len({key[0] for key in runs}) + 1}: tracing forward and backward")
 
         def interpreted(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
             return _interpreted(gm, sizes)
@@ -76,8 +86,9 @@ def trace(model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: M
     with faked(model, args, kwargs) as (originals, args, kwargs):
         with _untouched(model), _untouched_dynamo() as options, torch.enable_grad():
             torch.compile(fresh, backend=backend, **options)(*args, **kwargs)
-        for graph, *_ in runs.values():
+        for number, (graph, *_) in enumerate(runs.values(), 1):
             if graph.backward is not None:
+                shown.stage(f"masked backward {number} of {len(runs)}")
                 graph.backward.masked_version()
     found = [
         RanGraph(_at_sizes(graph, sizes), {name: originals.get(id(p), p) for name, p in params.items()}, graph)

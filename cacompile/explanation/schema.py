@@ -12,13 +12,14 @@ from pydantic.json_schema import GenerateJsonSchema
 from cacompile.passes.plan import SharedAxis, Slice
 
 from .document import Document, DocumentedProduct, MadeBy, VersionSizes
-from .facts import ExplainedGroup, ExplainedParam, Uncounted
+from .facts import ExplainedGroup, ExplainedParam, StepFlops, Uncounted
 
 FILE = Path(__file__).with_name("explain.schema.json")
 
 
 _PARTS = (
-    Document, DocumentedProduct, ExplainedGroup, ExplainedParam, MadeBy, SharedAxis, Slice, Uncounted, VersionSizes,
+    Document, DocumentedProduct, ExplainedGroup, ExplainedParam, MadeBy, SharedAxis, Slice, StepFlops, Uncounted,
+    VersionSizes,
 )  # fmt: skip
 _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

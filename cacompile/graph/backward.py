@@ -238,6 +238,7 @@ class BackwardVersions:
                 sizes = self._sizes(args)
                 binding.count_backward(sizes)
                 if (binding.wants_masked() or binding.frozen) and self._is_read(binding):
+                    self._count_cut(binding, sizes, whole.truncated)
                     return Choice(whole)
                 masked = self._ready_masked(binding) if binding.wants_masked() else None
                 none = self._none(binding, handle) | whole.truncated
@@ -259,6 +260,7 @@ class BackwardVersions:
                 flags = None
                 if masked is not None:
                     on_device = binding.leave_out(sizes)
+                self._count_cut(binding, sizes, none & version.truncated)
                 if version.masked:
                     args += [on_device, binding.host_flags] if version.host else [on_device]
                     flags = binding.host_flags.numpy()
@@ -267,6 +269,11 @@ class BackwardVersions:
             del args[count:]
             warn_of_fault(log, "choosing the version of a backward", "this backward computes all weight gradients")
         return Choice(whole)
+
+    def _count_cut(self, binding: GraphBinding, sizes: Sequence[int], places: frozenset[int]) -> None:
+        """These gradients are None, and what only they need is not computed: not because a mask says so."""
+        positions = (i for i, place in self._places.items() if place in places) if places else ()
+        binding.count_cut(sizes, frozenset(positions))
 
     def truncated_version(self, binding: GraphBinding, dead: frozenset[int]) -> Version | None:
         """The version for what is frozen now and these inputs, by position, before any mask; None for the dense one."""

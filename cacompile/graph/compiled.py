@@ -352,6 +352,7 @@ class CompiledGraph:
             return self._endings.learn(compiled, [*args, handle])
         # DistributedDataParallel waits for all its parameters, if only for them to have no gradient
         if over and running_ddp() is None:
+            binding.count_forward()
             return self._endings.run(compiled, [*args, handle])
         return compiled(*args, handle)
 

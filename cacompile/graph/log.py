@@ -12,6 +12,7 @@ from torch import fx
 
 from cacompile.kernels.ranges import named
 from cacompile.layout import MaskLayout
+from cacompile.notes import SLOW, say
 from cacompile.passes.plan import Plan, WeightGrad
 from cacompile.torch_internals import CompileContext, Range, counters, trace_structured
 
@@ -95,24 +96,18 @@ class CompileLog:
         """The masked version is compiled."""
         if not self._quiet:
             masked = len(plan.masked or ())
-            log.info(
-                "graph %s: masked backward compiled, %d of %d gradients masked, %.2f s",
-                self._graph,
-                masked,
-                len(plan.grads),
-                seconds,
-            )
+            self._took(seconds, f"masked backward compiled, {masked} of {len(plan.grads)} gradients masked")
 
     def truncated(self, places: int, nodes: int, seconds: float) -> None:
         """A truncated version is compiled."""
         if not self._quiet:
-            log.info(
-                "graph %s: truncated backward compiled: %d gradients are None, %d nodes are left, %.2f s",
-                self._graph,
-                places,
-                nodes,
-                seconds,
-            )
+            what = f"truncated backward compiled: {places} gradients are None, {nodes} nodes are left"
+            self._took(seconds, what)
+
+    def _took(self, seconds: float, what: str) -> None:
+        """A version is there, and a step may have waited for it."""
+        line = f"graph {self._graph}: {what}, {seconds:.2f} s"
+        say(line) if seconds >= SLOW else log.info(line)
 
     def lean(self, places: int) -> None:
         """A forward that saves less is compiled."""

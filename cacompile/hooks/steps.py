@@ -108,11 +108,11 @@ class Controllers:
             if not isinstance(controller, Shared):
                 controller.advance(optimizer)
                 for param in controller.params:
-                    param.stepped = now
+                    param.stepped, param.optimizer = now, type(optimizer).__name__
         self.agree(optimizer, steps_of(optimizer))
         for agreement in self._agreements.values():
             for param in agreement.members:
-                param.stepped = now
+                param.stepped, param.optimizer = now, type(optimizer).__name__
 
     def agree(self, optimizer: Optimizer | None, steps: int | None = None) -> None:
         """A step is done, also on all other ranks. steps: so far; counted here where the owner is no optimizer."""

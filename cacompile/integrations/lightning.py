@@ -16,12 +16,15 @@ from __future__ import annotations
 import importlib
 import logging
 import weakref
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from cacompile.schedules import Follow, Schedule
 from cacompile.sessions.session import session
 
-from .shared import missing, numbers
+from .shared import Reporter, missing
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +46,10 @@ _Callback: Any = type("_Callback", _bases(), {})
 
 
 class ConvAwareCallback(_Callback):
-    """Logs `convaware/...` (`shared.numbers`) every `log_every_n_steps`; its state is the session's.
+    """Logs `convaware/...` (`cacompile.status(model).to_dict()`) every `log_every_n_steps`; its state is the session's.
+
+    The progress bar shows `saved`, the share of the steps' FLOPs that was left out so far. A loss that the training
+    step returns is kept for the session's report.
 
     A run that continues from a checkpoint of Lightning (`trainer.fit(..., ckpt_path=...)`) continues bit for bit where
     Lightning itself does: within an epoch, a loader without a state of its own begins its data anew.
@@ -52,6 +58,7 @@ class ConvAwareCallback(_Callback):
     def __init__(self) -> None:
         self._module: weakref.ref[Any] | None = None
         self._waiting: dict[str, Any] | None = None
+        self._reporter = Reporter()
 
     @property
     def state_key(self) -> str:
@@ -68,7 +75,13 @@ class ConvAwareCallback(_Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer._logger_connector.should_update_logs:  # as Lightning's own callbacks ask
-            pl_module.log_dict(numbers(pl_module))
+            found = self._reporter.numbers(pl_module)
+            pl_module.log_dict(found)
+            if found:
+                pl_module.log("saved", found["convaware/saved_step"], prog_bar=True, logger=False)
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+                session(pl_module).note_loss(float(loss))
 
     def state_dict(self) -> dict[str, Any]:
         """The session's state; empty before `setup`."""
@@ -87,12 +100,12 @@ class ConvAwareCallback(_Callback):
 class FreezingCallback(_Callback):
     """Freezes and thaws layers as a schedule says, before each optimizer step's first batch, by the Trainer's steps.
 
-    schedule: one of `cacompile.schedules`. It is saved in checkpoints; a run that continues follows the saved one, and
-    the log says so if it is another. `trainer.global_step` counts the steps of all optimizers.
+    schedule: one of `cacompile.schedules`, or its `to_dict`. It is saved in checkpoints; a run that continues follows
+    the saved one, and the log says so if it is another. `trainer.global_step` counts the steps of all optimizers.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: Schedule | Mapping[str, Any]) -> None:
+        self.schedule = schedule if isinstance(schedule, Schedule) else Schedule.of(schedule)
         self._follow: Follow | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""What all integrations have in common: the numbers they log, and what they say when something is missing."""
+"""What all integrations have in common: the numbers they log, what they say first, and what is said when one lacks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import logging
 
 import torch
 
-from cacompile.sessions.session import session
-from cacompile.sessions.status import status
+from cacompile.notes import say
+from cacompile.sessions.status import Status, status
+from cacompile.sessions.why import small_part
 from cacompile.torch_internals import warning_once
 
 log = logging.getLogger(__name__)
@@ -15,27 +16,30 @@ log = logging.getLogger(__name__)
 BACKEND = "convaware"
 
 
-def numbers(model: torch.nn.Module) -> dict[str, float]:
-    """Where training stands, as numbers to log; empty, and said once, if no graph of the model is convaware's.
+class Reporter:
+    """Numbers of a model to log, and one line when they are asked for first."""
 
-    `convaware/skipped_dw`: share of all dW FLOPs that the next step skips, 0 to 1. `convaware/keep`: mean probability
-    of being kept, over all groups. `convaware/saved_flops`: dW FLOPs left out so far; `convaware/saved_dw`: the same as
-    a share of what a dense run would have spent on dW by now; `convaware/saved_step`: of what it would have spent on
-    forward and backward passes.
-    """
-    if not session(model).bindings:
-        warning_once(
-            log, "nothing of %s is compiled by convaware: there is nothing to log or save", type(model).__name__
-        )
-        return {}
-    now = status(model)
-    return {
-        "convaware/skipped_dw": now.skipped_flops,
-        "convaware/keep": now.keep,
-        "convaware/saved_flops": now.saved_flops,
-        "convaware/saved_dw": now.saved_flops / now.total_flops if now.total_flops else 0.0,
-        "convaware/saved_step": now.saved_flops / now.step_flops if now.step_flops else 0.0,
-    }
+    def __init__(self) -> None:
+        self._said = False
+
+    def numbers(self, model: torch.nn.Module) -> dict[str, float]:
+        """`status(model).to_dict()`; empty, and said once, if no graph of the model is convaware's."""
+        now = status(model)
+        if not now.can:
+            warning_once(
+                log, "nothing of %s is compiled by convaware: there is nothing to log or save", type(model).__name__
+            )
+            return {}
+        if not self._said:
+            self._said = True
+            say(first_line(now))
+        return now.to_dict()
+
+
+def first_line(now: Status) -> str:
+    """`8 of 12 weights can be skipped, from step 20 on. Nothing is skipped in the first 20 steps ...`."""
+    parts = [f"convaware: {now.can}", small_part(now.dw_of_step, 1.0) if now.dw_of_step else "", now.why]
+    return ". ".join(part.rstrip(".") for part in parts if part)
 
 
 def missing(library: str, error: ImportError) -> ImportError:

@@ -23,7 +23,7 @@ from cacompile.schedules import Follow, Schedule
 from cacompile.sessions.session import session
 from cacompile.settings import settings
 
-from .shared import BACKEND, missing, numbers
+from .shared import BACKEND, Reporter, missing
 
 try:
     from transformers import TrainerCallback
@@ -50,7 +50,8 @@ class ConvAwareCallback(TrainerCallback):
     compiled in place when training begins, unless it is compiled already; where they ask for this backend, Accelerate
     compiles it with these options. Raises ConvAwareError where they ask for another one.
 
-    Every log of the training loss gets `convaware/...` (`shared.numbers`), every checkpoint a `cacompile.pt`. Resumed
+    Every log of the training loss gets `convaware/...` (`cacompile.status(model).to_dict()`), every checkpoint a
+    `cacompile.pt`, and the session's report the loss. Resumed
     training continues from it bit for bit. The Trainer does not tell its callbacks where it resumes from, so it is
     looked for in `args.resume_from_checkpoint` and `args.output_dir`: if you resume from a folder elsewhere, set the
     former too, besides giving it to `trainer.train`.
@@ -60,13 +61,16 @@ class ConvAwareCallback(TrainerCallback):
         settings(options)  # mistakes show up here, not when training begins
         self.options = dict(options or {})
         self._handed_on = False
+        self._reporter = Reporter()
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if _asked_for(args) and self.options:
             from accelerate.state import AcceleratorState
 
             AcceleratorState().dynamo_plugin.options = self.options
             self._handed_on = True
+        elif self.options and model is not None and is_compiled(model):
+            raise self._too_late()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._stand_first(sys._getframe(1).f_locals.get("self"))
@@ -78,10 +82,7 @@ class ConvAwareCallback(TrainerCallback):
         elif not is_compiled(model):
             model.compile(backend=BACKEND, options=self.options)
         elif self.options and not self._handed_on:
-            raise ConvAwareError(
-                f"options {self.options!r} of ConvAwareCallback come too late: the model is compiled already; "
-                "give them to torch.compile, or leave compiling to the callback"
-            )
+            raise self._too_late()
         self._handed_on = True
         if state.global_step:
             _resume(args, state, model)
@@ -89,8 +90,10 @@ class ConvAwareCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
             return
-        found = numbers(model)
+        found = self._reporter.numbers(model)
         logs.update(found)
+        if found and isinstance(logs["loss"], (int, float)):
+            session(model).note_loss(logs["loss"])
         # the Trainer has put a copy of `logs` in here already
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(found)
@@ -99,6 +102,12 @@ class ConvAwareCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and not args.save_only_model and folder.is_dir() and session(model).bindings:
             torch.save(session(model).state_dict(), folder / FILE)
+
+    def _too_late(self) -> ConvAwareError:
+        return ConvAwareError(
+            f"options {self.options!r} of ConvAwareCallback come too late: the model is compiled already; "
+            "give them to torch.compile, or leave compiling to the callback"
+        )
 
     def _stand_first(self, handler: Any) -> None:
         """Before those who send logs to TensorBoard and the like: Trainer puts its own callbacks first.

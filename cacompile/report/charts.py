@@ -16,19 +16,41 @@ from .svg import INK, KIND, MUTED, RULE, draw
 DASHES = (0, (4, 3))
 
 
+def knows_steps(run: RunData) -> bool:
+    """Whether the FLOPs of whole steps are known at all measurements; older states have those of dW alone."""
+    return bool(np.isfinite(run.history.step_flops).all())
+
+
 def share(run: RunData) -> str:
-    """Share of dW that was skipped, measurement by measurement and so far."""
+    """Share of the steps that was skipped, or of dW, measurement by measurement and so far."""
+    whole = knows_steps(run)
+    each, so_far = (run.step_shares, run.step_cumulative) if whole else (run.shares, run.cumulative)
 
     def paint(axes: Axes) -> None:
-        _stairs(axes, run, run.shares, fill=True, facecolor=KIND, alpha=0.28, edgecolor="none")
-        _stairs(axes, run, run.shares, color=KIND, linewidth=1.4, baseline=None, label="since the last one")
-        axes.plot(run.history.step, run.cumulative, color=INK, label="so far", **_dot(run.measurements))
+        _stairs(axes, run, each, fill=True, facecolor=KIND, alpha=0.28, edgecolor="none")
+        _stairs(axes, run, each, color=KIND, linewidth=1.4, baseline=None, label="since the last one")
+        axes.plot(run.history.step, so_far, color=INK, label="so far", **_dot(run.measurements))
         over_steps(axes, run)
-        _percents(axes, max(0.1, min(1.0, 1.15 * float(run.shares.max()))))
+        _percents(axes, max(0.02, min(1.0, 1.15 * float(each.max()))))
         _warm_up(axes, run)
         legend(axes)
 
-    return draw(220, paint, f"{percent(run.share)} of dW FLOPs were skipped in all")
+    what = f"{percent(run.whole_share)} of the steps' FLOPs" if whole else f"{percent(run.share)} of dW FLOPs"
+    return draw(220, paint, f"{what} were skipped in all")
+
+
+def loss(run: RunData) -> str:
+    """The loss, where somebody has told it."""
+    steps, values = run.losses
+
+    def paint(axes: Axes) -> None:
+        axes.plot(steps, values, color=INK, linewidth=1.4, **_dot(len(steps)))
+        over_steps(axes, run)
+        axes.set_xlim(0, max(int(steps[-1]), run.edges[-1]))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+
+    return draw(190, paint, f"Loss, {values[-1]:.4g} at the end")
 
 
 def flops(run: RunData) -> str:

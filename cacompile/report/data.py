@@ -12,6 +12,7 @@ import torch
 
 from cacompile.pages.numbers import count, percent
 from cacompile.sessions.checkpoint import checked_run
+from cacompile.sessions.why import NOT_COMPILED, small_part
 from cacompile.state.history import History
 
 
@@ -73,6 +74,10 @@ class RunData:
     saved: float
     step_flops: float
     """Those of a dense run's forward and backward passes."""
+    forward_flops: float
+    """Those of them that forward passes took; NaN where the state does not know."""
+    losses: tuple[np.ndarray, np.ndarray]
+    """(int64 [losses] optimizer steps done, float64 [losses]), of those that somebody has told of."""
     backwards: int
     masked: int
     pinned: bool
@@ -92,6 +97,8 @@ class RunData:
             total=state["flops"][0],
             saved=state["flops"][1],
             step_flops=state["step_flops"],
+            forward_flops=np.nan if state["forward_flops"] is None else state["forward_flops"],
+            losses=(state["losses"]["step"].numpy(), state["losses"]["loss"].numpy()),
             backwards=state["backwards"][0],
             masked=state["backwards"][1],
             pinned=state["pin"] is not None or any(entry["pin"] is not None for entry in params),
@@ -122,8 +129,30 @@ class RunData:
     def headline(self) -> str:
         if not self.step:
             return "No step has been done yet"
-        what = f"{percent(self.share)} of dW FLOPs were" if self.saved else "Nothing was"
-        return f"{what} skipped in {count(self.step, 'step')}"
+        if not self.saved:
+            return f"Nothing was skipped in {count(self.step, 'step')}"
+        steps = count(self.step, "step")
+        return f"{percent(self.whole_share)} of the FLOPs of {steps} were skipped, {percent(self.share)} of dW"
+
+    @property
+    def parts(self) -> str:
+        """What the steps' FLOPs are: `forward 33.3%, dX 33.3%, dW 33.3%`; dW alone where the state knows no more."""
+        if not self.step_flops:
+            return ""
+        dw, forward = self.total / self.step_flops, self.forward_flops / self.step_flops
+        if np.isnan(forward):
+            return f"dW {percent(dw)}"
+        return f"forward {percent(forward)}, dX {percent(max(0.0, 1.0 - forward - dw))}, dW {percent(dw)}"
+
+    @property
+    def small_part(self) -> str:
+        """A warning where dW is a small part of a step; empty where it is not."""
+        return small_part(self.total, self.step_flops)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells the run from others: model, when it began, device, optimizer; what is not known is not there."""
+        return dict(self.about.get("run", {}))
 
     @cached_property
     def edges(self) -> np.ndarray:
@@ -139,6 +168,16 @@ class RunData:
     def cumulative(self) -> np.ndarray:
         """float [P]: share of dW FLOPs that was skipped up to each measurement."""
         return _ratio(self.history.saved, self.history.total)
+
+    @cached_property
+    def step_shares(self) -> np.ndarray:
+        """float [P]: `shares`, of the steps' FLOPs; NaN where unknown."""
+        return _ratio(_steps(self.history.saved), _steps(self.history.step_flops))
+
+    @cached_property
+    def step_cumulative(self) -> np.ndarray:
+        """float [P]: `cumulative`, of the steps' FLOPs; NaN where unknown."""
+        return _ratio(self.history.saved, self.history.step_flops)
 
     @cached_property
     def masked_shares(self) -> np.ndarray:
@@ -210,21 +249,17 @@ class RunData:
     @property
     def why_nothing(self) -> str:
         """Why nothing has been skipped, in a sentence; empty if something has."""
-        options = self.about.get("options", {})
         if self.saved:
             return ""
-        if not self.history.groups:
-            return "No parameter has groups: the model has not been trained with backend='convaware' yet."
-        if self.pinned:
-            return "A mask is pinned that keeps everything."
-        for name in ("tolerance", "max_skip"):
-            if options.get(name) == 0.0:
-                return f"The option {name} is 0: nothing may be skipped."
-        if self.step <= options.get("warmup_steps", 0):
-            return f"Nothing is skipped in the first {options['warmup_steps']} steps (option warmup_steps)."
-        if not self.measurements:
-            return f"Scores are read every {options.get('monitor_every', 0)} steps; {self.step} have been done."
-        return "No group was cheap enough to give up: all move fast, or still win much for their FLOPs."
+        if not self.history.groups and not self.about:
+            return NOT_COMPILED
+        if self.about and not self.about["why"]["weights"]:
+            return "Why is not known: the state was saved by an earlier version."
+        return self.about["why"]["nothing"] if self.about else ""
+
+    def why(self, family: str) -> str:
+        """Why nothing of a family was skipped when the state was saved; empty if something was, or it is not known."""
+        return str(self.about.get("why", {}).get("families", {}).get(family, ""))
 
 
 def _frozen(params: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -245,7 +280,7 @@ def _steps(values: np.ndarray) -> np.ndarray:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0.0)
+    return np.divide(part, whole, out=np.where(np.isnan(whole), np.nan, 0.0), where=whole > 0.0)
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -39,12 +39,15 @@ def page(run: RunData) -> str:
 def _figures(run: RunData) -> list[tuple[str, str]]:
     known = run.step_seconds[np.isfinite(run.step_seconds)]
     figures = [
-        ("dW FLOPs saved", f"{amount(run.saved)} of {amount(run.total)}"),
-        ("of forward and backward", percent(run.whole_share)),
+        ("FLOPs saved", f"{amount(run.saved)} of {amount(run.step_flops)}"),
+        ("of dW", f"{percent(run.share)} of {amount(run.total)}"),
+        *([("what a step is", run.parts)] if run.parts else []),
         ("backwards masked", f"{run.masked:,} of {run.backwards:,}"),
         ("groups", f"{len(run.history.groups):,} in {count(len(run.families), 'family', 'families')}"),
     ]
     figures += [("frozen", line.removeprefix("frozen ")) for line in frozen_lines(run.frozen)]
+    if len(run.losses[0]):
+        figures.append(("loss, last", f"{run.losses[1][-1]:.4g}"))
     if run.measurements:
         figures.append(("skipped when last read", count(int(run.history.skipped[-1]), "group")))
     if len(known):
@@ -56,14 +59,19 @@ def _figures(run: RunData) -> list[tuple[str, str]]:
 def _whole(run: RunData) -> list[Picture]:
     from cacompile.report import charts as draw
 
+    title, note = "Share of the steps that was skipped", "Of the FLOPs of forward and backward; shaded: warm-up."
+    if not draw.knows_steps(run):
+        title, note = "Share of dW that was skipped", "Of the FLOPs of all weight gradients; shaded: warm-up."
     pictures = [
-        ("Share of dW that was skipped", "Of the FLOPs of all weight gradients; shaded: warm-up.", draw.share(run)),
+        (title, note, draw.share(run)),
         ("dW FLOPs so far", "What a dense run would have spent, and what was computed.", draw.flops(run)),
         ("Which backward ran", "Dense is Inductor's own; masked leaves out what the mask says.", draw.versions(run)),
     ]
     if np.isfinite(run.step_seconds).any():
         note = "Wall clock, with all that the loop does; a peak where masked ones begin is compiling."
         pictures.append(("Time of a step", note, draw.times(run)))
+    if len(run.losses[0]):
+        pictures.append(("Loss", "As whoever trains has told it.", draw.loss(run)))
     return [(*picture, _ANY) for picture in pictures]
 
 

@@ -13,7 +13,8 @@ from cacompile.pages.libraries import library
 
 from .data import RunData
 
-RUN_COLUMNS = ("step", "seconds", "dw_flops", "dw_flops_saved", "backwards", "backwards_masked", "groups_skipped")
+RUN_COLUMNS = ("step", "seconds", "step_flops", "dw_flops", "dw_flops_saved", "backwards", "backwards_masked",
+               "groups_skipped")  # fmt: skip
 GROUP_COLUMNS = ("family", "kind", "group", "keep", "descent", "update_ratio")
 
 
@@ -24,7 +25,7 @@ def write_csv(run: RunData, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow([*RUN_COLUMNS, *GROUP_COLUMNS])
         for i, step in enumerate(kept.step.tolist()):
-            numbers = (kept.seconds, kept.total, kept.saved, kept.backwards, kept.masked, kept.skipped)
+            numbers = (kept.seconds, kept.step_flops, kept.total, kept.saved, kept.backwards, kept.masked, kept.skipped)
             whole = [step, *(_text(float(values[i])) for values in numbers)]
             for g, group in enumerate(kept.groups):
                 family = int(kept.family[g])
@@ -42,6 +43,8 @@ def write_events(run: RunData, folder: Path) -> None:
     kept = run.history
     began = time.time() - run.seconds
     scalars = {
+        "run/step share skipped since the last measurement": run.step_shares,
+        "run/step share skipped so far": run.step_cumulative,
         "run/dW share skipped since the last measurement": run.shares,
         "run/dW share skipped so far": run.cumulative,
         "run/dW FLOPs saved": kept.saved,
@@ -55,6 +58,8 @@ def write_events(run: RunData, folder: Path) -> None:
         scalars[f"update ratio/{family.name}"] = family.update_ratio
     tables = {"keep": kept.keep, "log10 descent": kept.descent, "log10 update ratio": kept.update_ratio}
     with writer:
+        for step, loss in zip(*(values.tolist() for values in run.losses)):
+            writer.add_scalar("run/loss", loss, step)
         for i, (step, seconds) in enumerate(zip(kept.step.tolist(), kept.seconds.tolist())):
             for tag, values in scalars.items():
                 if np.isfinite(values[i]):

@@ -11,6 +11,7 @@ from cacompile.pages.numbers import percent, scientific
 from cacompile.pages.tables import Column, Names, Some, Table
 from cacompile.sessions.about import plain
 
+from .correlations import correlations
 from .data import RunData
 
 CHANGES = 12
@@ -33,6 +34,7 @@ def families(run: RunData) -> Table:
         Column("skipped now", lambda family: percent(family.share[-1]), "number"),
         Column("descent", lambda family: scientific(family.descent[-1]), "number"),
         Column("update ratio", lambda family: scientific(family.update_ratio[-1]), "number"),
+        Column("why not", lambda family: run.why(family.name), wraps=True),
     )
     steps = f"steps {run.history.step[0]} to {run.history.step[-1]}" if run.measurements else "no step"
     return Table(columns, tuple(run.families), f"Families, {steps}")
@@ -49,6 +51,18 @@ def reasons(run: RunData) -> Table:
     return Table(columns, tuple(run.reasons), "What stays dense")
 
 
+def together(run: RunData) -> Table:
+    """A row for each kind whose scores can be compared: how far they move together; none where too little is known."""
+    columns = (
+        Column("kind", lambda found: found.kind),
+        Column("in a layer", lambda found: r(found.within), "number"),
+        Column("between layers", lambda found: r(found.layers), "number"),
+        Column("in a layer, apart", lambda found: r(found.within_apart), "number"),
+        Column("between, apart", lambda found: r(found.layers_apart), "number"),
+    )
+    return Table(columns, tuple(correlations(run.history)), "Do scores move together? r of log descents", narrow=True)
+
+
 def stretches(run: RunData) -> Table:
     """A row for each change of the backward's version, the first of them."""
     columns = (
@@ -61,12 +75,13 @@ def stretches(run: RunData) -> Table:
 
 
 def options(run: RunData) -> Table:
-    """(name, value, what the default is) of each option, then versions of libraries."""
+    """(name, value, what the default is) of each option, then what ran, and versions of libraries."""
     defaults = {name: plain(value) for name, value in asdict(Config()).items()}
     rows: list[tuple[str | Names, ...]] = []
     for name, value in run.about.get("options", {}).items():
         told = "" if name not in defaults else "default" if defaults[name] == value else f"default: {defaults[name]}"
         rows.append((Names([name]), str(value), told))
+    rows += [(name, value, "") for name, value in run.identity.items()]
     rows += [(f"version of {name}", value, "") for name, value in run.about.get("versions", {}).items()]
     columns = (
         Column("", lambda row: row[0]),
@@ -74,6 +89,10 @@ def options(run: RunData) -> Table:
         Column("", lambda row: row[2], "quiet"),
     )
     return Table(columns, tuple(rows), narrow=True)
+
+
+def r(correlation: float) -> str:
+    return "–" if np.isnan(correlation) else f"{correlation:+.2f}"
 
 
 def spark(values: np.ndarray) -> str:

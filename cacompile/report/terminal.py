@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TextIO
 
 from cacompile.pages.libraries import library
-from cacompile.pages.numbers import amount, duration, percent
+from cacompile.pages.numbers import amount, duration
 from cacompile.sessions.about import frozen_lines
 
 from . import tables
@@ -17,9 +17,13 @@ def show(run: RunData, file: TextIO) -> None:
     console_of = library("rich.console", "report").Console
     console = console_of(file=file, highlight=False, width=None if file.isatty() else 120, soft_wrap=False)
     console.print(run.headline, style="bold", markup=False)
+    parts = f" ({run.parts})" if run.parts else ""
     lines = [
-        f"{amount(run.saved)} of {amount(run.total)} dW FLOPs, {percent(run.whole_share)} of forward and backward; "
-        f"{run.masked:,} of {run.backwards:,} backward passes masked; {duration(run.seconds)} of wall clock",
+        "; ".join(run.identity.values()),
+        f"{amount(run.saved)} of {amount(run.step_flops)} FLOPs{parts}; {run.masked:,} of {run.backwards:,} backward "
+        f"passes masked; {duration(run.seconds)} of wall clock",
+        f"loss {run.losses[1][-1]:.4g} at step {run.losses[0][-1]:,}" if len(run.losses[0]) else "",
+        run.small_part,
         *frozen_lines(run.frozen),
         run.why_nothing,
     ]
@@ -27,5 +31,7 @@ def show(run: RunData, file: TextIO) -> None:
         console.print(line, markup=False)
     if run.measurements:
         console.print(tables.families(run))
+        if (together := tables.together(run)).rows:
+            console.print(together)
     if run.reasons:
         console.print(tables.reasons(run))

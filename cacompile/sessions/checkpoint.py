@@ -29,12 +29,16 @@ LARGEST = 2**62
 COUNT = f"an int >= 0 and <= {LARGEST}"
 
 
+KEYS = {"format", "flops", "step_flops", "forward_flops", "backwards", "groups", "history", "losses", "about", "pin"}
+KEYS |= {"parameters"}
+
 VALUES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "keep": (lambda x: (x >= 0) & (x <= 1), "between 0 and 1"),
     "phase": (lambda x: (x == -1) | ((x >= 0) & (x <= 1)), "between 0 and 1, or -1"),
     "score": (lambda x: ~x.isinf(), "finite or NaN"),
     "mean_descent": (lambda x: ~x.isinf(), "finite or NaN"),
     "update_ratio": (lambda x: ~(x < 0), ">= 0 or NaN"),
+    "descent": (lambda x: ~x.isinf(), "finite or NaN"),
     "frozen": (lambda x: (x >= -1) & (x <= LARGEST), f"from -1 to {LARGEST}"),
     "age": (lambda x: (x >= 0) & (x <= LARGEST), f"from 0 to {LARGEST}"),
 }
@@ -65,8 +69,7 @@ def checked_run(state: Any, params: Collection[str] | None = None) -> Mapping[st
     found = format_of(state)
     if not isinstance(found, int) or found != FORMAT:
         raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {FORMAT}, got {shown(found)}")
-    wanted = {"format", "flops", "step_flops", "backwards", "groups", "history", "about", "pin", "parameters"}
-    _keys(state, wanted, "state_dict")
+    _keys(state, KEYS, "state_dict")
     flops, groups, saved, counts = (state[key] for key in ("flops", "groups", "parameters", "backwards"))
     _must(_is_row(groups) and all(isinstance(g, str) for g in groups), "groups", groups, "a list of names")
     ok = _is_row(flops) and len(flops) == 2 and all(_is_number(each) and each >= 0 for each in flops)
@@ -75,6 +78,10 @@ def checked_run(state: Any, params: Collection[str] | None = None) -> Mapping[st
     _must(_is_number(step) and step >= 0, "step_flops", step, "a finite number >= 0")
     ok = _is_row(counts) and len(counts) == 2 and all(map(_is_count, counts))
     _must(ok, "backwards", counts, f"two ints >= 0 and <= {LARGEST}")
+    forward = state["forward_flops"]
+    ok = forward is None or (_is_number(forward) and forward >= 0)
+    _must(ok, "forward_flops", forward, "a finite number >= 0, or None")
+    _check_losses(state["losses"])
     _check_about(state["about"])
     check_history(state["history"])
     _check_model_pin(state["pin"])
@@ -98,20 +105,36 @@ def _check_about(about: Any) -> None:
     _must(isinstance(about, Mapping), "about", about, "a mapping")
     if not about:
         return
-    _keys(about, {"options", "versions", "graphs", "parameters"}, f"{ENTRY}about")
-    for field in ("options", "versions", "parameters"):
+    _keys(about, {"options", "versions", "run", "why", "graphs", "parameters"}, f"{ENTRY}about")
+    _keys(about["why"], {"weights", "nothing", "families"}, f"{ENTRY}about: why")
+    families = about["why"]["families"]
+    must(isinstance(families, Mapping), "why['families']", families, "a mapping of names")
+    texts = {**about["why"], **{f"families[{name!r}]": reason for name, reason in families.items()}}
+    for name, value in texts.items():
+        must(name == "families" or isinstance(value, str), f"why: {name}", value, "a str")
+    for field in ("options", "versions", "run", "parameters"):
         ok = isinstance(about[field], Mapping) and all(isinstance(name, str) for name in about[field])
         must(ok, field, about[field], "a mapping of names")
     for name, value in about["options"].items():
         must(isinstance(value, str) or _is_number(value), f"options[{name!r}]", value, "a number or a str")
-    for name, value in about["versions"].items():
-        must(isinstance(value, str), f"versions[{name!r}]", value, "a str")
+    for field in ("versions", "run"):
+        for name, value in about[field].items():
+            must(isinstance(value, str), f"{field}[{name!r}]", value, "a str")
     must(_is_count(about["graphs"]), "graphs", about["graphs"], COUNT)
     for name, value in about["parameters"].items():
         where = f"parameters[{name!r}]"
         _keys(value, {"flops", "reason"}, f"{ENTRY}about: {where}")
         must(_is_number(value["flops"]) and value["flops"] >= 0, f"{where}: flops", value["flops"], "a number >= 0")
         must(isinstance(value["reason"], str), f"{where}: reason", value["reason"], "a str")
+
+
+def _check_losses(losses: Any) -> None:
+    """Of `Losses.to_dict()`."""
+    _keys(losses, {"step", "loss"}, f"{ENTRY}losses")
+    step, loss = losses["step"], losses["loss"]
+    ok = isinstance(step, torch.Tensor) and step.dim() == 1 and _is_array(step, torch.int64, tuple(step.shape))
+    _must(ok and bool((step.diff() > 0).all()), "losses: step", step, "int64 [losses], rising, on the host")
+    _must(_is_array(loss, torch.float64, tuple(step.shape)), "losses: loss", loss, f"float64 {list(step.shape)}")
 
 
 def check_history(history: Any) -> None:
@@ -139,6 +162,8 @@ def check_history(history: Any) -> None:
     for field in ("seconds", "total", "saved", "backwards", "masked", "skipped", "flops"):
         values = history[field]
         must(bool((values.isfinite() & (values >= 0)).all()), field, values.tolist(), "finite and >= 0")
+    whole = history["step_flops"]
+    must(bool((whole.isnan() | (whole.isfinite() & (whole >= 0))).all()), "step_flops", whole.tolist(), ">= 0 or NaN")
     keep = history["keep"]
     must(bool((keep.isnan() | ((keep >= 0) & (keep <= 1))).all()), "keep", keep.tolist(), "between 0 and 1 or NaN")
     family, stride = history["family"], history["stride"]
@@ -210,8 +235,8 @@ def _check_pin(pin: Any, blocks: int, must: Callable[..., None]) -> None:
         return
     must(_is_row(pin) and len(pin) == 3, "pin", pin, "(mask, keep, seed) or None")
     mask, keep, seed = pin
-    ok = mask is None or (_is_row(mask) and len(mask) == blocks and all(isinstance(on, bool) for on in mask))
-    must(ok, "pin's mask", mask, f"{blocks} bools or None")
+    of_bools = _is_row(mask) and all(on is None or isinstance(on, bool) for on in mask)
+    must(mask is None or (of_bools and len(mask) == blocks), "pin's mask", mask, f"{blocks} bools and Nones, or None")
     must(_is_number(keep) and 0.0 <= keep <= 1.0, "pin's keep", keep, "between 0 and 1")
     must(_is_seed(seed), "pin's seed", seed, f"an int from 0 to {LARGEST_SEED}")
 
@@ -224,6 +249,7 @@ def _check_model_pin(pin: Any) -> None:
     ok = keep is None or (_is_number(keep) and 0.0 <= keep <= 1.0)
     _must(ok, "pin: keep", keep, "between 0 and 1, or None")
     _must(_is_seed(seed), "pin: seed", seed, f"an int from 0 to {LARGEST_SEED}")
+    _must(isinstance(pin["rest"], bool), "pin: rest", pin["rest"], "a bool")
     for what, said in (("blocks", blocks), ("params", params)):
         _must(isinstance(said, Mapping), f"pin: {what}", said, "a mapping of parameters' names")
         _must(all(isinstance(name, str) for name in said), f"pin: {what}", list(said), "names of parameters")

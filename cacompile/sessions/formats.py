@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from cacompile.state.losses import Losses
+
 FORMAT = 8
 """Format of the states that this version saves."""
 
@@ -40,8 +42,29 @@ def upgraded(state: Any) -> Any:
         )
         state = {**state, "format": 7, "step_flops": step, "parameters": _each(state, _entry_of_6)}
     if _is(state, 7):
-        state = {**state, "format": FORMAT, "parameters": _each(state, _entry_of_7)}
+        state = _of_7(state)
     return state
+
+
+def _of_7(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Forward passes were not counted, no loss was kept, nobody said why; and a named pin held all others on."""
+    pin, about, history = state.get("pin"), state.get("about"), state.get("history")
+    if isinstance(pin, Mapping):
+        pin = {"rest": True, **pin}
+    if isinstance(about, Mapping) and about:
+        about = {"run": {}, "why": {"weights": "", "nothing": "", "families": {}}, **about}
+    if isinstance(history, Mapping) and isinstance(history.get("total"), torch.Tensor):
+        history = {"step_flops": torch.full_like(history["total"], torch.nan), **history}
+    return {
+        "forward_flops": None,
+        "losses": Losses.nothing(),
+        **state,
+        "format": FORMAT,
+        "pin": pin,
+        "about": about,
+        "history": history,
+        "parameters": _each(state, _entry_of_7),
+    }
 
 
 def _each(state: Mapping[str, Any], upgrade: Callable[[Any], Any]) -> Any:
@@ -78,11 +101,14 @@ def _is_pin(pin: Any) -> bool:
 
 
 def _entry_of_7(entry: Any) -> Any:
-    """FLOPs of whole steps were not counted for each parameter: forward pass, dX and dW are taken to cost the same."""
-    counted = entry.get("counted") if isinstance(entry, Mapping) else None
-    if not isinstance(counted, torch.Tensor) or counted.dtype != torch.int64 or counted.is_meta:
-        return entry
-    return {"step_counted": 3 * int(counted.sum()), **entry}
+    """Descents of last time were not kept; FLOPs of whole steps not counted for each parameter: forward pass, dX and dW
+    are taken to cost the same."""
+    blocks, counted = (entry.get(name) if isinstance(entry, Mapping) else None for name in ("blocks", "counted"))
+    if isinstance(blocks, Mapping) and isinstance(blocks.get("score"), torch.Tensor):
+        entry = {**entry, "blocks": {"descent": torch.full_like(blocks["score"], torch.nan), **blocks}}
+    if isinstance(counted, torch.Tensor) and counted.dtype == torch.int64 and not counted.is_meta:
+        entry = {"step_counted": 3 * int(counted.sum()), **entry}
+    return entry
 
 
 def _entry_of_6(entry: Any) -> Any:

@@ -24,7 +24,7 @@ Names = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class ModelPin:
-    """One probability for every parameter; or what is said of blocks and parameters by name, with all others on."""
+    """One probability for every parameter; or what is said of blocks and parameters by name."""
 
     keep: float | None = None
     seed: int = 0
@@ -32,24 +32,28 @@ class ModelPin:
     """Parameter's name -> what was said of its blocks' groups or their families; None: nothing."""
     params: Mapping[str, bool] = field(default_factory=dict)
     """Parameter's name -> what was said of it as a whole."""
+    rest: bool = False
+    """Whether all of which nothing is said is held on; else it is not held."""
 
     def is_final(self, parted: bool) -> bool:
         """Whether a parameter keeps the pin that it gets; one that is not parted yet may come into a group."""
         return parted or self.keep is not None
 
-    def of(self, params: Mapping[str, ParamState], names: Names) -> dict[str, Pin]:
+    def of(self, params: Mapping[str, ParamState], names: Names) -> dict[str, Pin | None]:
         """Parameter's name -> its pin. A block of which nothing was said is like the group that it is in."""
         if self.keep is not None:
             return dict.fromkeys(params, Pin(keep=self.keep, seed=self.seed))
-        whole = {name: next((self.params[n] for n in names[name] if n in self.params), True) for name in params}
-        pins = {name: Pin(keep=float(on)) for name, on in whole.items()}
+        rest = True if self.rest else None
+        whole = {name: next((self.params[n] for n in names[name] if n in self.params), rest) for name in params}
+        pins = {name: None if on is None else Pin(keep=float(on)) for name, on in whole.items()}
         parted = {name: param for name, param in params.items() if param.blocks}
         index = GroupIndex(list(parted.values()))
         said = [self._said(names[name], param.blocks) for name, param in parted.items()]
         groups = np.full(len(index.all), -1)
         np.maximum.at(groups, index.of_block, np.concatenate([np.zeros(0, int), *said]))  # all on where some is
         for name, each in zip(parted, index.split(groups)):
-            pins[name] = Pin(mask=tuple(whole[name] if on < 0 else bool(on) for on in each))
+            mask = tuple(whole[name] if on < 0 else bool(on) for on in each)
+            pins[name] = None if all(on is None for on in mask) else Pin(mask=mask)
         return pins
 
     def _said(self, names: Sequence[str], blocks: int) -> np.ndarray:
@@ -58,7 +62,8 @@ class ModelPin:
         return np.array([-1 if on is None else int(on) for on in next(rows, (None,) * blocks)], int)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"keep": self.keep, "seed": self.seed, "blocks": dict(self.blocks), "params": dict(self.params)}
+        said = {"blocks": dict(self.blocks), "params": dict(self.params)}
+        return {"keep": self.keep, "seed": self.seed, "rest": self.rest, **said}
 
 
 def every_name(params: Iterable[tuple[str, torch.nn.Parameter]]) -> Names:
@@ -94,7 +99,7 @@ def listed(mask: Any, params: Mapping[str, ParamState], names: Names) -> ModelPi
         wanted = f"one entry for each of the {len(index.all)} groups{hint}"
         raise ConvAwareError(f"mask must have {wanted}, got {len(values)}")
     split = zip(parted, index.split(np.array(values, bool)))
-    return ModelPin(blocks={n: tuple(each.tolist()) for name, each in split for n in names[name]})
+    return ModelPin(blocks={n: tuple(each.tolist()) for name, each in split for n in names[name]}, rest=True)
 
 
 def _bools(mask: Any) -> list[bool]:

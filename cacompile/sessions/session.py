@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import time
 import weakref
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
@@ -20,9 +22,10 @@ from cacompile.hooks.steps import Controllers, follow_optimizers
 from cacompile.state.binding import GraphBinding, bindings_of
 from cacompile.state.groups import GroupIndex
 from cacompile.state.history import History, collect, forget, most_points
+from cacompile.state.losses import Losses
 from cacompile.state.params import ParamState, registry
 from cacompile.state.pins import Pin, attend, hold_pins, next_pin
-from cacompile.state.spent import Totals, add
+from cacompile.state.spent import Totals, add, spent_by
 from cacompile.state.table import newest_structure
 from cacompile.torch_internals import uncompiled
 
@@ -94,6 +97,9 @@ class Session(Freezing):
         self._past = History.empty()
         self._loaded_groups: list[str] = []
         self._about: dict[str, Any] = {}
+        self.judged: tuple[Any, np.ndarray] | None = None
+        """For `why`: what the policy last said of each block's group, and after which decisions."""
+        self._losses = Losses()
 
     @property
     def params(self) -> dict[str, ParamState]:
@@ -175,6 +181,23 @@ class Session(Freezing):
         return self._totals.step
 
     @property
+    def forward_flops(self) -> float:
+        """Those of them that forward passes took; NaN after loading a state before format 8, which lacks them."""
+        return self._totals.forward
+
+    def note_loss(self, loss: float, step: int | None = None) -> None:
+        """Keep a loss for the report, and the saved state: at most 512 of a run, thinned evenly.
+
+        step: optimizer steps done; None: those that the session has seen. The callbacks of integrations call this.
+        """
+        self._losses.note(self.step_count if step is None else step, loss)
+
+    @property
+    def losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """(int64 [losses] optimizer steps done, float64 [losses]), of `note_loss`."""
+        return self._losses.steps, self._losses.values
+
+    @property
     def _totals(self) -> Totals:
         return add(self._carried, Totals.of(self.params.values()))
 
@@ -194,7 +217,19 @@ class Session(Freezing):
 
         As it was when last asked for, once the compiled graphs are gone.
         """
-        return describe(self) if self.bindings or (self.config is not None and not self._about) else dict(self._about)
+        live = self.bindings or (self.config is not None and not self._about)
+        return describe(self, self._about) if live else dict(self._about)
+
+    @property
+    def began(self) -> float | None:
+        """Clock, `time.time()`, when the first compiled graph ran in this process; None before."""
+        started = [spent.started for spent in spent_by(self.params.values())]
+        return time.time() - time.perf_counter() + min(started) if started else None
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The model, while it lives."""
+        return self._model()
 
     def pin(
         self,
@@ -211,9 +246,12 @@ class Session(Freezing):
         gradients are None.
 
         mask: bool for each of `groups` (numbers are refused, they may be indices); or {name of a group, family or
-        parameter: bool}, where the narrower name decides and a parameter's leaves the rest of its groups on. All others
-        are on, and so is what comes later unless it has one of these names or comes into one of these groups; or
+        parameter: bool}, where the narrower name decides and a parameter's leaves the rest of its groups alone. Only
+        what is named is held, also what comes later under one of these names or into one of these groups; with a bool
+        for each group, what comes later is on; or
         keep, seed: draw it once, every group kept with probability `keep`, later ones as well.
+
+        Each pin takes the place of the last one. Raises ConvAwareError for a name that there is not.
         """
         params = self._claim()
         if (mask is None) == (keep is None):
@@ -245,6 +283,8 @@ class Session(Freezing):
             "format": FORMAT,
             "flops": self.flops,
             "step_flops": self.step_flops,
+            "forward_flops": None if math.isnan(self.forward_flops) else self.forward_flops,
+            "losses": self._losses.to_dict(),
             "backwards": self.backwards,
             "groups": self.groups or self._loaded_groups,
             "history": self.history.to_dict(),
@@ -271,10 +311,12 @@ class Session(Freezing):
         forget(list(params.values()))
         self._past = History.of(state["history"])
         self._began = time.perf_counter() - self._past.seconds[-1:].sum()
+        self._losses, self.judged = Losses.of(state["losses"]), None
         self._loaded_groups, self._about = list(state["groups"]), dict(state["about"])
         self._carried = Totals()
         (total, saved), (backwards, masked) = state["flops"], state["backwards"]
-        loaded = Totals(total, saved, backwards, masked, state["step_flops"])
+        forward = math.nan if state["forward_flops"] is None else state["forward_flops"]
+        loaded = Totals(total, saved, backwards, masked, state["step_flops"], forward)
         self._carried = add(loaded, self._totals, -1)
 
     def __getattr__(self, name: str) -> Any:
@@ -320,9 +362,11 @@ class Session(Freezing):
 
     def _decide(self, pin: ModelPin | None) -> None:
         """Pin all parameters, and those that come later; None: let go of all."""
-        params = self.params
+        params, held = self.params, set(self._held)
         self._change(pin, params)
         for param, own in self._pins(params):
+            if own is None and pin is not None and param not in held:
+                continue  # nothing was said of it, by nobody
             param.set_pin(own)
             self._note(param, parted=bool(param.blocks))
 
@@ -341,7 +385,7 @@ class Session(Freezing):
         if all(param.pinned_at >= self.pinned_at for param in params.values()):
             return
         for param, own in self._pins(params):
-            if param.pinned_at < self.pinned_at:
+            if param.pinned_at < self.pinned_at and (own is not None or self._pin is None):
                 if param.pin != own:
                     param.set_pin(own)
                 self._note(param, parted=bool(param.blocks))

@@ -50,6 +50,10 @@ class GraphBinding:
         self._dead_of: dict[int, frozenset[int]] = {}
         self._freeze = -1
         self._frozen: frozenset[int] = frozenset()
+        self.cut: frozenset[int] = frozenset()
+        """Positions of the inputs whose gradients were None in the last backward, which ended above what only they
+        need."""
+        self._gone_with: dict[frozenset[int], tuple[tuple[float, ...], tuple[int, ...]]] = {}
         self._steps = 0
         self.alone = not find_replicas(inputs)
         """Whether no other rank is known to hold copies of its parameters."""
@@ -193,16 +197,67 @@ class GraphBinding:
         for i, size in enumerate(sizes):
             spent.sizes[i] += size
             spent.total += size * self._layout.coefficients[i]
-            spent.step += size * self._layout.step_coefficients[i]
+            spent.step += size * self._layout.step.coefficients[i]
+            spent.forward += size * self._layout.step.forward[i]
         spent.backwards += 1
         if spent.backwards % PATIENCE == 0:
             self._look_for_steps()
+
+    def count_forward(self) -> None:
+        """It runs forward, and no backward will come: at the mean sizes of those so far, or as compiled."""
+        layout, spent = self._layout, self.spent
+        flops = layout.step.compiled[0]
+        if spent.backwards:
+            flops = sum(map(operator.mul, spent.sizes, layout.step.forward)) / spent.backwards
+        spent.forward += flops
+        spent.step += flops
+
+    def count_cut(self, sizes: Sequence[int], positions: frozenset[int]) -> None:
+        """That backward ends where only the gradients of these inputs, by position, lie below: what it does not count.
+
+        sizes: as of `count_backward`.
+        """
+        self.cut = positions
+        if positions:
+            step, dw = self._gone(positions)
+            self.spent.step -= sum(map(operator.mul, sizes, step))
+            self.spent.total -= sum(map(operator.mul, sizes, dw))
+
+    def _gone(self, positions: frozenset[int]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """What of the step's FLOPs, and of those of dW, goes with these gradients, to one of each monomial."""
+        if positions not in self._gone_with:
+            names = {name for name, index in self._layout.params if index in positions}
+            dw = [each for name, each in self._layout.coefficients_by_param if name in names]
+            none = (0,) * len(self._layout.monomials)
+            self._gone_with[positions] = self._layout.step.left_out(positions), tuple(map(sum, zip(*dw))) or none
+        return self._gone_with[positions]
+
+    def in_this_step(self) -> tuple[float, float, float]:
+        """FLOPs of forward and backward, those of dW, and those of dW that are skipped with this step's mask.
+
+        Of all its backwards so far; of one, with the sizes seen when compiling, before the first.
+        """
+        layout, sizes = self._layout, self.spent.sizes
+        if not self.spent.backwards:
+            step, dw = float(layout.step.flops), float(layout.flops)
+            costs = [np.array(grad.block_flops, float) for grad in layout.grads]
+        else:
+            gone_step, gone_dw = self._gone(self.cut)
+            step = sum(n * (a - b) for n, a, b in zip(sizes, layout.step.coefficients, gone_step))
+            dw = float(sum(n * (a - b) for n, a, b in zip(sizes, layout.coefficients, gone_dw)))
+            costs = [np.array(sizes, float) @ np.array(grad.coefficients, float) for grad in layout.grads]
+        skipped = sum(
+            float(cost[~param.on & ~param.frozen_blocks].sum())
+            for (grad, param), cost in zip(self._pairs(), costs)
+            if param is not None and self._masks(grad)
+        )
+        return step, dw, skipped
 
     def _begin_to_count(self) -> None:
         """Now that the backward is there, which knows where it finds the sizes."""
         self.spent.sizes = [0] * len(self._layout.monomials)
         parted = [(grad, param) for grad, param in self._pairs() if param is not None]
-        share = np.array([int(each) // max(1, len(parted)) for each in self._layout.step_coefficients], np.int64)
+        share = np.array([int(each) // max(1, len(parted)) for each in self._layout.step.coefficients], np.int64)
         for grad, param in parted:
             param.costs(self.spent, np.array(grad.coefficients, np.int64), share)
 
@@ -299,6 +354,12 @@ class GraphBinding:
                 "another kind, or its step is called past torch's hooks, call cacompile.step(model) after each step",
                 PATIENCE,
             )
+
+
+def bindings_with(tensors: Iterable[torch.Tensor]) -> list[GraphBinding]:
+    """Live bindings that run with any of these, also where nothing of them can be skipped."""
+    wanted = set(map(id, tensors))
+    return [one for _, one in sorted(_alive.items()) if any(id(t) in wanted for t in one.inputs.values())]
 
 
 def bindings_of(params: Iterable[ParamState]) -> list[GraphBinding]:

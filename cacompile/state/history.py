@@ -53,9 +53,8 @@ def note(params: Sequence[ParamState], index: GroupIndex, step: int, descent: np
 
 def _keep(param: ParamState) -> np.ndarray:
     """The probabilities with which blocks are really kept until the next measurement, float [G]."""
-    if param.pin is not None:
-        return param.pin.keep_of(param)
-    return np.ones(param.blocks) if param.step < param.config.warmup_steps else param.column("keep")
+    drawn = np.ones(param.blocks) if param.step < param.config.warmup_steps else param.column("keep")
+    return drawn if param.pin is None else np.where(param.pinned_blocks, param.pin.keep_of(param), drawn)
 
 
 def forget(params: Sequence[ParamState]) -> None:
@@ -82,6 +81,8 @@ class History:
     """float64 [P]: backward passes of compiled graphs so far."""
     masked: np.ndarray
     """float64 [P]: those of them that ran the masked version."""
+    step_flops: np.ndarray
+    """float64 [P]: FLOPs that a dense run's forward and backward passes would have spent so far; NaN where unknown."""
     skipped: np.ndarray
     """int64 [P]: groups of which some gradient was skipped in this very step."""
     keep: np.ndarray
@@ -113,7 +114,7 @@ class History:
     @classmethod
     def empty(cls) -> History:
         none, row, table = np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 0), np.float32)
-        return cls(none, row, row, row, row, row, none, table, table, table, row, none, [], [], [], 1)
+        return cls(none, row, row, row, row, row, row, none, table, table, table, row, none, [], [], [], 1)
 
     def then(self, later: History, *, every: int, limit: int) -> History:
         """This run and what came after it, thinned as if it were one; groups are those that `later` has.
@@ -131,7 +132,7 @@ class History:
         return replace(later, **{name: values[kept] for name, values in joined.items()}, stride=stride)
 
 
-BY_STEP = ("step", "seconds", "total", "saved", "backwards", "masked", "skipped")
+BY_STEP = ("step", "seconds", "total", "saved", "backwards", "masked", "step_flops", "skipped")
 BY_GROUP = ("keep", "descent", "update_ratio")
 
 
@@ -147,10 +148,10 @@ def collect(index: GroupIndex, names: tuple[list[str], list[str]], carried: Tota
     every, limit = index.params[0].config.monitor_every, most_points(len(index.of_block))
     stride, kept = thin(steps, max([1, *(each.stride for each in series)]), every=every, limit=limit)
     steps = steps[kept]
-    counts = np.stack([s.history.at(steps) for s in spent]) if spent else np.zeros((0, len(steps), 5))
+    counts = np.stack([s.history.at(steps) for s in spent]) if spent else np.zeros((0, len(steps), 6))
     began = min((s.started for s in spent), default=0.0) if began is None else began
     clock = np.fmax.reduce(counts[..., 0], axis=0, initial=began) - began
-    sums = np.nan_to_num(counts[..., 1:]).sum(0) + np.array(carried[:4])
+    sums = np.nan_to_num(counts[..., 1:]).sum(0) + np.array(carried[:5])
     blocks = [
         np.full((len(steps), 4, r.blocks), np.nan, np.float32) if r.history is None else r.history.at(steps)
         for r in index.params
@@ -170,6 +171,7 @@ def collect(index: GroupIndex, names: tuple[list[str], list[str]], carried: Tota
         saved=sums[:, 1],
         backwards=sums[:, 2],
         masked=sums[:, 3],
+        step_flops=sums[:, 4],
         skipped=(by_group(np.fmax, 3) > 0.0).sum(1),
         keep=by_group(np.fmin, 0),
         descent=by_group(np.add, 1),

@@ -66,6 +66,11 @@ class ParamState(Freezable):
         """Optimizer steps seen."""
         self.stepped = 0
         """When the last of them was, in the order of this process's steps."""
+        self.decided = (0, 0)
+        """The controller that has last decided how often its groups are computed, by its number, and after which
+        step; 0: none of this process, or the one rank that does it for all."""
+        self.optimizer = ""
+        """Class of the optimizer that last stepped it."""
         self.pin: Pin | None = None
         self.pinned_at = 0
         """When a holder of pins has decided that, see `pins`; 0: none has, or none could for good."""
@@ -202,18 +207,30 @@ class ParamState(Freezable):
         return True
 
     def set_pin(self, pin: Pin | None) -> None:
-        """Hold the mask as the pin says, from now on; None: draw it again, from all on."""
+        """Hold the mask as the pin says, from now on; None: draw it again, from all on. What neither this pin nor the
+        last one holds goes on as it was."""
+        touched = self.pinned_blocks
         self.pin = pin
-        self.apply_pin()
+        self.apply_pin(touched | self.pinned_blocks)
 
-    def apply_pin(self) -> None:
-        """Let the pin, or that there is none, take effect at once."""
+    @property
+    def pinned_blocks(self) -> np.ndarray:
+        """bool [blocks]: those that a pin holds."""
+        if self.pin is None or not self.blocks:
+            return np.zeros(self.blocks, bool)
+        return self.pin.held(self.blocks)
+
+    def apply_pin(self, touched: np.ndarray | None = None) -> None:
+        """Let the pin, or that there is none, take effect at once. touched: bool [blocks], of which it is to; None: of
+        what it holds."""
         if not self.blocks or self.replicas is not None:  # then it is told to all ranks by the one that decides
             return
+        touched = self.pinned_blocks if touched is None else touched
         if self.param is None or self.param.grad is None:  # what was skipped under the pin before is gone
-            self.skipped[:] = False
-        self.table.set_on(self.rows, True if self.pin is None else self.pinned_mask())
-        self.column("keep")[:] = 1.0 if self.pin is None else self.pin.keep_of(self)
+            self.skipped[touched] = False
+        self.table.set_on(self.rows, np.where(touched, True if self.pin is None else self.pinned_mask(), self.on))
+        keep = 1.0 if self.pin is None else self.pin.keep_of(self)
+        self.column("keep")[:] = np.where(touched, keep, self.column("keep"))
 
     def pinned_mask(self) -> np.ndarray:
         """The pin's mask, bool [blocks], drawn once as long as pin and groups stay."""

@@ -19,23 +19,31 @@ if TYPE_CHECKING:
 class Pin:
     """One parameter's mask that stays: `mask` itself, or drawn from `keep` and `seed`."""
 
-    mask: tuple[bool, ...] | None = None
+    mask: tuple[bool | None, ...] | None = None
+    """None for a block: it is not held."""
     keep: float = 1.0
     seed: int = 0
 
     def mask_of(self, param: ParamState) -> np.ndarray:
-        """The mask of one parameter's blocks, bool [blocks]; the same for all of a group, whatever else is pinned."""
+        """The mask of one parameter's blocks, bool [blocks]; the same for all of a group, whatever else is pinned.
+
+        True for what it does not hold.
+        """
         if self.mask is not None:
-            return np.array(self.mask, bool)
+            return np.array([on is not False for on in self.mask], bool)
         drawn: dict[int, dict[int, bool]] = {}
         for group in param.groups:
             if id(group.family) not in drawn:
                 drawn[id(group.family)] = self._draw(group.family)
         return np.array([drawn[id(group.family)][id(group)] for group in param.groups], bool)
 
+    def held(self, blocks: int) -> np.ndarray:
+        """bool [blocks]: those that it holds."""
+        return np.ones(blocks, bool) if self.mask is None else np.array([on is not None for on in self.mask], bool)
+
     def keep_of(self, param: ParamState) -> np.ndarray:
         """The probabilities that the mask was drawn with, float [blocks]; of a given mask, the mask itself."""
-        return np.full(param.blocks, self.keep) if self.mask is None else np.array(self.mask, float)
+        return np.full(param.blocks, self.keep) if self.mask is None else self.mask_of(param).astype(float)
 
     def _draw(self, family: BlockFamily) -> dict[int, bool]:
         keep = np.full(len(family.groups), self.keep)

@@ -24,17 +24,19 @@ class Spent:
     saved: float = 0.0
     """dW FLOPs left out."""
     step: float = 0.0
-    """FLOPs that dense forward and backward passes would have taken."""
+    """FLOPs that dense forward and backward passes would have taken, the latter no farther down than they went."""
+    forward: float = 0.0
+    """Those of them that forward passes took."""
     backwards: int = 0
     masked: int = 0
     """Backwards that ran the masked version."""
     started: float = field(default_factory=time.perf_counter)
-    history: Series = field(default_factory=lambda: Series((5,), float))
+    history: Series = field(default_factory=lambda: Series((6,), float))
     """At each measurement: the clock in seconds, then `counts`."""
 
     @property
-    def counts(self) -> tuple[float, float, int, int]:
-        return self.total, self.saved, self.backwards, self.masked
+    def counts(self) -> tuple[float, float, int, int, float]:
+        return self.total, self.saved, self.backwards, self.masked, self.step
 
 
 class Totals(NamedTuple):
@@ -49,12 +51,14 @@ class Totals(NamedTuple):
     """Those that ran the masked version; the others ran Inductor's own."""
     step: float = 0.0
     """FLOPs that dense forward and backward passes would have taken."""
+    forward: float = 0.0
+    """Those of them that forward passes took; NaN where a state that was loaded does not know."""
 
     @classmethod
     def of(cls, params: Iterable[ParamState]) -> Totals:
-        counts = [(*spent.counts, spent.step) for spent in spent_by(params)]
-        total, saved, backwards, masked, step = map(sum, zip(*counts)) if counts else cls()
-        return cls(total, saved, int(backwards), int(masked), step)
+        counts = [(*spent.counts, spent.forward) for spent in spent_by(params)]
+        total, saved, backwards, masked, step, forward = map(sum, zip(*counts)) if counts else cls()
+        return cls(total, saved, int(backwards), int(masked), step, forward)
 
 
 def spent_by(params: Iterable[ParamState]) -> list[Spent]:
@@ -63,5 +67,5 @@ def spent_by(params: Iterable[ParamState]) -> list[Spent]:
 
 
 def add(a: Totals, b: Totals, sign: int = 1) -> Totals:
-    total, saved, backwards, masked, step = (x + sign * y for x, y in zip(a, b))
-    return Totals(total, saved, int(backwards), int(masked), step)
+    total, saved, backwards, masked, step, forward = (x + sign * y for x, y in zip(a, b))
+    return Totals(total, saved, int(backwards), int(masked), step, forward)

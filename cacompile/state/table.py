@@ -29,6 +29,7 @@ COLUMNS = {
     "score": Column(float, np.nan),
     "mean_descent": Column(float, np.nan),
     "update_ratio": Column(float, np.nan),
+    "descent": Column(float, np.nan),
     "age": Column(np.int64, 0),
     "skipped": Column(bool, False),
     "agreed": Column(bool, True),
@@ -38,7 +39,7 @@ COLUMNS = {
     "group_of_block": Column(np.int64, 0),
 }
 
-SAVED = ("on", "keep", "phase", "score", "mean_descent", "update_ratio", "age", "frozen")
+SAVED = ("on", "keep", "phase", "score", "mean_descent", "update_ratio", "descent", "age", "frozen")
 """Columns that a saved state has for each parameter."""
 
 _clock = itertools.count(1)
@@ -71,6 +72,8 @@ class BlockTable:
     """float: expected loss decrease that a step has had so far, late measurements count more; NaN before the first."""
     update_ratio: np.ndarray
     """float: movement in one step over the block's size at the last measurement; NaN before the first."""
+    descent: np.ndarray
+    """float: `score` times the learning rate of then; NaN before the first. Says why, decides nothing."""
     age: np.ndarray
     """int64: optimizer steps in a row in which its gradient was skipped, up to the last one."""
     skipped: np.ndarray

@@ -72,12 +72,24 @@ def test_a_report_of_an_old_state(saved: tuple[tuple[Any, ...], list[Tensor]], c
     assert "0.neurons" in capsys.readouterr().out
 
 
+def said(run: Run, mask: dict[str, bool]) -> dict[str, Any]:
+    """What a state says of a mask by names."""
+    run.session.pin(mask)
+    pin = run.session.state_dict()["pin"]
+    return {name: pin[name] for name in ("blocks", "params")}
+
+
 @pytest.mark.parametrize("mask", [None, {}, {"0.neurons[4:8]": False, "2.bias": False}, [True, False] * 4])
 def test_a_pin_of_format_5_holds_for_the_model(mask: Any):
-    """There each parameter had its own."""
+    """There each parameter had its own, and what was not named was on."""
     run = Run()
     run.train(0, 1)
-    run.session.pin(mask, keep=0.25 if mask is None else None, seed=0)
+    if isinstance(mask, dict):
+        pin = {**run.session.state_dict(), "pin": {"keep": None, "seed": 0, "rest": True, **said(run, mask)}}
+        run.session.load_state_dict(pin)
+        run.session._decide(run.session._pin)
+    else:
+        run.session.pin(mask, keep=0.25 if mask is None else None, seed=0)
     state = run.session.state_dict()
     del state["pin"]
     other = Run()
