@@ -284,7 +284,7 @@ class Agreement:
             param.counted_from += param.step - since
 
     def _about(self) -> dict[str, Any]:
-        return about(self.members)
+        return about(self.members, grows=bool(self.replicas.places))
 
     def _digest(self) -> dict[str, int]:
         frozen = (
