@@ -1,7 +1,7 @@
 """The groups of all ranks, by what one rank's graph has: each rank has an equal piece of what is cut up among them.
 
-    rank 0     mlp.neurons[0:64], mlp.neurons[64:128]         its plan
-    rank 1     mlp.neurons[128:192], mlp.neurons[192:256]     what rank 0 knows of it: the same, two groups further on
+rank 0     mlp.neurons[0:64], mlp.neurons[64:128]         its plan
+rank 1     mlp.neurons[128:192], mlp.neurons[192:256]     what rank 0 knows of it: the same, two groups further on
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Controllers:
     def look(self, optimizer: Optimizer | None) -> None:
         """The owner's step begins, and its controllers are made: agreements may want to see the weights."""
         for agreement in self._agreements.values():
-            agreement.look(optimizer)
+            agreement.look(optimizer, 0 if optimizer is None else steps_of(optimizer))
 
     def leave_to(self, inner: Controllers) -> None:
         """What all ranks do alike follows this owner, which all of them step, and not the one within it."""

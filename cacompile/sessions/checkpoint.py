@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cacompile.config import LARGEST_SEED
+from cacompile.controller.saved import check_saved
 from cacompile.errors import ConvAwareError, shown, unknown
 from cacompile.layout import Partition
 from cacompile.state.history import BY_GROUP, BY_STEP, History
@@ -66,7 +67,7 @@ def checked_run(state: Any, params: Collection[str] | None = None) -> Mapping[st
     if not isinstance(found, int) or found != FORMAT:
         raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {FORMAT}, got {shown(found)}")
     wanted = {"format", "flops", "step_flops", "backwards", "groups", "history", "about", "pin", "parameters"}
-    _keys(state, wanted, "state_dict")
+    _keys(state, wanted | {"agreements"}, "state_dict")
     flops, groups, saved, counts = (state[key] for key in ("flops", "groups", "parameters", "backwards"))
     _must(_is_row(groups) and all(isinstance(g, str) for g in groups), "groups", groups, "a list of names")
     ok = _is_row(flops) and len(flops) == 2 and all(_is_number(each) and each >= 0 for each in flops)
@@ -78,6 +79,7 @@ def checked_run(state: Any, params: Collection[str] | None = None) -> Mapping[st
     _check_about(state["about"])
     check_history(state["history"])
     _check_model_pin(state["pin"])
+    check_saved(state["agreements"])
     _must(isinstance(saved, Mapping), "parameters", saved, "a mapping of names to entries")
     for name, entry in saved.items():
         _must(isinstance(name, str), "parameters", name, "a mapping of names to entries")
@@ -157,6 +159,9 @@ def _check_entry(name: str, entry: Mapping[str, Any], param: ParamState) -> None
     must(key is None or _is_count(key), "key", key, f"{COUNT}, or None")
     ok = entry["frozen"] is None or _is_count(entry["frozen"])
     must(ok, "frozen", entry["frozen"], f"{COUNT}, or None")
+    shard = entry["shard"]
+    ok = shard is None or (_is_row(shard) and len(shard) == 3 and all(map(_is_count, shard)))
+    must(ok, "shard", shard, "(dim, start, stop) or None")
     since = entry["counted_from"]
     must(_is_count(since) and since <= entry["step"], "counted_from", since, f"{COUNT}, and no later than step")
     blocks = _check_partition(entry["partition"], param.shape, must)
@@ -185,8 +190,9 @@ def _check_entry(name: str, entry: Mapping[str, Any], param: ParamState) -> None
     if (in_flight := entry["in_flight"]) is not None:
         _keys(in_flight, {"values", "sampled"}, f"{ENTRY}{name!r}: in_flight")
         values, sampled = in_flight["values"], in_flight["sampled"]
-        ok = any(_is_array(values, dtype, (2, blocks)) for dtype in (torch.float64, torch.float32))
-        must(ok, "in_flight['values']", values, f"floats [2, {blocks}] on the host")
+        rows = 2 if entry["shard"] is None else 3
+        ok = any(_is_array(values, dtype, (rows, blocks)) for dtype in (torch.float64, torch.float32))
+        must(ok, "in_flight['values']", values, f"floats [{rows}, {blocks}] on the host")
         ok = sampled is None or _is_array(sampled, torch.bool, blocks)
         must(ok, "in_flight['sampled']", sampled, f"bool [{blocks}] on the host or None")
 
@@ -255,6 +261,8 @@ def _keys(value: Any, wanted: Collection[str], where: str, *, others: bool = Fal
 def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return list(map(_copied, value))
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 

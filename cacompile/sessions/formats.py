@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 7
+FORMAT = 8
 """Format of the states that this version saves."""
 
 _ENTRY_4 = {"awaited": "in_flight", "shares": "norm_shares", "groups": "blocks"}
@@ -38,7 +38,10 @@ def upgraded(state: Any) -> Any:
         step = (
             3.0 * flops[0] if isinstance(flops, (tuple, list)) and flops and isinstance(flops[0], (int, float)) else 0.0
         )
-        state = {**state, "format": FORMAT, "step_flops": step, "parameters": _each(state, _entry_of_6)}
+        state = {**state, "format": 7, "step_flops": step, "parameters": _each(state, _entry_of_6)}
+    if _is(state, 7):
+        # what ranks had agreed on was not saved
+        state = {"agreements": [], **state, "format": FORMAT, "parameters": _each(state, _entry_of_7)}
     return state
 
 
@@ -73,6 +76,10 @@ def _is_pin(pin: Any) -> bool:
     """Whether its parts are of types that can be compared."""
     kinds: tuple[Any, ...] = ((tuple, list, type(None)), (int, float), int)
     return isinstance(pin, (tuple, list)) and len(pin) == 3 and all(isinstance(*pair) for pair in zip(pin, kinds))
+
+
+def _entry_of_7(entry: Any) -> Any:
+    return {"shard": None, **entry} if isinstance(entry, Mapping) else entry
 
 
 def _entry_of_6(entry: Any) -> Any:

@@ -27,6 +27,7 @@ from .table import BlockTable
 
 if TYPE_CHECKING:
     from .replicas import Replicas
+    from .resumed import Resumed
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class ParamState(Freezable):
         """The ranks that hold copies of it; None: it is this rank's alone, as far as is known."""
         self.place = 0
         """Its number among the parameters of the model that has replicas."""
+        self.resumed: Resumed | None = None
+        """What a loaded state says of the ranks' agreement, until its optimizer steps."""
         self._deferred: Mapping[str, Any] | None = None
         """Saved state that waits for the partition to be known."""
 
@@ -222,16 +225,21 @@ class ParamState(Freezable):
                 "blocks": self.table.save(self.rows),
                 "norm_shares": None if self.norm_shares is None else self.norm_shares.to_dict(),
             }
-            if self.shard is not None:  # only this rank's shard of it
-                blocks["norm_shares"] = None
         pin = None if self.pin is None else astuple(self.pin)
-        in_flight = None if self.in_flight is None or self.shard is not None else self.in_flight.to_dict()
+        in_flight = None if self.in_flight is None else self.in_flight.to_dict()
         entry = {"shape": self.shape, "key": self.key, "step": self.step, "counted_from": self.counted_from}
-        entry["frozen"] = self.frozen
+        entry |= {"frozen": self.frozen, "shard": self._place_of_shard}
         return {**entry, "pin": pin, "in_flight": in_flight, **blocks}
+
+    @property
+    def _place_of_shard(self) -> tuple[int, int, int] | None:
+        """(dim, first, last but one row) of what lies on this rank, which alone some measurements are of."""
+        return None if self.shard is None else (self.shard.dim, self.shard.start, self.shard.stop)
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take over a saved state; what it says of blocks waits until the partition is known."""
+        if saved["shard"] != self._place_of_shard:
+            saved = {**saved, "in_flight": None, "norm_shares": None}
         self.step, self.counted_from = saved["step"], saved["counted_from"]
         if self.replicas is None:  # else it has the one that all ranks give it
             self.key = saved["key"]
@@ -254,6 +262,8 @@ class ParamState(Freezable):
             # what has run in this process before counts no more: another state is taken over
             self._carried = saved["counted"].numpy() - self.counted_here
             self.norm_shares = None if saved["norm_shares"] is None else NormShares.of(saved["norm_shares"])
+            if self.resumed is not None and (agreed := self.resumed.mask_of(self)) is not None:
+                self.column("agreed")[:] = agreed
         else:
             self.table.reset(self.rows)
             self._carried, self.counted_from = None, self.step

@@ -7,7 +7,7 @@ import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import distributed as dist
 
@@ -22,9 +22,6 @@ from cacompile.torch_internals import (
 
 from .params import registry
 from .shards import Shard, has_share, stepped
-
-if TYPE_CHECKING:
-    from .params import ParamState
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +87,6 @@ class Replicas:
             cls(f"ranks/{zlib.crc32(repr(ranks).encode())}", ranks.index(dist.get_rank()), len(ranks), store, named)
             for ranks, named in by_mesh.items()
         ]
-
 
     @classmethod
     def of_shares(cls, ranks: tuple[int, ...]) -> Replicas:

@@ -40,7 +40,9 @@ def share_of(param: Any) -> Share | str:
     if not placement.is_shard():
         return "is a DTensor of which all ranks have all, and of whose gradient each may have a part"
     if param.shape[placement.dim] % pieces:
-        return f"is a DTensor whose {param.shape[placement.dim]} rows along {placement.dim} {pieces} ranks share unevenly"
+        return (
+            f"is a DTensor whose {param.shape[placement.dim]} rows along {placement.dim} {pieces} ranks share unevenly"
+        )
     return Share(placement.dim, param.device_mesh.get_local_rank(), pieces)
 
 
