@@ -11,7 +11,7 @@ import torch
 from ranks import OPTIONS
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -173,3 +173,68 @@ def test_as_one_process(
     for name, weight in whole(model).items():
         np.testing.assert_array_equal(weights[name], other[1][name])
         np.testing.assert_allclose(weights[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def frozen(rank: int) -> tuple[list[str], list[bool]]:
+    """What was frozen; did the frozen layer stay, neurons of the second rank, and others."""
+    model = Net(64)
+    parallelize(model)
+    run, session, stepped = compiled(model, "whole"), cacompile.session(model), make("adam", model)
+
+    def steps(count: int) -> dict[str, np.ndarray]:
+        for i in range(count):
+            loss_of(run, batch(i)).backward()
+            stepped.step()
+            stepped.zero_grad()
+        return whole(model)
+
+    steps(2)
+    names = session.freeze("blocks.0", "blocks.1.neurons[48:64]")
+    before, after = steps(1), steps(3)
+    layer = all(np.array_equal(before[name], after[name]) for name in before if name.startswith("blocks.0."))
+    up, down = (before[f"blocks.1.{name}.weight"] == after[f"blocks.1.{name}.weight"] for name in ("up", "down"))
+    return names, [layer, bool(up[48:].all()), bool(down[:, 48:].all()), bool(up[:48].any() or down[:, :48].any())]
+
+
+@pytest.mark.slow
+def test_what_is_frozen_stays(ranks: Callable[..., list[Any]]) -> None:
+    found, other = ranks(frozen)
+    assert found == other and "blocks.1.neurons[48:64]" in found[0]
+    assert found[1] == [True, True, True, False]
+
+
+def looked_at(rank: int) -> tuple[dict[str, str], float, dict[str, Any]]:
+    """(why what stays dense does, share of dW FLOPs that can be skipped, the session's state) where some fits badly."""
+    model = Net(72)
+    mesh = init_device_mesh("cpu", (2,))
+    model.head = nn.Linear(WIDTH, WIDTH + 1)
+    parallelize_module(model, mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
+    parallelize_module(model.blocks[0], mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    distribute_module(model.blocks[1], mesh)  # all ranks have all of it
+    found = model.blocks[1].forward
+    model.blocks[1].forward = lambda x: found(DTensor.from_local(x, mesh, [Replicate()])).to_local()
+    train(model, compiled(model, "whole", 12))
+    explained = cacompile.explain(model)
+    reasons = {row.param: row.reason for row in explained.rows if row.reason}
+    return reasons, explained.coverage, cacompile.session(model).state_dict()
+
+
+def test_what_fits_badly_stays_dense_with_a_reason(ranks: Callable[..., list[Any]]) -> None:
+    (dense, coverage, state), other = ranks(looked_at)
+    assert dense == other[0]
+    for rows, counted in ((17, coverage), (16, other[1])):  # of the head, on each rank
+        assert counted == pytest.approx(2 * 36 / (2 * 36 + 2 * 72 + rows))
+    assert "33 rows along 0 2 ranks share unevenly" in dense["head.weight"]
+    assert all("all ranks have all" in dense[f"blocks.1.{name}.weight"] for name in ("up", "down"))
+    assert "blocks.0.up.weight" not in dense
+    # a session that two ranks have saved goes on in one process
+    model = Net(72)
+    model.head = nn.Linear(WIDTH, WIDTH + 1)
+    run = compiled(model, "whole", 12)
+    session = cacompile.session(model)
+    session.load_state_dict(state)
+    run(batch(0))
+    names = [name for name in session.groups if name.startswith("blocks.0.")]
+    keep = dict(zip(session.groups, session.keep.tolist()))
+    saved = state["parameters"]["blocks.0.up.weight"]["blocks"]["keep"]
+    assert [keep[name] for name in names] == saved.tolist() and bool((saved < 1.0).any())

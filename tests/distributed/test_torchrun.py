@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripts import run_module
 
-LOOPS = Path(__file__).with_name("loops.py")
+LOOPS, ELASTIC = (Path(__file__).with_name(name) for name in ("loops.py", "elastic.py"))
 
 
 def torchrun(script: Path, *arguments: str, restarts: int = 0) -> str:
@@ -27,3 +28,25 @@ def test_loops_of_others_go_on_as_they_would_have(which: str, tmp_path: Path) ->
         assert found["ranks"] == 2 and found["steps"] == 10
         assert found["apart"] == found["resumed"] == 0.0 and found["masks"]
         assert found["skipped"] > 0.05
+
+
+def elastic(folder: Path, ends: int, slow: int = -1) -> list[dict[str, Any]]:
+    folder.mkdir()
+    torchrun(ELASTIC, str(folder), str(ends), str(slow), restarts=1)
+    first, second = (json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2))
+    assert first["masks"] == second["masks"] and first["weights"] == second["weights"]
+    return [first, second]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_or_slow_changes_nothing(tmp_path: Path) -> None:
+    """Neither the one that decides nor the other leaves anybody waiting, and restarts go on as it would have."""
+    whole, _ = elastic(tmp_path / "whole", -1)
+    assert whole["attempt"] == whole["start"] == 0
+    assert sum(not on for mask in whole["masks"] for on in mask) > 5
+    slow, _ = elastic(tmp_path / "slow", -1, slow=1)
+    assert slow == whole
+    for rank in range(2):
+        again, _ = elastic(tmp_path / f"killed {rank}", rank)
+        assert (again["attempt"], again["start"]) == (1, 10)
+        assert again["weights"] == whole["weights"] and again["masks"] == whole["masks"][10:]
