@@ -45,7 +45,7 @@ def _of(replicas: Replicas, names: Mapping[int, str]) -> list[dict[str, Any]]:
     return found
 
 
-def _renamed(saved: Mapping[str, Any], called: Mapping[int, Any]) -> dict[str, Any]:
+def _renamed(saved: Mapping[str, Any], called: Mapping[Any, Any]) -> dict[str, Any]:
     """With other keys for the parameters, and tensors for arrays or the other way round."""
     said, told = saved["said"], saved["told"]
     return {
@@ -57,7 +57,7 @@ def _renamed(saved: Mapping[str, Any], called: Mapping[int, Any]) -> dict[str, A
     }
 
 
-def _part(part: Mapping[str, Any], called: Mapping[int, Any]) -> dict[str, Any]:
+def _part(part: Mapping[str, Any], called: Mapping[Any, Any]) -> dict[str, Any]:
     return {**_plain(part), "places": [called[place] for place in part["places"]]}
 
 
