@@ -20,10 +20,10 @@ from .beginning import begin
 from .frozen import newest_freeze
 from .identity import Identity, identity_of
 from .params import ParamState, registry
-from .parting import part, tie_groups, together
+from .parting import PARTED, SPREAD, part, tie_groups, together
 from .pins import hold_pins, newest_pin
 from .replicas import find_replicas, join_shares
-from .shards import stepped
+from .shards import owner_of
 from .spent import Spent
 from .table import BlockTable
 
@@ -56,9 +56,15 @@ class GraphBinding:
         if join_shares([(grad.param, inputs[grad.index]) for grad in layout.grads]):
             self.alone = False
         self._params = together(layout, [part(grad, inputs[grad.index], config) for grad in layout.grads])
+        self.stay_dense = {
+            grad.param: SPREAD if hasattr(inputs[grad.index], "to_local") else PARTED
+            for grad, state in self._pairs()
+            if state is None
+        }
+        """Parameters that the graph could mask, but not where it runs with these, and why."""
         self._inputs = {name: identity_of(inputs[index]) for name, index in layout.params}
         for name, index in layout.params:
-            if stepped(inputs[index]) is not None:
+            if owner_of(inputs[index]) is not None:
                 registry.track(inputs[index], name)
         tie_groups(layout, self._params)
         self._pins = newest_pin()

@@ -21,7 +21,7 @@ from .identity import find_identity, identity_of, known
 from .measurements import Measurement, NormShares
 from .pins import Pin
 from .series import Series
-from .shards import Shard, stepped
+from .shards import Shard, owner_of
 from .spent import Spent
 from .table import BlockTable
 
@@ -294,7 +294,7 @@ class _Registry:
         """The state of a parameter; what was gathered for a forward pass has that of the shards it was made of."""
         identity = identity_of(param)
         if identity.data is None:
-            owner = stepped(param)
+            owner = owner_of(param)
             identity.data = ParamState(param, name) if owner is None else self.track(owner, name)
         return identity.data
 

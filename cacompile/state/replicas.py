@@ -133,7 +133,7 @@ def find_replicas(inputs: Iterable[Any] = ()) -> bool:
 
 def join_shares(named: Iterable[tuple[str, Any]]) -> bool:
     """Have the ranks agree on parameters that each has a share of; whether there are any. named: as the graph does."""
-    shared = [(name, param) for name, param in named if has_share(param)]
+    shared = [(name, param) for name, param in named if has_share(param) and param.device_mesh.size() > 1]
     for name, param in shared:
         ranks = tuple(param.device_mesh.mesh.flatten().tolist())
         known = _by_ranks.setdefault(dist.group.WORLD, {})

@@ -104,6 +104,14 @@ class Shard:
         return (self.start, self.stop) if partition.dim == self.dim else (0, partition.rows)
 
 
+def owner_of(param: Any) -> torch.nn.Parameter | None:
+    """What optimizers step in the place of this parameter, maskable or not; None for one that they step itself."""
+    if (owner := stepped(param)) is not None or not (hasattr(param, "to_local") and may_be_sharded()):
+        return owner
+    found = None if broken_contracts(SHARDS) else fully_sharded(param)
+    return None if found is None else found.param
+
+
 def stepped(param: Any) -> torch.nn.Parameter | None:
     """The sharded parameter that optimizers step in the place of this gathered one; None for any other."""
     if not may_be_sharded() or hasattr(param, "to_local"):

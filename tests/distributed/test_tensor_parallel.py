@@ -11,6 +11,7 @@ import torch
 from ranks import OPTIONS
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -204,7 +205,10 @@ def test_what_is_frozen_stays(ranks: Callable[..., list[Any]]) -> None:
 
 
 def looked_at(rank: int) -> tuple[dict[str, str], float, dict[str, Any]]:
-    """(why what stays dense does, share of dW FLOPs that can be skipped, the session's state) where some fits badly."""
+    """(why what stays dense does, share of dW FLOPs that can be skipped, the session's state) where some fits badly.
+
+    Of the first rank what it sees alone, before anything has run.
+    """
     model = Net(72)
     mesh = init_device_mesh("cpu", (2,))
     model.head = nn.Linear(WIDTH, WIDTH + 1)
@@ -213,8 +217,10 @@ def looked_at(rank: int) -> tuple[dict[str, str], float, dict[str, Any]]:
     distribute_module(model.blocks[1], mesh)  # all ranks have all of it
     found = model.blocks[1].forward
     model.blocks[1].forward = lambda x: found(DTensor.from_local(x, mesh, [Replicate()])).to_local()
-    train(model, compiled(model, "whole", 12))
-    explained = cacompile.explain(model)
+    run = compiled(model, "whole", 12)
+    before = cacompile.explain(model, batch(0), options={**OPTIONS, "block_rows": 12}) if rank == 0 else None
+    train(model, run)
+    explained = before or cacompile.explain(model)
     reasons = {row.param: row.reason for row in explained.rows if row.reason}
     return reasons, explained.coverage, cacompile.session(model).state_dict()
 
@@ -238,3 +244,23 @@ def test_what_fits_badly_stays_dense_with_a_reason(ranks: Callable[..., list[Any
     keep = dict(zip(session.groups, session.keep.tolist()))
     saved = state["parameters"]["blocks.0.up.weight"]["blocks"]["keep"]
     assert [keep[name] for name in names] == saved.tolist() and bool((saved < 1.0).any())
+
+
+def inside_fsdp(rank: int) -> tuple[dict[str, str], float]:
+    """(why weights of blocks stay dense, dW FLOPs that were skipped) where `fully_shard` spreads shares as well."""
+    model = Net(64)
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(block, mesh=mesh["data"])
+    train(model, compiled(model, "blocks"))
+    rows = cacompile.explain(model).rows
+    found = {row.param: row.reason for row in rows if row.graph >= 0 and len(row.shape) > 1}
+    return found, cacompile.session(model).flops[1]
+
+
+@pytest.mark.slow
+def test_what_fsdp_spreads_as_well_stays_dense(ranks: Callable[..., list[Any]]) -> None:
+    for found, skipped in ranks(inside_fsdp):
+        assert len(found) == 4 and skipped == 0.0
+        assert all("fully_shard or DistributedDataParallel spreads as well" in reason for reason in found.values())
