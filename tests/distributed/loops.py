@@ -133,9 +133,8 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([param.detach().flatten() for param in model.parameters()])
 
 
-def main(which: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    policy.FAST = np.inf  # few steps at high rates suffice
+def compare(which: str, folder: Path) -> dict[str, Any]:
+    """What this rank finds of a whole run, of the other ranks', and of one that goes on from the middle."""
     found: list[tuple[nn.Module, Tensor]] = []
     for middle in (False, True):
         torch.manual_seed(0)
@@ -149,7 +148,7 @@ def main(which: str, folder: Path) -> None:
     session = cacompile.session(whole)
     total, saved = session.flops
     masks = [cacompile.session(model).mask.tolist() for model, _ in found]
-    result = {
+    return {
         "ranks": len(each),
         "steps": session.step_count,
         "apart": max(float((one - first).abs().max()) for one in each),
@@ -157,6 +156,12 @@ def main(which: str, folder: Path) -> None:
         "resumed": float((second - first).abs().max()),
         "masks": masks[0] == masks[1],
     }
+
+
+def main(which: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    policy.FAST = np.inf  # few steps at high rates suffice
+    result = compare(which, folder)
     (folder / f"found-{os.environ['RANK']}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
