@@ -39,7 +39,7 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], rank: int, other
     if ours["version"] != theirs["version"]:
         raise differ("the version of cacompile", ours["version"], theirs["version"])
     both, either = ours["names"].keys() & theirs["names"].keys(), ours["names"].keys() | theirs["names"].keys()
-    for place in sorted(both if ours["grows"] else either):
+    for place in sorted(both if ours.get("grows") else either):
         mine, its = ours["names"].get(place), theirs["names"].get(place)
         if mine != its:
             raise differ("the parameters that an optimizer steps", mine, its)

@@ -234,9 +234,9 @@ class Session(Freezing):
         state = checked(state, params)
         follow_optimizers()  # the first step may begin before the first forward pass
         self._change(None if state["pin"] is None else ModelPin(**state["pin"]), params)
-        for resumed in (Resumed(saved, params) for saved in state["agreements"]):
-            for name in resumed.saved["members"]:
-                params[name].resumed = resumed
+        agreed = Resumed.by_name(state["agreements"], params)
+        for name, param in params.items():
+            param.resumed = agreed.get(name)
         for name, entry in state["parameters"].items():
             self._note(params[name], parted=entry["partition"] is not None)
             params[name].load(entry)

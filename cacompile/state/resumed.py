@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,12 @@ class Resumed:
     saved: Mapping[str, Any]
     """Of `Agreement.save`, with names of parameters."""
     params: Mapping[str, ParamState]
+
+    @classmethod
+    def by_name(cls, agreements: Iterable[Mapping[str, Any]], params: Mapping[str, ParamState]) -> dict[str, Resumed]:
+        """For each parameter that one of these is of, that one."""
+        each = (cls(saved, params) for saved in agreements)
+        return {name: resumed for resumed in each for name in resumed.saved["members"]}
 
     @property
     def fits(self) -> bool:
