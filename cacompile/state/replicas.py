@@ -1,4 +1,7 @@
-"""Replicas: the ranks that train the same parameters, as copies that DistributedDataParallel keeps equal, or shards."""
+"""Replicas: the ranks that train the same parameters, as copies that DistributedDataParallel keeps equal, or shards.
+
+Of shards that graphs compute with as they are, each rank has rows of its own, and all decide together on those of all.
+"""
 
 from __future__ import annotations
 

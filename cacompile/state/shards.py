@@ -1,7 +1,7 @@
-"""Shards: what this rank holds of a parameter that `fully_shard` (FSDP2) has spread over ranks.
+"""Shards: what this rank holds of a parameter that `fully_shard` (FSDP2) or tensor parallel has spread over ranks.
 
-A forward pass gathers such a parameter into another one, which is what compiled graphs see. Optimizers step the shard,
-so all that is known belongs to the sharded one.
+Under FSDP2 a forward pass gathers such a parameter into another one, which is what compiled graphs see. Optimizers step
+the shard, so all that is known belongs to the sharded one. Under tensor parallel graphs see the shard: `share_of`.
 """
 
 from __future__ import annotations
