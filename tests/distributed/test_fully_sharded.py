@@ -315,7 +315,7 @@ def random_run(rank: int, seed: int, make_name: str, whole: bool, copies: bool) 
         optimizer.zero_grad()
         what = same.random()
         if what < 0.02:
-            session.freeze(str(same.choice(["blocks.0.*", "blocks.1.neurons[16:48]", "norm"])))
+            session.freeze(str(same.choice(["blocks.0.*", "blocks.1.neurons[16:32]", "norm"])))
         elif what < 0.05:
             session.thaw()
         masks.append(session.mask.tolist())
