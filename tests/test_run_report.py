@@ -224,8 +224,8 @@ def test_a_wrong_path_or_format_is_one_clear_error(trained: Trained, path: str, 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda s: None, ["format 7", "NoneType"]),
-        (lambda s: {**s, "format": 3}, ["format 7", "got 3"]),
+        (lambda s: None, ["format 8", "NoneType"]),
+        (lambda s: {**s, "format": 3}, ["format 8", "got 3"]),
         (lambda s: {k: v for k, v in s.items() if k != "history"}, ["lacks history"]),
         (lambda s: {**s, "history": {**s["history"], "stride": -1}}, ["history", "stride", "-1"]),
     ],
