@@ -6,6 +6,7 @@ Of shards that graphs compute with as they are, each rank has rows of its own, a
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 import zlib
 from collections import Counter
@@ -112,7 +113,10 @@ def _trained(every: Iterable[tuple[str, Any]]) -> Iterator[tuple[int, str, Any]]
 
 
 def _store(group: Any) -> dist.Store:
-    return dist.HashStore() if broken_contracts(RANKS) else group_store(group)
+    """The store of a process group; processes that torchelastic has restarted do not see what was said before."""
+    if broken_contracts(RANKS):
+        return dist.HashStore()
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", group_store(group))
 
 
 def find_replicas(inputs: Iterable[Any] = ()) -> bool:

@@ -15,7 +15,9 @@ LOOPS, ELASTIC = (Path(__file__).with_name(name) for name in ("loops.py", "elast
 
 
 def torchrun(script: Path, *arguments: str, restarts: int = 0) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    # with the launcher's store gloo would meet those of the attempt before
+    new_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, **new_store, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     options = ["--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
     return run_module("torch.distributed.run", *options, str(script), *arguments, environment=environment)
 
@@ -51,7 +53,7 @@ def test_accelerate_goes_on_as_it_would_have(ranks: Callable[..., list[Any]], tm
 
 def elastic(folder: Path, ends: int, slow: int = -1) -> list[dict[str, Any]]:
     folder.mkdir()
-    torchrun(ELASTIC, str(folder), str(ends), str(slow), restarts=3)  # under load gloo sometimes fails to meet again
+    torchrun(ELASTIC, str(folder), str(ends), str(slow), restarts=1)
     first, second = (json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2))
     assert first["masks"] == second["masks"] and first["weights"] == second["weights"]
     return [first, second]
@@ -67,5 +69,5 @@ def test_a_rank_that_is_killed_or_slow_changes_nothing(tmp_path: Path) -> None:
     assert slow == whole
     for rank in range(2):
         again, _ = elastic(tmp_path / f"killed {rank}", rank)
-        assert again["attempt"] >= 1 and again["start"] == 10
+        assert (again["attempt"], again["start"]) == (1, 10)
         assert again["weights"] == whole["weights"] and again["masks"] == whole["masks"][10:]
