@@ -39,6 +39,15 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank has of a parameter that lies in equal pieces on several: piece `index` of them along `dim`."""
+
+    dim: int
+    index: int
+    pieces: int
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
     """Rows `start:stop` of a parameter along dimension `dim`."""
 
@@ -145,25 +154,33 @@ class GradLayout:
     index: int
     """Position among the inputs of Dynamo's graph."""
     partition: Partition
+    """Of the whole parameter, also where this rank's graph has a share of it."""
     first_flag: int
     """Index of its first block among all flags of the graph."""
     groups: tuple[int, ...]
     """For each block, which of the graph's groups it belongs to."""
     block_flops: tuple[int, ...]
-    """dW FLOPs of each block in one backward, with the sizes seen when compiling."""
+    """dW FLOPs of each block in one backward, on the rank that has it, with the sizes seen when compiling."""
     coefficients: tuple[tuple[int, ...], ...]
     """For each of the graph's monomials: how many dW FLOPs of each block there are to one of it."""
     follows: str = ""
     """The weight whose product makes this gradient as well: both are masked or neither."""
+    window: tuple[int, int] | None = None
+    """First and last but one of the blocks that this rank's graph computes; None: all."""
 
     @property
     def blocks(self) -> int:
         return self.partition.blocks
 
     @property
+    def here(self) -> slice:
+        """Those of its blocks that this rank's graph computes, and has flags for."""
+        return slice(*(self.window or (0, self.blocks)))
+
+    @property
     def flags(self) -> slice:
-        """Its blocks among all flags of the graph."""
-        return slice(self.first_flag, self.first_flag + self.blocks)
+        """These blocks among all flags of the graph."""
+        return slice(self.first_flag, self.first_flag + self.here.stop - self.here.start)
 
 
 def gone_with(needed: Iterable[tuple[int, int]], positions: Collection[int]) -> list[int]:
@@ -241,8 +258,8 @@ class MaskLayout:
 
     @cached_property
     def blocks(self) -> int:
-        """Flags of the masked version: blocks of all gradients."""
-        return sum(grad.blocks for grad in self.grads)
+        """Flags of the masked version: blocks of all gradients, as far as this rank computes them."""
+        return sum(grad.flags.stop - grad.flags.start for grad in self.grads)
 
     @cached_property
     def flops(self) -> int:

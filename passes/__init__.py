@@ -9,6 +9,7 @@ from cacompile.errors import renamed
 
 from .analyse import make_plan
 from .coupling import couple
+from .described import describe
 from .group import group
 from .locate import locate
 from .mask import mark_products, mask_weight_grads
@@ -27,6 +28,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Broken",
     "couple",
+    "describe",
     "find_plan",
     "flags_of",
     "group",

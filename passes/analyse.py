@@ -32,7 +32,7 @@ def make_plan(
     if plan.grads:
         graph = plan.grads[0].param.placeholder.graph
         coupling = couple(
-            graph, {param.placeholder: param.name for param in params if not param.subclass} | dict(frozen or {})
+            graph, {param.placeholder: param.name for param in params if not param.opaque} | dict(frozen or {})
         )
         plan = group(plan, coupling, block_rows=block_rows)
     costs = step_costs(params[0].placeholder.graph) if params else StepCosts()

@@ -25,7 +25,9 @@ def name_families(used: Sequence[Owned], components: Components) -> tuple[list[P
         part.first = len(groups)
         scale = 1 if part.kind in ("heads", "experts") else _scale(part)
         for number, slices in enumerate(_slices(part)):
-            start, stop = number * part.units * scale, min((number + 1) * part.units, part.leaf.size) * scale
+            before = 0 if part.cut is None else part.cut.index * part.leaf.size
+            first, last = before + number * part.units, before + min((number + 1) * part.units, part.leaf.size)
+            start, stop = first * scale, last * scale
             groups.append(ParamGroup(group_name(name, start, stop), start, stop, tuple(slices), len(families)))
         families.append(ParamFamily(name, part.kind, about.makers, about.weights, relatives))
     return families, groups
@@ -61,13 +63,15 @@ def _makers(part: Owned, components: Components) -> tuple[str, ...]:
 
 
 def _slices(part: Owned) -> list[list[Slice]]:
-    """For each group, its stretches of rows in every parameter, weights first."""
+    """For each group, its stretches of rows in every whole parameter, weights first."""
     found: list[list[Slice]] = [[] for _ in range(part.groups)]
-    weights = [(grad.param.name, grad.dim, units) for grad, units in part.slices]
-    for name, dim, units in [*weights, *((param.name, dim, units) for param, dim, units in part.others)]:
+    weights = [(grad.param, grad.dim, units) for grad, units in part.slices]
+    for param, dim, units in [*weights, *part.others]:
+        cut = param.cut_along(dim)
+        before = 0 if cut is None else cut.index * param.shape[dim]
         group = np.where(units >= 0, units // part.units, -1)
         edges = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(group)]
         for lo, hi in pairwise(edges):
             if group[lo] >= 0:
-                found[group[lo]].append(Slice(name, dim, lo, hi))
+                found[group[lo]].append(Slice(param.name, dim, before + lo, before + hi))
     return found

@@ -18,7 +18,7 @@ from .coupling.walk import Coupling
 from .families import name_families, shared_axes
 from .kinds import kind_called
 from .owned import Owned, edges_of, inner_of, is_batch, run_lengths
-from .plan import Plan, StaysDense, WeightGrad
+from .plan import Plan, Share, StaysDense, WeightGrad
 
 TARGETS = {"filters": 0.5, "tokens": 4.0, "outputs": 4.0}
 """Kind -> rows a block, as a multiple of `block_rows`; 1 for others.
@@ -81,12 +81,19 @@ def _without_thin(owner: Owner) -> Owner | None:
     return replace(owner, parts=(*parts, Part(Axis(int(aside.sum())), units)))
 
 
-Parts = dict[tuple[Axis, str | None], Owned]
-"""By axis; where a weight is alone with its share of the stream, by its name as well."""
+Key = tuple[Axis, str | None, Share | None]
+Parts = dict[Key, Owned]
+"""By axis; where a weight is alone with its share of the stream, by its name as well; apart where it is cut up."""
 
 
-def _key(owner: Owner, part: Part) -> tuple[Axis, str | None]:
-    return part.leaf, owner.grad.param.name if owner.standalone else None
+def _key(owner: Owner, part: Part) -> Key:
+    name = owner.grad.param.name if owner.standalone else None
+    return part.leaf, name, _ends(owner.grad.param.cut_along(owner.grad.dim))
+
+
+def _ends(cut: Share | None) -> Share | None:
+    """What weights that are cut along a common axis have in common, each along a dimension of its own."""
+    return None if cut is None else replace(cut, dim=0)
 
 
 def _collect(owners: dict[str, list[Owner]], components: Components) -> Parts:
@@ -95,7 +102,7 @@ def _collect(owners: dict[str, list[Owner]], components: Components) -> Parts:
         for part in owner.parts:
             key = _key(owner, part)
             if key not in parts:
-                parts[key] = Owned(_kind(owner, part, components), part.leaf)
+                parts[key] = Owned(_kind(owner, part, components), part.leaf, cut=key[-1])
             parts[key].slices.append((owner.grad, part.units))
     return parts
 
@@ -132,7 +139,8 @@ def _labels(owner: Owner, parts: Parts) -> np.ndarray:
 def _block(owner: Owner, parts: Parts, block_rows: int) -> int:
     """Rows a block, so that no block has rows of two groups, or of two products; 0 if that is too thin."""
     grad, labels = owner.grad, _labels(owner, parts)
-    block = stretch(labels, edges_of(grad))
+    edges = [*edges_of(grad), *([len(labels)] if grad.param.cut_along(grad.dim) else [])]
+    block = stretch(labels, edges)
     if block == len(labels):
         return block
     thick = block * inner_of(grad) >= min(THINNEST, max(1, block_rows // 2))
@@ -205,17 +213,19 @@ def _add_others(plan: Plan, parts: Parts, components: Components, owned: set[str
         origin = components.coupling.origins.get(param.name)
         maker = layers.get(origin.nearest) if origin is not None else None
         for alone in [None, *sorted(maker.weights if maker else ())]:
-            mine = [(d, part) for d, part in found if (part.leaf, alone) in parts]
+            keyed = [(d, part, (part.leaf, alone, _ends(param.cut_along(d)))) for d, part in found]
+            mine = [(d, part, key) for d, part, key in keyed if key in parts]
             if mine:
-                dim = max(mine, key=lambda pair: len(parts[pair[1].leaf, alone].slices))[0]
-                for d, part in mine:
+                dim = max(mine, key=lambda each: len(parts[each[2]].slices))[0]
+                for d, part, key in mine:
                     if d == dim:
-                        parts[part.leaf, alone].others.append((param, d, part.units))
+                        parts[key].others.append((param, d, part.units))
                 break
         else:
             for d, part in found:
                 if part.leaf in components.tokens:
                     units = max(1, int(block_rows * TARGETS["tokens"]))
-                    tokens = parts.setdefault((part.leaf, None), Owned("tokens", part.leaf, units=units))
+                    cut = _ends(param.cut_along(d))
+                    tokens = parts.setdefault((part.leaf, None, cut), Owned("tokens", part.leaf, units=units, cut=cut))
                     tokens.others.append((param, d, part.units))
                     break

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cacompile.state.shards import share_of
 from cacompile.torch_internals import (
     GradAOTOutput,
     PlainAOTInput,
@@ -20,7 +21,7 @@ from cacompile.torch_internals import (
     source_path,
 )
 
-from .plan import Param
+from .plan import Param, Share
 
 
 def source_name(source: Any, fallback: str) -> str:
@@ -52,8 +53,10 @@ class GraphInputs:
     frozen: Mapping[int, str]
     """Parameters that want no gradient."""
     handle: int
-    subclasses: Mapping[int, str] = field(default_factory=dict)
-    """Trainable parameters that are of a tensor subclass: the graph has the tensors inside."""
+    opaque: Mapping[int, str] = field(default_factory=dict)
+    """Trainable parameters of a tensor subclass of which the graph only has the tensors inside, and what they are."""
+    shares: Mapping[int, Share] = field(default_factory=dict)
+    """Trainable DTensors, of each of which the graph has this rank's share."""
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
@@ -69,8 +72,17 @@ class GraphInputs:
         trained = {i: name for i, name in names.items() if example_inputs[i].requires_grad}
         frozen = {i: name for i, name in names.items() if i not in trained}
         values = {i: example_inputs[i] for i in trained}
-        inside = {i: type(value).__name__ for i, value in values.items() if is_traceable_subclass(value)}
-        return cls(trained, frozen, len(placeholders), inside)
+        inside = {i: _inside(value) for i, value in values.items() if is_traceable_subclass(value)}
+        shares = {i: share for i, share in inside.items() if isinstance(share, Share)}
+        opaque = {i: reason for i, reason in inside.items() if isinstance(reason, str)}
+        return cls(trained, frozen, len(placeholders), opaque, shares)
+
+
+def _inside(value: Any) -> Share | str:
+    """What the graph has of a tensor subclass, or why its blocks are not the graph's."""
+    if hasattr(value, "to_local"):
+        return share_of(value)
+    return f"is a {type(value).__name__}, a tensor subclass: its blocks are not the graph's"
 
 
 def find_params(graph: fx.Graph, inputs: GraphInputs) -> tuple[Param, ...]:
@@ -87,11 +99,11 @@ def find_params(graph: fx.Graph, inputs: GraphInputs) -> tuple[Param, ...]:
         if isinstance(desc, PlainAOTInput) and desc.idx in inputs.params and isinstance(value, torch.Tensor):
             index = desc.idx
             shape = tuple(int(size) for size in value.shape)
-            subclass = inputs.subclasses.get(index, "")
+            opaque, share, grad = inputs.opaque.get(index, ""), inputs.shares.get(index), grads.get(index)
+            if share is not None and grad is not None and tuple(grad.meta["val"].shape) != shape:
+                opaque, share = "is a DTensor, whose gradient lies on the ranks in another way", None
             # a subclass is several inputs: the first stands for it
-            params.setdefault(
-                index, Param(inputs.params[index], index, shape, node, grads.get(index), subclass=subclass)
-            )
+            params.setdefault(index, Param(inputs.params[index], index, shape, node, grad, opaque, share))
     return tuple(params.values())
 
 

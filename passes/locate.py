@@ -50,10 +50,8 @@ def _locate(param: Param) -> WeightGrad | StaysDense:
     """A gradient that shares its products with nothing else."""
     if param.grad is None:
         return StaysDense(param.name, "other", "no gradient in this graph")
-    if param.subclass:
-        return StaysDense(
-            param.name, "other", f"is a {param.subclass}, a tensor subclass: its blocks are not the graph's"
-        )
+    if param.opaque:
+        return StaysDense(param.name, "other", param.opaque)
     if 0 in param.shape:
         return StaysDense(param.name, "other", "empty")
     if len(param.shape) < 2:
@@ -82,7 +80,7 @@ def _locate_chains(params: Iterable[Param], found: _Found) -> None:
     unshared = {
         param.grad: param
         for param in params
-        if param.grad is not None and not param.subclass and 0 not in param.shape
+        if param.grad is not None and not param.opaque and 0 not in param.shape
         if isinstance(found[param.name], StaysDense)
     }
     if not unshared:

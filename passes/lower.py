@@ -22,6 +22,7 @@ from cacompile.layout import (
 from cacompile.torch_internals import expression_of
 
 from .flops import at_sizes, split
+from .pieces import Pieces
 from .plan import Plan, WeightGrad
 
 
@@ -33,10 +34,11 @@ def lower(plan: Plan) -> MaskLayout:
     monomials, (step, forward, *coefficients) = split([costs.step, costs.forward, *costs.backward, *counts])
     backward, coefficients = coefficients[:products], coefficients[products:]
     left = iter(coefficients[len(names) :])
+    pieces = Pieces(plan)
     return MaskLayout(
         params=tuple((param.name, param.index) for param in plan.params),
-        grads=tuple(_grad(grad, [next(left) for _ in range(grad.blocks)]) for grad in plan.grads),
-        groups=tuple(replace(group, flops=int(group.flops)) for group in plan.groups),
+        grads=tuple(_grad(grad, [next(left) for _ in range(grad.blocks)], pieces) for grad in plan.grads),
+        groups=tuple(replace(group, flops=int(group.flops)) for group in pieces.groups),
         families=plan.families,
         flops_by_param=tuple((name, int(flops)) for name, flops in plan.flops_by_param.items()),
         monomials=monomials,
@@ -144,14 +146,17 @@ def at_mean_sizes(plan: Plan, sizes: Mapping[Monomial, float]) -> Plan:
     )
 
 
-def _grad(grad: WeightGrad, coefficients: list[tuple[int, ...]]) -> GradLayout:
+def _grad(grad: WeightGrad, coefficients: list[tuple[int, ...]], pieces: Pieces) -> GradLayout:
+    cut = grad.param.cut_along(grad.dim)
+    times = 1 if cut is None else cut.pieces
     return GradLayout(
         param=grad.param.name,
         index=grad.param.index,
-        partition=Partition(grad.dim, grad.block, grad.param.shape[grad.dim]),
+        partition=Partition(grad.dim, grad.block, grad.param.shape[grad.dim] * times),
         first_flag=grad.first_flag,
-        groups=grad.groups,
-        block_flops=tuple(map(int, grad.block_flops)),
-        coefficients=tuple(zip(*coefficients)),
+        groups=pieces.groups_of(grad),
+        block_flops=tuple(map(int, grad.block_flops)) * times,
+        coefficients=tuple(zip(*coefficients * times)),
         follows=grad.follows,
+        window=None if cut is None else (cut.index * grad.blocks, (cut.index + 1) * grad.blocks),
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from .coupling.axes import Axis
 from .kinds import kind_called
-from .plan import Param, WeightGrad
+from .plan import Param, Share, WeightGrad
 
 
 @dataclass
@@ -25,6 +25,8 @@ class Owned:
     """Units a group."""
     first: int = 0
     """Its first group among all groups of the plan."""
+    cut: Share | None = None
+    """Which piece of a longer axis this is, where each rank has one; None: it is whole."""
 
     @property
     def groups(self) -> int:
@@ -42,7 +44,9 @@ class Owned:
         return max((-(-grad.unit // run(units)) for grad, units in self.slices), default=1)
 
     def may_have(self, units: int) -> bool:
-        """Whether groups of so many units end where products and indivisible rows of its weights do."""
+        """Whether groups of so many units end where products and indivisible rows of its weights do, and the axis."""
+        if self.cut is not None and self.leaf.size % units:
+            return False
         for grad, each in self.slices:
             rows = units * run(each)
             if (np.diff(each) >= 0).all() and (rows % grad.unit or any(edge % rows for edge in edges_of(grad))):

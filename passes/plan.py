@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from cacompile.errors import renamed
-from cacompile.layout import ParamFamily, ParamGroup, Slice, StaysDense, gone_with
+from cacompile.layout import ParamFamily, ParamGroup, Share, Slice, StaysDense, gone_with
 
 __all__ = [
     "GoneNode",
@@ -19,6 +19,7 @@ __all__ = [
     "ParamGroup",
     "Plan",
     "Product",
+    "Share",
     "SharedAxis",
     "Slice",
     "StaysDense",
@@ -47,8 +48,14 @@ class Param:
     placeholder: fx.Node
     grad: fx.Node | None
     """Node of the joint graph that is returned as its gradient."""
-    subclass: str = ""
-    """The tensor subclass that it is of, where it is; the graph then has only the tensors inside."""
+    opaque: str = ""
+    """Why its blocks are not the graph's, where it is of a tensor subclass: the graph has only the tensors inside."""
+    share: Share | None = None
+    """What this rank has of it, where the graph has that alone, as under tensor parallel; `shape` is of the share."""
+
+    def cut_along(self, dim: int) -> Share | None:
+        """The share, where the parameter is cut along this dimension: then each rank has rows of its own there."""
+        return self.share if self.share is not None and self.share.dim == dim else None
 
 
 @dataclass(frozen=True, slots=True)

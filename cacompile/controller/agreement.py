@@ -31,6 +31,7 @@ from .agreed import Agreed, Followed
 from .controller import capturing
 from .decider import Decider, Parts, flops_told, scores_told
 from .divergence import about, compare, compare_states, digest
+from .saved import resumed
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Agreement:
         self._parts: tuple[int, Parts] = 0, {}
         """The last reading, and what this rank's shards had at it."""
         self._followed: list[Followed] = []
+        self._loaded: tuple[int, list[dict[str, Any]]] | None = None
+        """When a state was loaded, and what other ranks had told last in it; until they tell anew."""
 
     @property
     def step(self) -> int:
@@ -81,14 +84,15 @@ class Agreement:
     def _leads(self) -> bool:
         return self.replicas.rank == 0
 
-    def look(self, optimizer: Optimizer | None) -> None:
-        """A step begins: see where the weights are, if it is to be measured here."""
+    def look(self, optimizer: Optimizer | None, count: int) -> None:
+        """A step begins: see where the weights are, if it is to be measured here. count: of those that are done."""
         self._watching = []
+        self._resume(count)
         if self._every is None or (self.step + 1) % self._every or capturing():
             return
         params = [param for param in self.members if param.blocks]
         if self._leads:
-            self._told = self._channel.told(self._clock + 1)
+            self._told = self._newest_told()
             params = [param for param in params if self._known_to_all(param)]
         elif is_zero1(optimizer):
             own = _own(optimizer) or set()
@@ -106,6 +110,7 @@ class Agreement:
         """A step is done, the count-th of this optimizer in this process."""
         if capturing() or not can_agree():
             return
+        self._resume(count - 1)
         self._clock, self._ahead = count + self._shift, 0
         for param in self.members:
             param.step += 1
@@ -162,9 +167,7 @@ class Agreement:
             parted = next((param for param in self.members if param.blocks), None)
             if parted is not None:
                 self._every, self._from = parted.config.monitor_every, self._clock + 1
-                steps = {param.place: param.step for param in self.members}
-                hello = {"every": self._every, "clock": self._clock, "steps": steps, **self._about()}
-                self._channel.greet({**hello, "epoch": self._epoch})
+                self._greet()
             return
         said = self._channel.hello()
         if said is not None and said["clock"] < self._clock:  # it is surely there by then, on every run
@@ -174,6 +177,69 @@ class Agreement:
             passed = self._clock - said["clock"]
             self._set_steps({place: step + passed for place, step in said["steps"].items()})
         self._tell()
+
+    def _greet(self) -> None:
+        steps = {param.place: param.step for param in self.members}
+        hello = {"every": self._every, "clock": self._clock, "steps": steps, **self._about()}
+        self._channel.greet({**hello, "epoch": self._epoch})
+
+    def _newest_told(self) -> list[dict[str, Any]] | None:
+        """What other ranks have told last, each of them before this step."""
+        told = self._channel.told(self._clock + 1)
+        if self._loaded is not None and (told is None or min(known["clock"] for known in told) <= self._loaded[0]):
+            about = self._about()
+            return [{**about, **known} for known in self._loaded[1]]
+        self._loaded = None
+        return told
+
+    def save(self) -> dict[str, Any] | None:
+        """All that later masks depend on, with places of parameters; None before anything is agreed on.
+
+        Right after a reading it waits for what is on its way: the decision, or on rank 0 what others tell.
+        """
+        if self._every is None:
+            return None
+        told = None
+        if self._leads:
+            told = self._newest_told()
+            if self._due is not None and told is not None:
+                told = self._channel.told_at(self._clock) or told
+        elif self._due is not None and self._due not in self._said:
+            self._said[self._due] = self._channel.decision(self._epoch, self._due)
+        return {
+            "every": self._every,
+            "parts": [each.agreed.to_dict() for each in self._followed],
+            "said": None if self._due is None else self._said[self._due]["parts"],
+            "told": told,
+            "shards": self._parts[1],
+        }
+
+    def _resume(self, count: int) -> None:
+        """Go on from a state that was loaded since the last step, on all ranks. count: steps done by then."""
+        found = next((param.resumed for param in self.members if param.resumed is not None), None)
+        if found is None:
+            return
+        for param in found.params.values():
+            param.resumed = None if param.resumed is found else param.resumed
+        if not found.fits:
+            return
+        saved = resumed(found.saved, {name: param.place for name, param in found.params.items()})
+        clock = self._clock = count + self._shift
+        self._every, self._from, self._due = saved["every"], clock + 1, None
+        self._digests.clear()
+        self._said.clear()
+        if saved["said"] is not None:
+            self._due, self._said[clock] = clock, {"parts": saved["said"], "step": self.step, "digest": None}
+        self._adopt([Agreed.of(part) for part in saved["parts"]])
+        for followed in self._followed:
+            followed.follow()
+        if self._leads:
+            self._parts = clock, saved["shards"]
+            self._loaded = (
+                clock,
+                [{**known, "clock": clock, "follows": 0, "digest": None} for known in saved["told"] or ()],
+            )
+            self._greet()
 
     def _read(self, optimizer: Optimizer | None) -> None:
         self._due = self._clock
@@ -254,10 +320,12 @@ class Agreement:
 
     def _take_over(self, clock: int) -> None:
         self._due = None
-        said = self._said.pop(clock, None) if self._leads else self._channel.decision(self._epoch, clock)
+        said = self._said.pop(clock, None)
+        if said is None and not self._leads:
+            said = self._channel.decision(self._epoch, clock)
         if said is None or said["parts"] is None:
             return
-        if not self._leads:
+        if not self._leads and clock in self._digests and said["digest"] is not None:
             compare(self._about(), said, self.replicas.rank, 0)
             compare_states(self._digests[clock], said["digest"], self.replicas.rank, 0)
         if said["step"] + 1 == self.step:  # else a state was loaded in between, on all ranks
@@ -284,7 +352,7 @@ class Agreement:
             param.counted_from += param.step - since
 
     def _about(self) -> dict[str, Any]:
-        return about(self.members)
+        return about(self.members, grows=bool(self.replicas.places))
 
     def _digest(self) -> dict[str, int]:
         frozen = (

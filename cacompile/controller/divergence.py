@@ -13,11 +13,15 @@ from cacompile.state.params import ParamState
 from cacompile.version import VERSION
 
 
-def about(members: Sequence[ParamState]) -> dict[str, Any]:
-    """What a rank's parameters are called, and with which options and version it trains them."""
+def about(members: Sequence[ParamState], *, grows: bool = False) -> dict[str, Any]:
+    """What a rank's parameters are called, and with which options and version it trains them.
+
+    grows: whether more may come, so that a rank may know of some that another did not know of when it told.
+    """
     configs = list(dict.fromkeys(param.config for param in members if param.blocks))
     return {
         "version": VERSION,
+        "grows": grows,
         "names": {param.place: param.name for param in members},
         "options": [_plain(config) for config in configs],
         "option_of": {param.place: configs.index(param.config) for param in members if param.blocks},
@@ -34,7 +38,8 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], rank: int, other
 
     if ours["version"] != theirs["version"]:
         raise differ("the version of cacompile", ours["version"], theirs["version"])
-    for place in sorted(ours["names"].keys() | theirs["names"].keys()):
+    both, either = ours["names"].keys() & theirs["names"].keys(), ours["names"].keys() | theirs["names"].keys()
+    for place in sorted(both if ours.get("grows") else either):
         mine, its = ours["names"].get(place), theirs["names"].get(place)
         if mine != its:
             raise differ("the parameters that an optimizer steps", mine, its)

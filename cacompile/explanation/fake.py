@@ -43,7 +43,7 @@ def faked(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         yield {}, args, kwargs
         return
     mode = mode or FakeTensorMode()
-    stand_ins = _StandIns(mode)
+    stand_ins = _StandIns(mode, gathered=any(map(_is_sharding, (hook for of in _hooks(model) for hook in of.values()))))
     # Dynamo has a mode of its own, and what runs between its graphs may make tensors that are not fake
     before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
     try:
@@ -57,11 +57,11 @@ def faked(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 @contextlib.contextmanager
 def _without_sharding(model: torch.nn.Module) -> Iterator[None]:
     """Leave out the hooks of `fully_shard`, which would gather parameters."""
-    hooks = [of for module in model.modules() for of in forward_hooks(module)]
+    hooks = _hooks(model)
     before = [dict(of) for of in hooks]
     try:
         for of in hooks:
-            for key in [key for key, hook in of.items() if str(hook.__module__).startswith(FSDP)]:
+            for key in [key for key, hook in of.items() if _is_sharding(hook)]:
                 del of[key]
         yield
     finally:
@@ -70,11 +70,29 @@ def _without_sharding(model: torch.nn.Module) -> Iterator[None]:
             of.update(all_of_them)
 
 
+def _like(part: torch.Tensor, tensor: Any) -> Any:
+    """The DTensor that `part` is this rank's part of, and that lies on the ranks as `tensor` does."""
+    from torch.distributed.tensor import DTensor  # there already, where there is one
+
+    mesh, placements, shape, stride = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
+    with torch.no_grad():
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _hooks(model: torch.nn.Module) -> list[dict[int, Any]]:
+    return [of for module in model.modules() for of in forward_hooks(module)]
+
+
+def _is_sharding(hook: Any) -> bool:
+    return str(hook.__module__).startswith(FSDP)
+
+
 class _StandIns:
     """Fake tensors that stand for others, one for each."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self.mode = mode
+    def __init__(self, mode: FakeTensorMode, gathered: bool) -> None:
+        """gathered: whether `fully_shard` makes whole tensors of shards; else DTensors stand for DTensors."""
+        self.mode, self.gathered = mode, gathered
         self.made: dict[int, torch.Tensor] = {}
         self.originals: dict[int, torch.Tensor] = {}
 
@@ -88,8 +106,11 @@ class _StandIns:
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         device = HOME if tensor.is_meta else tensor.device
+        part = tensor if self.gathered or not hasattr(tensor, "to_local") else tensor.detach().to_local()
         with self.mode, torch.no_grad():
-            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            new = torch.empty_strided(part.shape, part.stride(), dtype=tensor.dtype, device=device)
+        if part is not tensor:
+            new = _like(new, tensor)
         if isinstance(tensor, torch.nn.Parameter):
             return torch.nn.Parameter(new, tensor.requires_grad)
         return new.requires_grad_(tensor.requires_grad)

@@ -8,6 +8,7 @@ import math
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from cacompile.graph.compiled import CompiledGraph, compile_graph, compiled_grap
 from cacompile.graph.handle import NOWHERE
 from cacompile.passes.joint import has_trainable
 from cacompile.passes.lower import at_mean_sizes
-from cacompile.passes.plan import Plan
+from cacompile.passes.plan import Plan, StaysDense
 from cacompile.torch_internals import (
     boxed,
     detect_fake_mode,
@@ -108,6 +109,9 @@ def running(params: Iterable[torch.Tensor]) -> list[RanGraph]:
     for binding, graph in found:
         if wanted.intersection(map(id, binding.inputs.values())):
             plan = at_mean_sizes(graph.plan, sizes) if (sizes := binding.mean_sizes) else graph.plan
+            here = [g for g in plan.grads if g.param.name in binding.stay_dense]
+            dense = (StaysDense(g.param.name, g.kind, binding.stay_dense[g.param.name], g.flops) for g in here)
+            plan = replace(plan, dense=(*plan.dense, *dense))
             runs.append(RanGraph(plan, binding.inputs, graph))
     return list({frozenset(map(id, run.params.values())): run for run in runs}.values())
 

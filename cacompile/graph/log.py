@@ -176,8 +176,8 @@ def profiled(layout: MaskLayout, name: str, masked: Collection[str], flags: np.n
     off: set[int] = set()
     for grad in (grad for grad in layout.grads if grad.param in masked):
         own = flags[grad.flags]
-        label = f"convaware dW {grad.param}: {int(own.sum())} of {grad.blocks} blocks on"
+        label = f"convaware dW {grad.param}: {int(own.sum())} of {len(own)} blocks on"
         labels.update(dict.fromkeys(range(grad.flags.start, grad.flags.stop), label))
-        off.update(number for number, on in zip(grad.groups, own) if not on)
+        off.update(number for number, on in zip(grad.groups[grad.here], own) if not on)
     with Range(f"convaware backward: {name}, {len(off)} of {len(layout.groups)} groups skipped"), named(labels):
         yield

@@ -39,6 +39,8 @@ class Controllers:
         self._key: tuple[int, list[int]] | None = None
         self._controllers: list[Controller] = []
         self._agreements: dict[Replicas, Agreement] = {}
+        self._looking: list[Agreement] = []
+        """Those that have seen this step begin."""
         self._within = False
         """Whether the owner is an optimizer within a ZeroRedundancyOptimizer, which is what all ranks step alike."""
         self._steps = 0
@@ -73,9 +75,14 @@ class Controllers:
         self._agreements = found
 
     def look(self, optimizer: Optimizer | None) -> None:
-        """The owner's step begins, and its controllers are made: agreements may want to see the weights."""
+        """The owner's step begins, and its controllers are made: agreements may want to see the weights.
+
+        Again once a closure has run, which may have made some: those see them then.
+        """
         for agreement in self._agreements.values():
-            agreement.look(optimizer)
+            if agreement not in self._looking:
+                self._looking.append(agreement)
+                agreement.look(optimizer, 0 if optimizer is None else steps_of(optimizer))
 
     def leave_to(self, inner: Controllers) -> None:
         """What all ranks do alike follows this owner, which all of them step, and not the one within it."""
@@ -85,6 +92,7 @@ class Controllers:
     def begin(self) -> None:
         """The owner's step begins. The first one may end without: our hooks may come with what is called inside."""
         self._begun, self._done = next(_moments), False
+        self._looking.clear()
 
     def advance(self, optimizer: Optimizer, params: list[Any]) -> None:
         """The owner's step is done, once however often it is hooked, as where `super().step()` is hooked as well.
@@ -163,7 +171,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         controller.look()
 
     def fill() -> None:
-        for controller in controllers_of(optimizer):
+        found = controllers_of(optimizer)
+        owned.look(optimizer)
+        for controller in found:
             if controller not in controllers:
                 controller.look()
             controller.fill(optimizer, traced=traced)

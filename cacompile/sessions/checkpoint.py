@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cacompile.config import LARGEST_SEED
+from cacompile.controller.saved import check_saved
 from cacompile.errors import ConvAwareError, shown, unknown
 from cacompile.layout import Partition
 from cacompile.state.history import BY_GROUP, BY_STEP, History
@@ -30,7 +31,7 @@ COUNT = f"an int >= 0 and <= {LARGEST}"
 
 
 KEYS = {"format", "flops", "step_flops", "forward_flops", "backwards", "groups", "history", "losses", "about", "pin"}
-KEYS |= {"parameters"}
+KEYS |= {"agreements", "parameters"}
 
 VALUES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "keep": (lambda x: (x >= 0) & (x <= 1), "between 0 and 1"),
@@ -85,6 +86,7 @@ def checked_run(state: Any, params: Collection[str] | None = None) -> Mapping[st
     _check_about(state["about"])
     check_history(state["history"])
     _check_model_pin(state["pin"])
+    check_saved(state["agreements"])
     _must(isinstance(saved, Mapping), "parameters", saved, "a mapping of names to entries")
     for name, entry in saved.items():
         _must(isinstance(name, str), "parameters", name, "a mapping of names to entries")
@@ -182,6 +184,9 @@ def _check_entry(name: str, entry: Mapping[str, Any], param: ParamState) -> None
     must(key is None or _is_count(key), "key", key, f"{COUNT}, or None")
     ok = entry["frozen"] is None or _is_count(entry["frozen"])
     must(ok, "frozen", entry["frozen"], f"{COUNT}, or None")
+    shard = entry["shard"]
+    ok = shard is None or (_is_row(shard) and len(shard) == 3 and all(map(_is_count, shard)))
+    must(ok, "shard", shard, "(dim, start, stop) or None")
     since = entry["counted_from"]
     must(_is_count(since) and since <= entry["step"], "counted_from", since, f"{COUNT}, and no later than step")
     blocks = _check_partition(entry["partition"], param.shape, must)
@@ -212,8 +217,9 @@ def _check_entry(name: str, entry: Mapping[str, Any], param: ParamState) -> None
     if (in_flight := entry["in_flight"]) is not None:
         _keys(in_flight, {"values", "sampled"}, f"{ENTRY}{name!r}: in_flight")
         values, sampled = in_flight["values"], in_flight["sampled"]
-        ok = any(_is_array(values, dtype, (2, blocks)) for dtype in (torch.float64, torch.float32))
-        must(ok, "in_flight['values']", values, f"floats [2, {blocks}] on the host")
+        rows = 2 if entry["shard"] is None else 3
+        ok = any(_is_array(values, dtype, (rows, blocks)) for dtype in (torch.float64, torch.float32))
+        must(ok, "in_flight['values']", values, f"floats [{rows}, {blocks}] on the host")
         ok = sampled is None or _is_array(sampled, torch.bool, blocks)
         must(ok, "in_flight['sampled']", sampled, f"bool [{blocks}] on the host or None")
 
@@ -283,6 +289,8 @@ def _keys(value: Any, wanted: Collection[str], where: str, *, others: bool = Fal
 def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return list(map(_copied, value))
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 

@@ -58,6 +58,7 @@ def _of_7(state: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "forward_flops": None,
         "losses": Losses.nothing(),
+        "agreements": [],
         **state,
         "format": FORMAT,
         "pin": pin,
@@ -108,7 +109,7 @@ def _entry_of_7(entry: Any) -> Any:
         entry = {**entry, "blocks": {"descent": torch.full_like(blocks["score"], torch.nan), **blocks}}
     if isinstance(counted, torch.Tensor) and counted.dtype == torch.int64 and not counted.is_meta:
         entry = {"step_counted": 3 * int(counted.sum()), **entry}
-    return entry
+    return {"shard": None, **entry} if isinstance(entry, Mapping) else entry
 
 
 def _entry_of_6(entry: Any) -> Any:

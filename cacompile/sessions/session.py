@@ -17,6 +17,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from cacompile.config import Config
+from cacompile.controller.saved import saved_agreements
 from cacompile.errors import ConvAwareError, renamed
 from cacompile.hooks.steps import Controllers, follow_optimizers
 from cacompile.state.binding import GraphBinding, bindings_of
@@ -25,6 +26,7 @@ from cacompile.state.history import History, collect, forget, most_points
 from cacompile.state.losses import Losses
 from cacompile.state.params import ParamState, registry
 from cacompile.state.pins import Pin, attend, hold_pins, next_pin
+from cacompile.state.resumed import Resumed
 from cacompile.state.spent import Totals, add, spent_by
 from cacompile.state.table import newest_structure
 from cacompile.torch_internals import uncompiled
@@ -290,6 +292,7 @@ class Session(Freezing):
             "history": self.history.to_dict(),
             "about": self.about,
             "pin": None if self._pin is None else self._pin.to_dict(),
+            "agreements": saved_agreements(params),
             "parameters": {name: param.to_dict() for name, param in params.items()},
         }
 
@@ -302,6 +305,9 @@ class Session(Freezing):
         state = checked(state, params)
         follow_optimizers()  # the first step may begin before the first forward pass
         self._change(None if state["pin"] is None else ModelPin(**state["pin"]), params)
+        agreed = Resumed.by_name(state["agreements"], params)
+        for name, param in params.items():
+            param.resumed = agreed.get(name)
         for name, entry in state["parameters"].items():
             self._note(params[name], parted=entry["partition"] is not None)
             params[name].load(entry)

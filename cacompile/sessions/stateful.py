@@ -17,8 +17,9 @@ class StatefulSession:
 
         dcp.save({"model": ..., "optimizer": ..., "convaware": cacompile.StatefulSession(model)}, checkpoint_id=folder)
 
-    What is saved is what rank 0 knows, which is everybody's, with shapes of whole parameters: it may be loaded by
-    another number of ranks, or by one process. Both are collectives, as all of `torch.distributed.checkpoint`.
+    What is saved is what each rank knows, with shapes of whole parameters. As many ranks go on exactly as they would
+    have; any other number of them, or one process, with what rank 0 knew. Both are collectives, as all of
+    `torch.distributed.checkpoint`.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -27,16 +28,29 @@ class StatefulSession:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as bytes: what it is made of depends on how far training has come, which who loads cannot know."""
-        packed: list[Any] = [None]
-        alone = not dist.is_available() or not dist.is_initialized()
-        if alone or dist.get_rank() == 0:
-            buffer = io.BytesIO()
-            torch.save(self._session.state_dict(), buffer)
-            packed = [buffer.getvalue()]
-        if not alone:
-            dist.broadcast_object_list(packed)
-        return {"state": packed[0]}
+        ranks: list[Any] = [None] * _ranks()
+        own = _packed(self._session.state_dict())
+        if len(ranks) > 1:
+            dist.all_gather_object(ranks, own)
+        return {"state": _packed({"ranks": ranks if len(ranks) > 1 else [own]})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ConvAwareError for a state that is none, or of another model."""
-        self._session.load_state_dict(torch.load(io.BytesIO(state["state"]), weights_only=True))
+        found = _unpacked(state["state"])
+        if isinstance(ranks := found.get("ranks"), list):
+            found = _unpacked(ranks[dist.get_rank() if 1 < len(ranks) == _ranks() else 0])
+        self._session.load_state_dict(found)
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _packed(state: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=True)

@@ -20,10 +20,10 @@ from .beginning import begin
 from .frozen import newest_freeze
 from .identity import Identity, identity_of
 from .params import ParamState, registry
-from .parting import part, tie_groups, together
+from .parting import PARTED, SPREAD, part, tie_groups, together
 from .pins import hold_pins, newest_pin
-from .replicas import find_replicas
-from .shards import stepped
+from .replicas import find_replicas, join_shares
+from .shards import owner_of
 from .spent import Spent
 from .table import BlockTable
 
@@ -56,11 +56,19 @@ class GraphBinding:
         self._gone_with: dict[frozenset[int], tuple[tuple[float, ...], tuple[int, ...]]] = {}
         self._steps = 0
         self.alone = not find_replicas(inputs)
-        """Whether no other rank is known to hold copies of its parameters."""
+        """Whether no other rank is known to hold copies of its parameters, or shares that are decided on together."""
+        if join_shares([(grad.param, inputs[grad.index]) for grad in layout.grads]):
+            self.alone = False
         self._params = together(layout, [part(grad, inputs[grad.index], config) for grad in layout.grads])
+        self.stay_dense = {
+            grad.param: SPREAD if hasattr(inputs[grad.index], "to_local") else PARTED
+            for grad, state in self._pairs()
+            if state is None
+        }
+        """Parameters that the graph could mask, but not where it runs with these, and why."""
         self._inputs = {name: identity_of(inputs[index]) for name, index in layout.params}
         for name, index in layout.params:
-            if stepped(inputs[index]) is not None:
+            if owner_of(inputs[index]) is not None:
                 registry.track(inputs[index], name)
         tie_groups(layout, self._params)
         self._pins = newest_pin()
@@ -295,11 +303,11 @@ class GraphBinding:
             if param is None or not self._masks(grad):
                 off[grad.flags] = False
             else:  # what is frozen is not skipped, and has no estimate
-                off[grad.flags] &= ~param.frozen_blocks
+                off[grad.flags] &= ~param.frozen_blocks[grad.here]
         coefficients = [0] * len(self._layout.monomials)
         for grad in self._layout.grads:
             for i, each in enumerate(grad.coefficients):
-                coefficients[i] += int(np.array(each, np.int64)[off[grad.flags]].sum())
+                coefficients[i] += int(np.array(each, np.int64)[grad.here][off[grad.flags]].sum())
         return self._rows[off[self._has_row]], coefficients
 
     def _gather(self, table: BlockTable) -> None:
@@ -334,7 +342,7 @@ class GraphBinding:
         for grad, param in self._pairs():
             if param is not None:
                 self._has_row[grad.flags] = True
-                rows[grad.flags] = np.arange(len(table))[param.rows]
+                rows[grad.flags] = np.arange(len(table))[param.rows][grad.here]
         self._rows, self._structure = rows[self._has_row], table.structure
 
     def _look_for_pins(self) -> None:

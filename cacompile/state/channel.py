@@ -6,6 +6,7 @@ It lies in the process group's store. Nothing but `decision` ever waits, and onl
 from __future__ import annotations
 
 import pickle
+import time
 from typing import Any
 
 from torch import distributed as dist
@@ -14,6 +15,9 @@ from cacompile.errors import ConvAwareError
 
 PIECE = 2**22
 """Most bytes under one key: stores take messages up to some size."""
+
+PATIENCE = 10.0
+"""Seconds to wait for what other ranks are about to tell, where a state is saved."""
 
 
 class Channel:
@@ -49,6 +53,15 @@ class Channel:
         told = [self._whole(key, first) for key, first in zip(keys, many)]
         found = [each["now"] if each["now"]["clock"] < clock else each["before"] for each in told]
         return None if None in found else found
+
+    def told_at(self, clock: int) -> list[dict[str, Any]] | None:
+        """What each other rank tells after its step `clock`, which it is about to end; None if one does not."""
+        until = time.monotonic() + PATIENCE
+        while (told := self.told(clock + 1)) is not None and time.monotonic() < until:
+            if all(known["clock"] == clock for known in told):
+                return told
+            time.sleep(0.01)
+        return None
 
     def decide(self, epoch: int, clock: int, decision: dict[str, Any]) -> None:
         self._decided.append((clock, self._set(f"decided/{epoch}/{clock}", decision)))

@@ -21,12 +21,13 @@ from .identity import find_identity, identity_of, known
 from .measurements import Measurement, NormShares
 from .pins import Pin
 from .series import Series
-from .shards import Shard, stepped
+from .shards import Shard, owner_of
 from .spent import Spent
 from .table import BlockTable
 
 if TYPE_CHECKING:
     from .replicas import Replicas
+    from .resumed import Resumed
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class ParamState(Freezable):
         """The ranks that hold copies of it; None: it is this rank's alone, as far as is known."""
         self.place = 0
         """Its number among the parameters of the model that has replicas."""
+        self.resumed: Resumed | None = None
+        """What a loaded state says of the ranks' agreement, until its optimizer steps."""
         self._deferred: Mapping[str, Any] | None = None
         """Saved state that waits for the partition to be known."""
 
@@ -255,16 +258,21 @@ class ParamState(Freezable):
                 "blocks": self.table.save(self.rows),
                 "norm_shares": None if self.norm_shares is None else self.norm_shares.to_dict(),
             }
-            if self.shard is not None:  # only this rank's shard of it
-                blocks["norm_shares"] = None
         pin = None if self.pin is None else astuple(self.pin)
-        in_flight = None if self.in_flight is None or self.shard is not None else self.in_flight.to_dict()
+        in_flight = None if self.in_flight is None else self.in_flight.to_dict()
         entry = {"shape": self.shape, "key": self.key, "step": self.step, "counted_from": self.counted_from}
-        entry["frozen"] = self.frozen
+        entry |= {"frozen": self.frozen, "shard": self._place_of_shard}
         return {**entry, "pin": pin, "in_flight": in_flight, **blocks}
+
+    @property
+    def _place_of_shard(self) -> tuple[int, int, int] | None:
+        """(dim, first, last but one row) of what lies on this rank, which alone some measurements are of."""
+        return None if self.shard is None else (self.shard.dim, self.shard.start, self.shard.stop)
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take over a saved state; what it says of blocks waits until the partition is known."""
+        if saved["shard"] != self._place_of_shard:
+            saved = {**saved, "in_flight": None, "norm_shares": None}
         self.step, self.counted_from = saved["step"], saved["counted_from"]
         if self.replicas is None:  # else it has the one that all ranks give it
             self.key = saved["key"]
@@ -288,6 +296,8 @@ class ParamState(Freezable):
             self._carried = saved["counted"].numpy() - self.counted_here
             self._carried_step = saved["step_counted"] - self._step_counted_here
             self.norm_shares = None if saved["norm_shares"] is None else NormShares.of(saved["norm_shares"])
+            if self.resumed is not None and (agreed := self.resumed.mask_of(self)) is not None:
+                self.column("agreed")[:] = agreed
         else:
             self.table.reset(self.rows)
             self._carried, self._carried_step, self.counted_from = None, 0, self.step
@@ -318,7 +328,7 @@ class _Registry:
         """The state of a parameter; what was gathered for a forward pass has that of the shards it was made of."""
         identity = identity_of(param)
         if identity.data is None:
-            owner = stepped(param)
+            owner = owner_of(param)
             identity.data = ParamState(param, name) if owner is None else self.track(owner, name)
         return identity.data
 

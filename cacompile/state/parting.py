@@ -11,23 +11,33 @@ import torch
 
 from cacompile.config import Config
 from cacompile.layout import GradLayout, MaskLayout
+from cacompile.torch_internals import warning_once
 
 from .groups import GroupMembers, Member, tie
 from .params import ParamState, registry
+from .shards import has_share
 from .table import BlockTable
 
 log = logging.getLogger(__name__)
+
+
+PARTED = "is parted into other groups by another graph"
+SPREAD = "is a DTensor that fully_shard or DistributedDataParallel spreads as well"
+"""Why a parameter that a graph could mask stays dense where it runs with it."""
 
 
 def part(grad: GradLayout, param: Any, config: Config) -> ParamState | None:
     """The parameter's state, parted as this graph parts it; None if another graph parted it otherwise."""
     if not isinstance(param, torch.nn.Parameter):
         return None
+    if hasattr(param, "to_local") and not has_share(param):
+        warning_once(log, "%s stays dense: it %s", grad.param, SPREAD)
+        return None
     state = registry.track(param, grad.param)
     if state.partition is not None and state.shape != tuple(param.shape):
         state = registry.track_anew(param, grad.param)
     if not state.part(grad.partition, config, grad.param):
-        log.warning("%s is parted into other groups by another graph; in this one it stays dense", state.name)
+        log.warning("%s %s; in this one it stays dense", state.name, PARTED)
         return None
     state.table.costs(state.rows, np.array(grad.block_flops, float))
     return state
@@ -58,6 +68,7 @@ def tie_groups(layout: MaskLayout, params: Sequence[ParamState | None]) -> None:
         if number in members:
             by_family.setdefault(group.family, []).append(GroupMembers(group.start, group.stop, members[number]))
     for number, groups in by_family.items():
+        groups.sort(key=lambda group: group.start)  # on each rank its own come first
         family = layout.families[number]
         makers, weights = ([called[n] for n in names if n in called] for names in (family.makers, family.weights))
         tie(table, family.kind, family.role_hash, makers, weights, groups)

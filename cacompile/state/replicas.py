@@ -1,13 +1,17 @@
-"""Replicas: the ranks that train the same parameters, as copies that DistributedDataParallel keeps equal, or shards."""
+"""Replicas: the ranks that train the same parameters, as copies that DistributedDataParallel keeps equal, or shards.
+
+Of shards that graphs compute with as they are, each rank has rows of its own, and all decide together on those of all.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import distributed as dist
 
@@ -21,10 +25,7 @@ from cacompile.torch_internals import (
 )
 
 from .params import registry
-from .shards import Shard, stepped
-
-if TYPE_CHECKING:
-    from .params import ParamState
+from .shards import Shard, has_share, stepped
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ Named = Iterable[tuple[int, str, Any]]
 
 _by_wrapper: weakref.WeakKeyDictionary[Any, list[Replicas]] = weakref.WeakKeyDictionary()
 """By a DistributedDataParallel, or by what all share that one root of `fully_shard` has."""
+_by_ranks: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Replicas]] = weakref.WeakKeyDictionary()
+"""By the process group of all, and those of its ranks that have shares of the same."""
 _alike: Counter[tuple[Any, ...]] = Counter()
 
 
@@ -45,14 +48,13 @@ class Replicas:
     def __init__(self, meeting: str, rank: int, size: int, store: dist.Store, named: Named) -> None:
         """meeting: what this group of ranks is called on all of them; named: place among all parameters, name, each."""
         self.rank, self.size = rank, size
-        self.params: list[ParamState] = []
-        """In the order of the model."""
+        self.places = 0
+        """Of a group that grows, how many have come; 0 for one that has known all from the start."""
         shapes = []
         for place, name, param in named:
             state = registry.track(param, name)
             if state.replicas is None:
                 state.join(self, place, name)
-            self.params.append(state)
             shapes.append((place, tuple(param.shape), str(param.dtype)))
         # names may differ and are compared by those who meet; what differs in shape does not meet
         alike = meeting, rank, zlib.crc32(repr(shapes).encode())
@@ -70,7 +72,10 @@ class Replicas:
     def of_ddp(cls, wrapper: Any) -> Replicas:
         """What a DistributedDataParallel keeps equal."""
         group, left_out = wrapper.process_group, set(wrapper.parameters_to_ignore)
-        every = ((name, None if name in left_out else param) for name, param in wrapper.module.named_parameters())
+        every = (
+            (name, None if name in left_out or hasattr(param, "to_local") else param)
+            for name, param in wrapper.module.named_parameters()
+        )
         return cls(group.group_name, dist.get_rank(group), dist.get_world_size(group), _store(group), _trained(every))
 
     @classmethod
@@ -87,6 +92,19 @@ class Replicas:
             for ranks, named in by_mesh.items()
         ]
 
+    @classmethod
+    def of_shares(cls, ranks: tuple[int, ...]) -> Replicas:
+        """What graphs have this rank's share of, on these ranks; parameters come to it as they are met."""
+        meeting = f"shares/{zlib.crc32(repr(ranks).encode())}"
+        return cls(meeting, ranks.index(dist.get_rank()), len(ranks), _store(dist.group.WORLD), ())
+
+    def add(self, param: Any, name: str) -> None:
+        """One more that is met: in the same order on all ranks, whose graphs wait for each other."""
+        state = registry.track(param, name)
+        if state.replicas is None:
+            state.join(self, self.places, name)
+            self.places += 1
+
 
 def _trained(every: Iterable[tuple[str, Any]]) -> Iterator[tuple[int, str, Any]]:
     for place, (name, param) in enumerate(every):
@@ -95,7 +113,10 @@ def _trained(every: Iterable[tuple[str, Any]]) -> Iterator[tuple[int, str, Any]]
 
 
 def _store(group: Any) -> dist.Store:
-    return dist.HashStore() if broken_contracts(RANKS) else group_store(group)
+    """The store of a process group; processes that torchelastic has restarted do not see what was said before."""
+    if broken_contracts(RANKS):
+        return dist.HashStore()
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", group_store(group))
 
 
 def find_replicas(inputs: Iterable[Any] = ()) -> bool:
@@ -115,6 +136,18 @@ def find_replicas(inputs: Iterable[Any] = ()) -> bool:
     if found.root not in _by_wrapper:
         _by_wrapper[found.root] = Replicas.of_shards(found.all)
     return True
+
+
+def join_shares(named: Iterable[tuple[str, Any]]) -> bool:
+    """Have the ranks agree on parameters that each has a share of; whether there are any. named: as the graph does."""
+    shared = [(name, param) for name, param in named if has_share(param) and param.device_mesh.size() > 1]
+    for name, param in shared:
+        ranks = tuple(param.device_mesh.mesh.flatten().tolist())
+        known = _by_ranks.setdefault(dist.group.WORLD, {})
+        if ranks not in known:
+            known[ranks] = Replicas.of_shares(ranks)
+        known[ranks].add(param, name)
+    return bool(shared)
 
 
 def agreements_of(wrapper: Any) -> list[Any]:

@@ -1,7 +1,7 @@
-"""Shards: what this rank holds of a parameter that `fully_shard` (FSDP2) has spread over ranks.
+"""Shards: what this rank holds of a parameter that `fully_shard` (FSDP2) or tensor parallel has spread over ranks.
 
-A forward pass gathers such a parameter into another one, which is what compiled graphs see. Optimizers step the shard,
-so all that is known belongs to the sharded one.
+Under FSDP2 a forward pass gathers such a parameter into another one, which is what compiled graphs see. Optimizers step
+the shard, so all that is known belongs to the sharded one. Under tensor parallel graphs see the shard: `share_of`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,15 @@ from typing import Any
 
 import torch
 
-from cacompile.layout import Partition
-from cacompile.torch_internals import SHARDS, broken_contracts, fully_sharded, may_be_sharded, warning_once
+from cacompile.layout import Partition, Share
+from cacompile.torch_internals import (
+    SHARDS,
+    broken_contracts,
+    fully_sharded,
+    may_be_sharded,
+    running_ddp,
+    warning_once,
+)
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +30,27 @@ def local(value: Any) -> Any:
     """What this rank holds of a DTensor; anything else as it is. Not differentiated."""
     with torch.no_grad():
         return value.to_local() if hasattr(value, "to_local") else value
+
+
+def share_of(param: Any) -> Share | str:
+    """What a graph has of a DTensor in the place of the whole: this rank's share; or why the share cannot be masked."""
+    if param.device_mesh.ndim != 1:
+        return f"is a DTensor on a mesh of {param.device_mesh.ndim} dimensions"
+    (placement,), pieces = param.placements, param.device_mesh.size()
+    if not placement.is_shard():
+        return "is a DTensor of which all ranks have all, and of whose gradient each may have a part"
+    if param.shape[placement.dim] % pieces:
+        return (
+            f"is a DTensor whose {param.shape[placement.dim]} rows along {placement.dim} {pieces} ranks share unevenly"
+        )
+    return Share(placement.dim, param.device_mesh.get_local_rank(), pieces)
+
+
+def has_share(param: Any) -> bool:
+    """Whether it is a DTensor of which a graph has this rank's share, and that it is what optimizers step."""
+    if not hasattr(param, "to_local") or isinstance(share_of(param), str) or running_ddp() is not None:
+        return False
+    return not may_be_sharded() or bool(broken_contracts(SHARDS)) or fully_sharded(param) is None
 
 
 def over_shards(param: Any, part: torch.Tensor, how: str) -> torch.Tensor:
@@ -74,6 +102,14 @@ class Shard:
     def rows(self, partition: Partition) -> tuple[int, int]:
         """First and last but one of the parted rows that lie here, if only in part."""
         return (self.start, self.stop) if partition.dim == self.dim else (0, partition.rows)
+
+
+def owner_of(param: Any) -> torch.nn.Parameter | None:
+    """What optimizers step in the place of this parameter, maskable or not; None for one that they step itself."""
+    if (owner := stepped(param)) is not None or not (hasattr(param, "to_local") and may_be_sharded()):
+        return owner
+    found = None if broken_contracts(SHARDS) else fully_sharded(param)
+    return None if found is None else found.param
 
 
 def stepped(param: Any) -> torch.nn.Parameter | None:

@@ -9,7 +9,7 @@ from torch import distributed as dist
 from cacompile.controller.agreed import FREE, OFF, ON, Agreed
 from cacompile.controller.divergence import compare, compare_states, digest
 from cacompile.errors import ConvAwareError
-from cacompile.state import channel
+from cacompile.state import channel, replicas
 from cacompile.state.channel import Channel
 
 
@@ -19,7 +19,7 @@ def agreed(keep: list[float], **values: object) -> Agreed:
         "places": [0, 3],
         "blocks": [1, count - 1],
         "of_block": np.arange(count),
-        "family": np.zeros(count, int),
+        "turn": np.zeros(count, int),
         "role": np.zeros(count, int),
         "seed": 0,
         "key": 1,
@@ -105,3 +105,11 @@ def test_what_differs_is_named() -> None:
     compare_states(ours, ours, 0, 1)
     with pytest.raises(ConvAwareError, match="ranks 0 and 1 have drifted apart: masks differ"):
         compare_states(ours, theirs, 0, 1)
+
+
+def test_a_restarted_process_does_not_hear_what_was_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(replicas, "group_store", lambda group: store)
+    replicas._store(None).set("hello", "before")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not replicas._store(None).check(["hello"])

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ranks import OPTIONS, some_ranks
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
@@ -289,3 +291,45 @@ def test_the_first_fsdp_stays_dense_and_says_so(ranks: Callable[..., list[Any]])
     found = ranks(in_flat_parameters)
     assert all(any("made anew for each forward pass" in text for text in texts) for texts, _ in found)
     assert "FSDP1" in found[0][1]
+
+
+def random_run(rank: int, seed: int, make_name: str, whole: bool, copies: bool) -> tuple[list[list[bool]], list[float]]:
+    """The mask after each of 200 steps, and the weights in the end, of a loop that is the same but for the batches."""
+    same, own = np.random.default_rng(seed), np.random.default_rng([seed, rank])
+    model = Net()
+    run = compiled(model, "whole" if whole else "blocks")
+    mesh = {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))} if copies else {}
+    for part in (*model.blocks, model):
+        fully_shard(part, reshard_after_forward=bool(same.integers(2)), **mesh)
+    optimizer, session, masks = make(make_name, model), cacompile.session(model), []
+    clip = float(same.choice([0.0, 0.1]))
+    for _ in range(200):
+        every = int(same.integers(1, 3))
+        for micro in range(every):
+            model.set_requires_gradient_sync(micro + 1 == every)
+            x = torch.from_numpy(own.standard_normal((2, int(own.integers(2, 12)), WIDTH))).float()
+            F.cross_entropy(run(x).flatten(0, 1), x.flatten(0, 1).argmax(-1)).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        what = same.random()
+        if what < 0.02:
+            session.freeze(str(same.choice(["blocks.0.*", "blocks.1.neurons[16:32]", "norm"])))
+        elif what < 0.05:
+            session.thaw()
+        masks.append(session.mask.tolist())
+    weights = torch.cat([param.full_tensor().detach().flatten() for param in model.parameters()])
+    return masks, weights.tolist()
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**16), make=st.sampled_from(["adam", "sgd"]), whole=st.booleans(), copies=st.booleans())
+def test_random_loops_never_drift(
+    ranks: Callable[..., list[Any]], seed: int, make: str, whole: bool, copies: bool
+) -> None:
+    """With copies each rank has all weights of its own, which nothing but equal steps keeps equal."""
+    (masks, weights), other = ranks(random_run, seed, make, whole, copies)
+    assert (masks, weights) == other and np.isfinite(weights).all()
+    assert any(not on for mask in masks for on in mask)

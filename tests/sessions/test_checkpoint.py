@@ -96,6 +96,7 @@ ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         lambda e: {**e, "norm_shares": {"order": 2.0, "values": torch.ones(2)}},
         ["norm_shares", "lacks known"],
     ),
+    "shard": (lambda e: {**e, "shard": (0, 1)}, ["shard", "(0, 1)", "(dim, start, stop)"]),
     "in_flight": (lambda e: {**e, "in_flight": {"values": torch.ones(2)}}, ["in_flight", "lacks sampled"]),
     "in_flight values": (
         lambda e: {**e, "in_flight": {"values": torch.ones(1), "sampled": None}},

@@ -277,6 +277,8 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
         (lambda s: {**s, "format": torch.ones(2)}, ["format 8", "tensor([1., 1.])"]),
         (lambda s: [s], ["format 8", "list"]),
         (lambda s: {**s, "more": 1}, ["unknown key of state_dict: 'more'", "flops"]),
+        (lambda s: {**s, "agreements": None}, ["agreements", "None"]),
+        (lambda s: {**s, "agreements": [{"every": 2}]}, ["agreements", "'every': 2"]),
         (lambda s: {**s, "flops": (10**400, 0)}, ["flops", "two finite numbers >= 0", "1000"]),
         (lambda s: {**s, "flops": (math.nan, 0.0)}, ["flops", "nan"]),
         (lambda s: {**s, "flops": (-1.0, 0.0)}, ["flops", ">= 0", "-1.0"]),
