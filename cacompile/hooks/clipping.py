@@ -68,13 +68,17 @@ def missing_norm(grads: Sequence[Any], order: float) -> Tensor | None:
 
 
 def _find(grads: Sequence[Any]) -> list[tuple[ParamState, Any]]:
-    """Those that are gradients of parameters with groups; none at all while no parameter skips anything."""
+    """Those that are gradients of parameters with groups; none at all while none of these skips anything.
+
+    Whatever other models do, which need not live as long on all ranks.
+    """
     states = registry.all()
     if not any(state.skipped.any() for state in states):
         return []
     params = ((state, state.param) for state in states if state.blocks)
     owners = {id(param.grad): state for state, param in params if param is not None and param.grad is not None}
-    return [(owners[id(grad)], grad) for grad in grads if id(grad) in owners]
+    found = [(owners[id(grad)], grad) for grad in grads if id(grad) in owners]
+    return found if any(state.skipped.any() for state, _ in found) else []
 
 
 def _norm_shares_of(state: ParamState, order: float, device: torch.device) -> NormShares:
