@@ -23,7 +23,8 @@ import torch
 from cacompile.config import LARGEST_SEED
 from cacompile.errors import ConvAwareError, shown, unknown
 from cacompile.names import find_params, prefixes
-from cacompile.sessions.session import named_parameters, session
+from cacompile.sessions.session import session
+from cacompile.sessions.view import named_parameters
 from cacompile.state.draws import generator
 from cacompile.torch_internals import uncompiled
 

@@ -17,7 +17,8 @@ from cacompile.errors import ConvAwareError, renamed, unknown
 from cacompile.pages.html import render
 from cacompile.passes.kinds import kind_called
 from cacompile.passes.plan import Plan, SharedAxis, WeightGrad
-from cacompile.sessions.session import named_parameters, session
+from cacompile.sessions.session import session
+from cacompile.sessions.view import named_parameters
 from cacompile.settings import settings
 from cacompile.torch_internals import is_fsdp1, uncompiled
 

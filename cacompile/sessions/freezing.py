@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,19 +12,18 @@ import torch
 from cacompile.errors import ConvAwareError, shown, unknown
 from cacompile.hooks.steps import follow_optimizers
 from cacompile.names import find_params, fits, prefixes
-from cacompile.state.groups import GroupIndex
 from cacompile.state.params import ParamState, registry
 from cacompile.state.pins import attend
 
+from .pinned import Pinned
 from .pinning import TOO_EARLY, Names
 
 
-class Freezing:
-    """The part of a session that freezes."""
+class Freezing(Pinned):
+    """A model of which a user may freeze parts."""
 
-    pinned_at: int
-
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
         self._decided: dict[str, int | None] = {}
         """Parameter's name -> since which step it is frozen, or None: for parameters that come in its place."""
         self._decided_blocks: dict[str, np.ndarray] = {}
@@ -33,37 +32,10 @@ class Freezing:
         self._fit_among: list[str] = []
         """Of all of these."""
 
-    @property
-    def params(self) -> dict[str, ParamState]:
-        raise NotImplementedError
-
-    @property
-    def index(self) -> GroupIndex:
-        raise NotImplementedError
-
-    @property
-    def step_count(self) -> int:
-        """Optimizer steps seen."""
-        return max((param.step for param in self.params.values()), default=0)
-
-    @property
-    def _names(self) -> Names:
-        raise NotImplementedError
-
-    def names(self) -> tuple[list[str], list[str]]:
-        raise NotImplementedError
-
     def hold_pin(self) -> None:
-        raise NotImplementedError
-
-    def looking(self) -> contextlib.AbstractContextManager[None]:
-        raise NotImplementedError
-
-    def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
-        raise NotImplementedError
-
-    def _claim(self) -> dict[str, ParamState]:
-        raise NotImplementedError
+        """Freeze and pin what has come since."""
+        self._hold_frozen()
+        super().hold_pin()
 
     def freeze(self, *patterns: str) -> list[str]:
         """Freeze parameters and groups until `thaw`: as with requires_grad=False, without compiling anything again.
