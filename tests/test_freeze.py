@@ -14,8 +14,7 @@ from torch import nn
 import cacompile
 from cacompile.errors import ConvAwareError
 from cacompile.report.data import RunData
-from cacompile.sessions import freezing
-from cacompile.sessions import session as session_of
+from cacompile.sessions import freezing, view
 
 EAGER = {"inner": "aot_eager", "block_rows": 16, "warmup_steps": 10**6}
 
@@ -241,7 +240,7 @@ def test_a_change_looks_the_model_through_once(monkeypatch: pytest.MonkeyPatch) 
     compiled(model)(torch.randn(8, 32)).sum().backward()
     session = cacompile.session(model)
     looked: list[str] = []
-    look, find = session_of.named_parameters, freezing.find_params
+    look, find = view.named_parameters, freezing.find_params
 
     def named_parameters(module: nn.Module, **settings: bool) -> Any:
         looked.extend(["model"] if module is model else [])
@@ -251,7 +250,7 @@ def test_a_change_looks_the_model_through_once(monkeypatch: pytest.MonkeyPatch) 
         looked.append(pattern)
         return find(pattern, names)
 
-    monkeypatch.setattr(session_of, "named_parameters", named_parameters)
+    monkeypatch.setattr(view, "named_parameters", named_parameters)
     monkeypatch.setattr(freezing, "find_params", find_params)
     assert session.freeze("0", "1.*")[:2] == ["0.up.weight", "0.up.bias"]
     assert looked == ["model", "0", "1.*"]
