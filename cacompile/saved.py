@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from cacompile.errors import ConvAwareError, shown
+from cacompile.sessions.stateful import unpacked
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".pkl")
 """Files of a folder that may hold a session: the Trainer's, plain loops', Lightning's and Accelerate's."""
@@ -79,14 +79,12 @@ def _one(place: Path, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, A
     return next(iter(states.values()))
 
 
-def _load(file: Path | io.BytesIO) -> Any:
+def _load(file: Path) -> Any:
     """Tensors are mapped into memory where the file's format allows it, so that those of a model are never read."""
-    if isinstance(file, Path):
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):  # an older format
-            pass
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError):  # an older format
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _within(value: Any, where: str = "", depth: int = 4) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -96,7 +94,7 @@ def _within(value: Any, where: str = "", depth: int = 4) -> Iterator[tuple[str, 
     if value.keys() >= KEYS:
         yield where, value
     elif isinstance(packed := value.get("state"), bytes):
-        yield where, _load(io.BytesIO(packed))
+        yield where, unpacked(packed)
     elif depth:
         for key, each in value.items():
             yield from _within(each, f"{where}.{key}".lstrip("."), depth - 1)
@@ -113,4 +111,4 @@ def _distributed(folder: Path) -> dict[str, Mapping[str, Any]]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as is meant here
         checkpoint.load(values, checkpoint_id=folder, no_dist=True)
-    return {name: _load(io.BytesIO(value)) for name, value in values.items() if isinstance(value, bytes)}
+    return {name: unpacked(value) for name, value in values.items() if isinstance(value, bytes)}

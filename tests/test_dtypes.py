@@ -26,9 +26,9 @@ class Weight(nn.Module):
 
     def __init__(self, dtype: torch.dtype, compute: torch.dtype, *, trained: bool = True) -> None:
         super().__init__()
-        values = torch.randn(64, 32) / 6
+        values = torch.randn(256, 32) / 6
         self.weight = nn.Parameter((values * (1 if dtype.is_floating_point else 9)).to(dtype), requires_grad=trained)
-        self.usual = nn.Parameter(torch.randn(64, 32) / 6)
+        self.usual = nn.Parameter(torch.randn(256, 32) / 6)
         self.compute = compute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -171,7 +171,7 @@ def test_trainer_is_told_what_does_not_fit(options: Any, settings: dict[str, Any
         ({"tolerance": 2}, "'tolerance' must be between"),
         ({"keep": 3}, "'keep' must be a tuple"),
         ({"max_autotun": True}, "did you mean 'max_autotune'"),
-        ({"nothing_like_it": 1}, "known: block_rows, estimate, .*warmup_steps$"),
+        ({"nothing_like_it": 1}, "known: block_rows, budget, estimate, .*warmup_steps$"),
         (3, "options must be a dict"),
     ],
 )

@@ -19,6 +19,7 @@ ALLOWED = {
     "_name_": "of enum, documented",
     "_value_": "of enum, documented",
     "_missing_": "of enum, documented",
+    "_replace": "of named tuples, documented",
     "_getframe": "of sys, documented",
     "_logger_connector": "of Lightning, in its integration",
 }

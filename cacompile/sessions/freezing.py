@@ -155,7 +155,7 @@ class Freezing(Pinned):
         """Freeze what has come in the place of something that was frozen."""
         if not self._decided:
             return
-        for name, param in self._trained():
+        for name, param in self.trained():
             if self._decided.get(name) is not None and param.requires_grad:
                 registry.track(param, name)
         for name, state in self.params.items():

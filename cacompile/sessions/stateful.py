@@ -36,10 +36,15 @@ class StatefulSession:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ConvAwareError for a state that is none, or of another model."""
-        found = _unpacked(state["state"])
-        if isinstance(ranks := found.get("ranks"), list):
-            found = _unpacked(ranks[dist.get_rank() if 1 < len(ranks) == _ranks() else 0])
-        self._session.load_state_dict(found)
+        self._session.load_state_dict(unpacked(state["state"]))
+
+
+def unpacked(data: bytes) -> Any:
+    """The state that this rank goes on with, of the bytes that a StatefulSession makes: its own, or rank 0's."""
+    found = _unpacked(data)
+    if isinstance(ranks := found.get("ranks"), list):
+        found = _unpacked(ranks[dist.get_rank() if 1 < len(ranks) == _ranks() else 0])
+    return found
 
 
 def _ranks() -> int:

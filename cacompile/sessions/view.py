@@ -60,7 +60,7 @@ class ModelView:
         """Parameter name -> its state, for the parameters of the model that are under our care, in its order."""
         if self._looked is not None and self._looked.params is not None:
             return self._looked.params
-        found = ((name, registry.find(param)) for name, param in self._trained())
+        found = ((name, registry.find(param)) for name, param in self.trained())
         return {name: state for name, state in found if state is not None}
 
     @property
@@ -123,7 +123,8 @@ class ModelView:
         finally:
             self._looked = before
 
-    def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+    def trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """(name, parameter) as the module has them, each once."""
         if self._looked is not None:
             return self._looked.trained
         model = self._model()
@@ -138,7 +139,7 @@ class ModelView:
 
     def _claim(self) -> dict[str, ParamState]:
         """`params`, after all that the model trains now have come under our care, and under its pin."""
-        for name, param in self._trained():
+        for name, param in self.trained():
             if param.requires_grad:
                 registry.track(param, name)
         if self._looked is not None:

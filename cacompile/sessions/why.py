@@ -63,11 +63,11 @@ class Why:
 def why(view: Session) -> Why:
     """Reads host state only."""
     config, index = view.config, view.index
-    trained = [param for _, param in view._trained() if param.requires_grad and param.dim() > 1]
+    trained = [param for _, param in view.trained() if param.requires_grad and param.dim() > 1]
     skippable = {id(state.param) for binding in view.bindings for state in binding.skippable}
     can = sum(id(param) in skippable for param in trained)
     if config is None:
-        ran = bindings_with(param for _, param in view._trained())
+        ran = bindings_with(param for _, param in view.trained())
         return Why(len(trained), can, 0, {}, _nothing_planned(ran) if ran else NOT_COMPILED)
     reasons, names = _reasons(view, index, config), view.families
     flops = index.sum(index.column("flops"))

@@ -37,7 +37,7 @@ def spent(layers: int) -> tuple[zoo_scale.Scale, float]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(region, "make_plan", timed)
-        scale = zoo_scale.measure(layers, rounds=1)
+        scale = zoo_scale.measure(layers, rounds=3)
     return scale, min(seconds)
 
 
