@@ -97,6 +97,8 @@ STEP_ARMS = {
     "keep 0.5": "50 %",
     "keep 0.25": "75 %",
     "keep 0": "100 %",
+    "turns 2": "every group in every second step, in the controller's turns",
+    "turns 4": "every group in every fourth step, in the controller's turns",
     "oracle": "static oracle: these weights frozen before compiling",
 }
 
@@ -105,8 +107,15 @@ def step_table() -> str:
     rows = {(row["arm"], row["measure"]): spread(row) for row in read_rows("step_time_cpu.csv")
             if row["unit"] == "ratio to inductor"}  # fmt: skip
     measures = ("forward and backward", "whole step")
-    lines = [(title, *(rows[arm, measure] for measure in measures)) for arm, title in STEP_ARMS.items()]
-    return markdown_table(("dW skipped (counted)", *(f"{measure} / Inductor" for measure in measures)), lines)
+    known = {(row["arm"], row["unit"]): float(row["median"]) for row in read_rows("step_time_cpu.csv")
+             if row["measure"] == "whole step"}  # fmt: skip
+    lines = []
+    for arm, title in STEP_ARMS.items():
+        saved, time = known[arm, "share of a step's FLOPs saved"], known[arm, "ratio to inductor"]
+        kept = (f"{saved:.1%}", f"{(1.0 - time) / saved:.2f}") if saved else ("", "")
+        lines.append((title, *(rows[arm, measure] for measure in measures), *kept))
+    heads = *(f"{measure} / Inductor" for measure in measures), "step's FLOPs saved (counted)", "seconds / FLOPs saved"
+    return markdown_table(("dW skipped", *heads), lines)
 
 
 def overhead_table() -> str:

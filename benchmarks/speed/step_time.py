@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
             rows.append((case, name, measure, "s", Spread.of(seconds[name])))
             rows += [(case, name, measure, f"ratio to {base}", spread) for base, spread in against.items()]
             saved = flops_saved(arm)
+            rows.append((case, name, measure, "share of a step's FLOPs saved", Spread.of([saved])))
             clock = f"{(1.0 - against['inductor'].median) / saved:.2f}" if saved else ""
             table.append(
                 (measure, name, f"{skipped_share(arm):.0%}", *map(str, against.values()), f"{saved:.1%}", clock)

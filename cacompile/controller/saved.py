@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cacompile.errors import ConvAwareError
+from cacompile.errors import ConvAwareError, shown
 from cacompile.state.params import ParamState
 from cacompile.state.replicas import Replicas
 
@@ -128,5 +128,6 @@ def _keys(value: Any, wanted: set[str]) -> None:
 
 def _must(ok: bool, value: object) -> None:
     if not ok:
-        text = f"{value!r:.80}"
-        raise ConvAwareError(f"state_dict entry agreements must be as Session.state_dict() gives it, got {text} in it")
+        raise ConvAwareError(
+            f"state_dict entry agreements must be as Session.state_dict() gives it, got {shown(value)} in it"
+        )
