@@ -21,8 +21,11 @@ from .optimizers import estimate_of
 LENDERS = (Adam, AdamW)
 """Optimizers that read gradients and write none, whatever else they write is read before: derived ones may do more."""
 
-_lent: weakref.WeakKeyDictionary[Optimizer, list[tuple[torch.Tensor, torch.Tensor]]] = weakref.WeakKeyDictionary()
-"""(parameter, its own gradient), until the step is done."""
+Loan = tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]
+"""A parameter, its own gradient, and the moment that stands in its place."""
+
+_lent: weakref.WeakKeyDictionary[Optimizer, list[Loan]] = weakref.WeakKeyDictionary()
+"""Until the step is done."""
 
 
 def lend(
@@ -33,6 +36,7 @@ def lend(
     settings: by the parameter's id. For a step that neither Dynamo traces nor a CUDA graph records: both hold on to
     what they see. With a scale that the step takes from the gradients it would write them.
     """
+    take_back(optimizer)  # of a step that has raised
     states = list(states)
     if type(optimizer) not in LENDERS or getattr(optimizer, "grad_scale", None) is not None:
         return states
@@ -44,16 +48,16 @@ def lend(
             continue
         param = state.param
         assert param is not None and param.grad is not None
-        if param.grad is not moment:  # an optimizer within another one asks again
-            lent.append((param, param.grad))
-            param.grad = moment
+        lent.append((param, param.grad, moment))
+        param.grad = moment
     return left
 
 
 def take_back(optimizer: Optimizer) -> None:
-    """The step is done: parameters have their own gradients again."""
-    for param, grad in _lent.pop(optimizer, ()):
-        param.grad = grad
+    """The step is done: parameters have their own gradients again, but those that have got others since."""
+    for param, grad, moment in _lent.pop(optimizer, ()):
+        if param.grad is moment:
+            param.grad = grad
 
 
 def _moment(optimizer: Optimizer, settings: Mapping[int, Mapping[str, Any]], state: ParamState) -> torch.Tensor | None:

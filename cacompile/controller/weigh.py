@@ -40,7 +40,6 @@ class Weighed(NamedTuple):
     """float [groups]: of dW."""
     usual: np.ndarray
     """float [groups]: expected loss decrease that steps have had so far."""
-
     turns: np.ndarray
     """int [groups]: of its role, see `GroupIndex.turns`."""
     step_flops: float | None = None
