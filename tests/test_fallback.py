@@ -118,7 +118,7 @@ def test_a_fault_when_something_is_skipped(
     assert cacompile.session(ours[0]).flops[1] == 0
 
 
-@pytest.mark.parametrize("part", ["BackwardVersions", "with_handle"])
+@pytest.mark.parametrize("part", [pytest.param("BackwardVersions", marks=pytest.mark.slow), "with_handle"])
 def test_strides_and_donated_inputs_of_inductor_survive_a_fault(
     part: str, breaks: Callable[[str], None], said: Callable[[], list[str]]
 ) -> None:
@@ -131,6 +131,7 @@ def test_strides_and_donated_inputs_of_inductor_survive_a_fault(
     assert len(said()) == 1
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     "name", [contract.name for contract in torch_internals.CONTRACTS if contract.purpose == torch_internals.COMPILE]
 )

@@ -100,6 +100,7 @@ def trainer(
     return Trainer(model, args, train_dataset=data, callbacks=[reporter or Sees(), callback])
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("torch_compile", [False, True], ids=["the callback compiles", "accelerate compiles"])
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_trainer_logs_and_resumes_bit_for_bit(torch_compile: bool, inner: str, tmp_path: Path, caplog: Any):

@@ -176,7 +176,7 @@ def test_public_names() -> None:
         assert f"cacompile.{name}" in page, name
 
 
-@pytest.mark.parametrize(("name", "code"), [("cacompile", 0), ("convaware", 1)])
+@pytest.mark.parametrize(("name", "code"), [pytest.param("cacompile", 0, marks=pytest.mark.slow), ("convaware", 1)])
 def test_names_of_logs(name: str, code: int) -> None:
     """As docs/api.md says; if torch takes the backend's name some day, that page is to be changed."""
     ask = [sys.executable, "-c", "import torch"]

@@ -44,9 +44,9 @@ def alive(met: dict[str, weakref.ref[Any]]) -> set[str]:
     return {name for name, ref in met.items() if ref() is not None}
 
 
-@pytest.mark.parametrize(
-    ("inner", "max_truncated"), [("aot_eager", 8), ("inductor", 8), ("aot_eager", 0), ("inductor", 0)]
-)
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("max_truncated", [8, 0])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_what_survives(met: dict[str, weakref.ref[Any]], inner: str, max_truncated: int) -> None:
     torch._dynamo.reset()
     model = Block()

@@ -87,7 +87,9 @@ def test_offloading_to_the_cpu() -> None:
     assert not model.up.weight.grad.any() and model.up.bias.grad.any()
 
 
-@pytest.mark.parametrize("packed", ["donated", "no_static", "all"])
+@pytest.mark.parametrize(
+    "packed", ["all", *(pytest.param(each, marks=pytest.mark.slow) for each in ("donated", "no_static"))]
+)
 def test_hooks_that_torch_compiles_into_the_graph(packed: str) -> None:
     """By default they get what only the graph sees, but they can be given everything that is saved."""
 

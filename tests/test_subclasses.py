@@ -117,7 +117,9 @@ def check(subclassed: list[bool], inner: str, caplog: pytest.LogCaptureFixture |
         assert any(binding.masked_backwards for binding in session.bindings)
 
 
-@pytest.mark.parametrize("subclassed", [[False, True, False], [True, True]], ids=str)
+@pytest.mark.parametrize(
+    "subclassed", [[False, True, False], pytest.param([True, True], marks=pytest.mark.slow)], ids=str
+)
 def test_what_is_beside_a_subclass_is_skipped(subclassed: list[bool], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check(subclassed, "inductor")

@@ -108,6 +108,7 @@ class Padded(nn.Module):
         return 2 * batch * (8 * windows + windows) * 8 * 16
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dynamic", [None, True], ids=["found", "asked for"])
 @pytest.mark.parametrize("kind", [Strided, Padded])
 def test_sizes_that_are_computed_of_others(kind: type[Strided | Padded], dynamic: bool | None) -> None:

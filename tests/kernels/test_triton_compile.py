@@ -68,7 +68,7 @@ def check_speed(launch: Launch, found: Resources, case: Any) -> None:
         assert re.search(COPIED, code) or re.search(WIDE, code)
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("dy_t_x", (True, False), ids=("dy_t_x", "turned"))
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_products(arch, case, dy_t_x):

@@ -97,6 +97,7 @@ def still() -> Run:
 
 
 @pytest.mark.usefixtures("however_fast")
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("early", [False, True], ids=["", "early"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_turned_off_stays_off(run: Run, change: Callable[[Run], None], early: bool):
@@ -123,6 +124,7 @@ def test_a_drawn_pin_holds_for_what_comes(run: Run, change: Callable[[Run], None
     assert not run.session.mask.any()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_mask_holds_for_what_has_its_names(still: Run, change: Callable[[Run], None], listed: bool):
@@ -243,6 +245,7 @@ def test_of_sessions_that_share_parameters_the_last_one_decides(run: Run):
     assert all(param.pin is None for param in run.session.params.values())
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("how", ["keep", "named", "listed"])
 def test_a_pin_goes_on_after_resuming(run: Run, how: str, late: bool):
