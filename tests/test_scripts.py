@@ -45,6 +45,15 @@ def test_benchmark_says_how_it_is_called(module, capsys):
     assert f"python -m {module.removesuffix('.__main__')} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("module", [name for name in COMMANDS if name.startswith("benchmarks.speed.")])
+def test_a_folder_is_no_result_file_and_that_is_said_before_anything_is_measured(module, tmp_path, capsys):
+    if module == "benchmarks.speed.fine_tuning":
+        pytest.importorskip("peft")
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main(["--out", str(tmp_path)])
+    assert "--out: must be a file, got the folder" in capsys.readouterr().err
+
+
 def test_every_benchmark_that_is_a_command_is_here_and_in_the_readme():
     folder = ROOT / "benchmarks"
     files = (file for file in folder.rglob("*.py") if "argparse.ArgumentParser(" in file.read_text())

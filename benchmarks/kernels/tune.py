@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.lib.rows import ROOT
+from benchmarks.lib.rows import ROOT, result_file
 from benchmarks.lib.tables import text_table
 from benchmarks.lib.timing import gpu_clock, interleave, ratios, wall_clock
 from cacompile.kernels.blocks import Run, live_runs, multiply_runs
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> list[Case]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=3.0, help="about how long to measure")
-    parser.add_argument("--out", type=Path, help="instead of the package's own table")
+    parser.add_argument("--out", type=result_file, help="instead of the package's own table")
     parser.add_argument("--self-check", action="store_true", help="tiny shapes, two rounds: does it work?")
     args = parser.parse_args(argv)
     device = torch.device(args.device)

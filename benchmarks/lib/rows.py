@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import platform
@@ -20,6 +21,13 @@ COLUMNS = ("date", "torch", "python", "device", "threads", "benchmark", "case", 
 
 Row = tuple[str, str, str, str, Spread]
 """(case, arm, measure, unit, spread)."""
+
+
+def result_file(text: str) -> Path:
+    """The type of an option: a file that rows are written to; known to be none before hours of measuring, not after."""
+    if (path := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, got the folder {text!r}")
+    return path
 
 
 def write_rows(file: Path, benchmark: str, rows: Iterable[Row], device: str | None = None) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from benchmarks.lib.rows import RESULTS, ROOT, Row, commit, write_rows
+from benchmarks.lib.rows import RESULTS, ROOT, Row, commit, result_file, write_rows
 from benchmarks.lib.timing import Spread
 
 UNITS = {"bytes": "B"}
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS / "alive_cpu.csv")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "alive_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="tiny model, one round")
     args = parser.parse_args(argv)
     if args.smoke:

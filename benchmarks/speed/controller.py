@@ -14,7 +14,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 import cacompile
-from benchmarks.lib.rows import RESULTS, Row, write_rows
+from benchmarks.lib.rows import RESULTS, Row, result_file, write_rows
 from benchmarks.lib.timing import Spread
 from cacompile.controller.controller import Controller
 from cacompile.state.table import COLUMNS
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "controller_cpu.csv")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "controller_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="tiny model, two rounds")
     args = parser.parse_args(argv)
     if args.smoke:

@@ -17,7 +17,6 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import cacompile
 from benchmarks.lib.memory import memory_of
-from benchmarks.lib.rows import RESULTS, Row, write_rows
+from benchmarks.lib.rows import RESULTS, Row, result_file, write_rows
 from benchmarks.lib.timing import Spread, interleave, ratios, wall_clock
 
 MIB = 2.0**20
@@ -179,7 +178,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--length", type=int, default=64, help="tokens of a sentence")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULTS / "fine_tuning_cpu.csv")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "fine_tuning_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, three rounds")
     args = parser.parse_args(argv)
     if args.smoke:

@@ -18,7 +18,6 @@ import copy
 import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import cacompile
-from benchmarks.lib.rows import RESULTS, Row, write_rows
+from benchmarks.lib.rows import RESULTS, Row, result_file, write_rows
 from benchmarks.lib.timing import Spread, wall_clock
 from cacompile.schedules import Follow, RandomLayers
 from examples.models import GPT
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="of 100 later steps")
-    parser.add_argument("--out", type=Path, default=RESULTS / "flipping_cpu.csv")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "flipping_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one round")
     args = parser.parse_args(argv)
     if args.smoke:

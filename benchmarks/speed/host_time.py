@@ -23,7 +23,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.lib.rows import RESULTS, ROOT, Row, commit, write_rows
+from benchmarks.lib.rows import RESULTS, ROOT, Row, commit, result_file, write_rows
 from benchmarks.lib.timing import Spread, ratios
 
 BASE, ARMS = "aot_eager", ("all on", "half off", "free")
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--layers", type=int, default=64)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=51)
-    parser.add_argument("--out", type=Path, default=RESULTS / "host_time_cpu.csv")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "host_time_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="few layers, three rounds")
     args = parser.parse_args(argv)
     if args.smoke:

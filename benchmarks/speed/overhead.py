@@ -14,11 +14,10 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from benchmarks.lib.rows import RESULTS, Row, write_rows
+from benchmarks.lib.rows import RESULTS, Row, result_file, write_rows
 from benchmarks.lib.tables import text_table
 from benchmarks.lib.timing import Spread, interleave, wall_clock
 from cacompile.kernels import masked_bmm, masked_conv_dw, masked_mm
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=1001)
     parser.add_argument("--calls", type=int, default=20, help="in a row, each round: too short to be interrupted")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=result_file)
     parser.add_argument("--self-check", action="store_true", help="a few calls: does the benchmark itself work?")
     args = parser.parse_args(argv)
     if args.self_check:

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import cacompile
-from benchmarks.lib.rows import RESULTS, Row, write_rows
+from benchmarks.lib.rows import RESULTS, Row, result_file, write_rows
 from benchmarks.lib.timing import Spread, interleave, ratios
 
 DEPTH = 6
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", default="100mbit", help="of the link, as tc has it")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULTS / "slow_link_cpu.csv")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "slow_link_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, three rounds")
     for internal in ("--worker", "--name", "--found"):
         parser.add_argument(

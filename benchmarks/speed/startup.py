@@ -34,7 +34,7 @@ from tabulate import tabulate
 from torch._dynamo.utils import counters
 
 import cacompile
-from benchmarks.lib.rows import RESULTS, ROOT, Row, commit, write_rows
+from benchmarks.lib.rows import RESULTS, ROOT, Row, commit, result_file, write_rows
 from benchmarks.lib.timing import Spread, ratios
 from examples.models import GPT
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "startup_cpu.csv")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "startup_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="tiny model, one round")
     parser.add_argument("--start", nargs=3, metavar=("BACKEND", "KIND", "ARTIFACTS"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

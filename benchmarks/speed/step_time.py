@@ -19,7 +19,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import cacompile
-from benchmarks.lib.rows import RESULTS, Row, write_rows
+from benchmarks.lib.rows import RESULTS, Row, result_file, write_rows
 from benchmarks.lib.timing import Spread, interleave, ratios
 from cacompile.controller.turns import next_turns
 from examples.models import GPT
@@ -138,7 +137,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.0])
     parser.add_argument("--turns", type=int, nargs="*", default=[2, 4])
-    parser.add_argument("--out", type=Path, default=RESULTS / "step_time_cpu.csv")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "step_time_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="tiny model, three rounds")
     args = parser.parse_args(argv)
     if args.smoke:

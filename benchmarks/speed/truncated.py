@@ -19,7 +19,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 import cacompile
 from benchmarks.lib.memory import Memory, memory_of
-from benchmarks.lib.rows import RESULTS, Row, write_rows
+from benchmarks.lib.rows import RESULTS, Row, result_file, write_rows
 from benchmarks.lib.timing import Spread, interleave, ratios, wall_clock
 from examples.models import GPT
 
@@ -257,7 +256,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--length", type=int, default=64, help="of the MiniLM's sentences")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULTS / "truncated_cpu.csv")
+    parser.add_argument("--out", type=result_file, default=RESULTS / "truncated_cpu.csv")
     parser.add_argument("--smoke", action="store_true", help="tiny models, three rounds")
     args = parser.parse_args(argv)
     if args.smoke:

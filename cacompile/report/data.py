@@ -128,7 +128,7 @@ class RunData:
     @property
     def headline(self) -> str:
         if not self.step:
-            return "No step has been done yet"
+            return "Nothing can be skipped" if self.about and not self.history.groups else "No step has been done yet"
         if not self.saved:
             return f"Nothing was skipped in {count(self.step, 'step')}"
         steps = count(self.step, "step")

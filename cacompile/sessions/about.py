@@ -27,7 +27,7 @@ def describe(view: Session, before: Mapping[str, Any]) -> dict[str, Any]:
     newest counts. before: what a loaded state said, whose run this one continues.
     """
     names = {id(param.param): name for name, param in view.params.items()}
-    newest = {frozenset(map(id, binding.inputs.values())): binding for binding in view.bindings}
+    newest = {frozenset(map(id, binding.inputs.values())): binding for binding in view.ran}
     params: dict[str, dict[str, Any]] = {}
     for binding in newest.values():
         called: Mapping[str, str] = {own: names.get(id(param), own) for own, param in binding.inputs.items()}

@@ -131,7 +131,7 @@ class Session(Freezing):
 
         As it was when last asked for, once the compiled graphs are gone.
         """
-        live = self.bindings or (self.config is not None and not self._about)
+        live = self.ran or (self.config is not None and not self._about)
         return describe(self, self._about) if live else dict(self._about)
 
     @property

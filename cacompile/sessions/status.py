@@ -119,8 +119,8 @@ class Status:
     def __str__(self) -> str:
         from tabulate import tabulate  # here, so that training needs torch and numpy alone
 
-        if not self.can:
-            return self.why
+        if not self.groups:
+            return "\n".join(filter(None, (self.can, self.why)))
         lines = [
             f"step {self.step}: {self.skipped} of {self.groups} groups skipped, {self.skipped_step:.1%} of the step's "
             f"FLOPs ({self.skipped_dw:.1%} of dW); so far {self.saved_step:.1%} of the steps' FLOPs are saved "

@@ -12,7 +12,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from cacompile.config import Config
-from cacompile.state.binding import GraphBinding, bindings_of
+from cacompile.state.binding import GraphBinding, bindings_of, bindings_with
 from cacompile.state.groups import GroupIndex
 from cacompile.state.params import ParamState, registry
 from cacompile.state.pins import hold_pins
@@ -67,6 +67,11 @@ class ModelView:
     def bindings(self) -> list[GraphBinding]:
         """The compiled graphs, with these parameters, that have run so far."""
         return bindings_of(self.params.values())
+
+    @property
+    def ran(self) -> list[GraphBinding]:
+        """The same, also those of which nothing can be skipped."""
+        return bindings_with(param for _, param in self.trained())
 
     @property
     def config(self) -> Config | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cacompile.config import Config
 from cacompile.controller.weigh import SELDOM, UNREAD, step_flops, weigh, why_dense
-from cacompile.state.binding import GraphBinding, bindings_with
+from cacompile.state.binding import GraphBinding
 from cacompile.state.frozen import newest_freeze
 from cacompile.state.groups import GroupIndex
 from cacompile.state.params import ParamState
@@ -67,8 +67,7 @@ def why(view: Session) -> Why:
     skippable = {id(state.param) for binding in view.bindings for state in binding.skippable}
     can = sum(id(param) in skippable for param in trained)
     if config is None:
-        ran = bindings_with(param for _, param in view.trained())
-        return Why(len(trained), can, 0, {}, _nothing_planned(ran) if ran else NOT_COMPILED)
+        return Why(len(trained), can, 0, {}, _nothing_planned(view.ran) if view.ran else NOT_COMPILED)
     reasons, names = _reasons(view, index, config), view.families
     flops = index.sum(index.column("flops"))
     of_family = [index.family == i for i in range(len(names))]

@@ -44,11 +44,14 @@ def test_a_model_that_was_never_compiled_with_us_is_told_of_it():
     assert found.to_dict() == {} and found.why == str(found)
 
 
-def test_a_model_without_anything_to_skip_says_why():
+def test_a_model_without_anything_to_skip_says_why(tmp_path: Any):
     model = nn.Embedding(8, 16)
     torch.compile(model, backend="convaware", options={"inner": "aot_eager"})(torch.arange(8)).sum().backward()
     found = cacompile.status(model)
-    assert found.can.startswith("0 of 1 weights") and "Nothing can be skipped: an embedding" in str(found)
+    assert str(found).startswith("0 of 1 weights can be skipped\nNothing can be skipped: an embedding")
+    cacompile.session(model).report(tmp_path / "run.txt")
+    page = (tmp_path / "run.txt").read_text(encoding="utf-8")
+    assert page.startswith("Nothing can be skipped") and "not been trained" not in page and "scatter" in page
 
 
 def test_what_can_be_skipped_and_from_when_on():
