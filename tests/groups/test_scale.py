@@ -18,7 +18,7 @@ from benchmarks.zoo import scale as zoo_scale
 from cacompile.graph import compiled as region
 
 WRITINGS = 12
-"""Times that torch could write the joint graph as Python while we analyse it: a clock that is as slow as the machine."""
+"""Times that torch could write the joint graph as Python while we analyse it: a clock as slow as the machine."""
 
 
 @functools.cache
