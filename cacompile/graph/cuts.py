@@ -25,7 +25,7 @@ from cacompile.torch_internals import (
 from .backward import BackwardVersions
 from .fallback import warn_of_fault
 from .lean import Cut, LeanForwards
-from .source import Run
+from .version import Run
 
 log = logging.getLogger(__name__)
 
