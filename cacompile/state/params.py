@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
@@ -17,11 +15,12 @@ from cacompile.layout import Partition
 
 from .frozen import Freezable
 from .groups import BlockGroup
-from .identity import find_identity, identity_of, known
+from .identity import identity_of
+from .keys import key_of, new_key
 from .measurements import Measurement, NormShares
 from .pins import Pin
 from .series import Series
-from .shards import Shard, owner_of
+from .shards import Shard
 from .spent import Spent
 from .table import BlockTable
 
@@ -163,7 +162,7 @@ class ParamState(Freezable):
     def join(self, replicas: Replicas, place: int, name: str) -> None:
         """Other ranks hold copies: from now on the mask is what all have agreed on, and all on until they have."""
         self.replicas, self.place, self.name = replicas, place, name
-        self.key = zlib.crc32(name.encode()) + (place << 32)
+        self.key = key_of(name, place)
         self.table.reorder()
         self.follow()
 
@@ -200,7 +199,7 @@ class ParamState(Freezable):
             return self.partition == partition
         self.partition, self.config = partition, config
         if self.key is None:
-            self.key = registry.new_key(name)
+            self.key = new_key(name)
         BlockTable().add(self)
         self._take_deferred()
         if self.replicas is not None:
@@ -309,45 +308,3 @@ class ParamState(Freezable):
             if self.pin is not None and self.pin.mask is not None:
                 self.pin, self.pinned_at = None, 0
         self._hold_frozen()
-
-
-class _Registry:
-    """The states of all parameters of the process that are under our care, by identity, weakly."""
-
-    def __init__(self) -> None:
-        self._names: Counter[str] = Counter()
-
-    def all(self) -> list[ParamState]:
-        return list(dict.fromkeys(identity.data for identity in known() if identity.data is not None))
-
-    def find(self, param: Any) -> ParamState | None:
-        identity = find_identity(param)
-        return None if identity is None else identity.data
-
-    def track(self, param: torch.nn.Parameter, name: str) -> ParamState:
-        """The state of a parameter; what was gathered for a forward pass has that of the shards it was made of."""
-        identity = identity_of(param)
-        if identity.data is None:
-            owner = owner_of(param)
-            identity.data = ParamState(param, name) if owner is None else self.track(owner, name)
-        return identity.data
-
-    def track_anew(self, param: torch.nn.Parameter, name: str) -> ParamState:
-        """A parameter of another shape than before, as after a swap: nothing of its blocks holds any more."""
-        identity = identity_of(param)
-        before = identity.data
-        log.warning("%s was %s and is %s now; its groups start anew", before.name, before.shape, tuple(param.shape))
-        identity.end()
-        return self.track(param, name)
-
-    def new_key(self, name: str) -> int:
-        """A number for a parameter that a graph calls `name`; identical blocks call theirs alike: they are counted."""
-        self._names[name] += 1
-        return zlib.crc32(name.encode()) + (self._names[name] - 1 << 32)
-
-    def forget(self) -> None:
-        """Names count from zero again, as after `torch._dynamo.reset()`; live parameters keep their state."""
-        self._names.clear()
-
-
-registry = _Registry()
