@@ -20,7 +20,7 @@ class Counted:
         """params: of the layout's gradients; None where one has no blocks in this graph."""
         self._layout = layout
         self._params = params
-        self.spent = Spent()
+        self.spent = Spent(parted=max(1, len(self.params)))
         for param in self.params:
             param.spent.append(self.spent)
         self.cut: frozenset[int] = frozenset()
@@ -66,8 +66,8 @@ class Counted:
         for i, size in enumerate(sizes):
             spent.sizes[i] += size
             spent.total += size * self._layout.coefficients[i]
-            spent.step += size * self._layout.step.coefficients[i]
             spent.forward += size * self._layout.step.forward[i]
+        spent.add_step(sum(map(operator.mul, sizes, self._layout.step.coefficients)))
         spent.backwards += 1
 
     def count_forward(self) -> None:
@@ -77,7 +77,7 @@ class Counted:
         if spent.backwards:
             flops = sum(map(operator.mul, spent.sizes, layout.step.forward)) / spent.backwards
         spent.forward += flops
-        spent.step += flops
+        spent.add_step(flops)
 
     def count_cut(self, sizes: Sequence[int], positions: frozenset[int]) -> None:
         """That backward ends where only the gradients of these inputs, by position, lie below: what it does not count.
@@ -87,7 +87,7 @@ class Counted:
         self.cut = positions
         if positions:
             step, dw = self._gone(positions)
-            self.spent.step -= sum(map(operator.mul, sizes, step))
+            self.spent.add_step(-sum(map(operator.mul, sizes, step)))
             self.spent.total -= sum(map(operator.mul, sizes, dw))
 
     def _gone(self, positions: frozenset[int]) -> tuple[tuple[float, ...], tuple[int, ...]]:
@@ -123,10 +123,9 @@ class Counted:
     def _begin_to_count(self) -> None:
         """Now that the backward is there, which knows where it finds the sizes."""
         self.spent.sizes = [0] * len(self._layout.monomials)
-        parted = [(grad, param) for grad, param in self._pairs() if param is not None]
-        share = np.array([int(each) // max(1, len(parted)) for each in self._layout.step.coefficients], np.int64)
-        for grad, param in parted:
-            param.costs(self.spent, np.array(grad.coefficients, np.int64), share)
+        for grad, param in self._pairs():
+            if param is not None:
+                param.costs(self.spent, np.array(grad.coefficients, np.int64))
 
     def _pairs(self) -> Iterable[tuple[GradLayout, ParamState | None]]:
         return zip(self._layout.grads, self._params, strict=True)

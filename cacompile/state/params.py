@@ -13,6 +13,7 @@ import torch
 from cacompile.config import Config
 from cacompile.layout import Partition
 
+from .counts import ParamCounts
 from .frozen import Freezable
 from .groups import BlockGroup
 from .identity import identity_of
@@ -21,7 +22,6 @@ from .measurements import Measurement, NormShares
 from .pins import Pin
 from .series import Series
 from .shards import Shard
-from .spent import Spent
 from .table import BlockTable
 
 if TYPE_CHECKING:
@@ -34,11 +34,12 @@ NO_BLOCKS = BlockTable()
 """What a parameter has before it is parted into blocks."""
 
 
-class ParamState(Freezable):
+class ParamState(Freezable, ParamCounts):
     """What is known of one parameter. Made when a session claims it or a compiled graph first runs with it."""
 
     def __init__(self, param: torch.nn.Parameter, name: str) -> None:
-        super().__init__()
+        Freezable.__init__(self)
+        ParamCounts.__init__(self)
         self.identity = identity_of(param)
         self.shape = tuple(param.shape)
         self.shard = Shard.of(param)
@@ -51,15 +52,6 @@ class ParamState(Freezable):
         self.table = NO_BLOCKS
         self.start = 0
         """Its first row in the table; moves when tables are joined."""
-        self.spent: list[Spent] = []
-        self._costs: list[tuple[Spent, np.ndarray, np.ndarray]] = []
-        """Of each graph: int64 [monomials, blocks], dW FLOPs for one of each monomial that it has counted; and int64
-        [monomials], its share of those of a whole step."""
-        self._carried: np.ndarray | None = None
-        """int64 [blocks]: dW FLOPs that were counted before a saved state was loaded."""
-        self._carried_step = 0
-        self.counted_from = 0
-        """The optimizer step after which counting began."""
         self.history: Series | None = None
         """float32 [4, blocks] at each measurement: keep probability, expected descent, update ratio, skipped."""
         self.step = 0
@@ -135,30 +127,6 @@ class ParamState(Freezable):
         """float [blocks]: dW FLOPs of a step, see `count`."""
         return self.column("flops")
 
-    @property
-    def counted(self) -> np.ndarray:
-        """int64 [blocks]: dW FLOPs, with the sizes of each call, that dense backwards would have taken so far."""
-        here = self.counted_here
-        return here if self._carried is None else here + self._carried
-
-    @property
-    def counted_here(self) -> np.ndarray:
-        """int64 [blocks]: the same, without what a loaded state brought along."""
-        total = np.zeros(self.blocks, np.int64)
-        for spent, coefficients, _ in self._costs:
-            for size, each in zip(spent.sizes, coefficients):
-                total += size * each
-        return total
-
-    @property
-    def step_counted(self) -> int:
-        """FLOPs of whole dense steps so far: a graph's are shared out evenly among the parameters that it parts."""
-        return self._carried_step + self._step_counted_here
-
-    @property
-    def _step_counted_here(self) -> int:
-        return sum(size * int(share) for spent, _, shares in self._costs for size, share in zip(spent.sizes, shares))
-
     def join(self, replicas: Replicas, place: int, name: str) -> None:
         """Other ranks hold copies: from now on the mask is what all have agreed on, and all on until they have."""
         self.replicas, self.place, self.name = replicas, place, name
@@ -171,19 +139,6 @@ class ParamState(Freezable):
         if self.blocks:
             self.table.set_on(self.rows, self.column("agreed"))
             self.skipped[:] = ~self.column("agreed")
-
-    def costs(self, spent: Spent, coefficients: np.ndarray, step: np.ndarray) -> None:
-        """One more graph computes its gradient.
-
-        coefficients: int64 [monomials, blocks], of dW; step: int64 [monomials], its share of those of a whole step.
-        """
-        self._costs.append((spent, coefficients, step))
-
-    def count(self) -> None:
-        """Bring `flops` up to date: the mean of all steps, or one backward as compiled where nothing has run yet."""
-        counted = self.counted
-        if counted.any():
-            self.flops[:] = counted / max(1, self.step - self.counted_from)
 
     @property
     def groups(self) -> list[BlockGroup]:
@@ -291,15 +246,13 @@ class ParamState(Freezable):
         if saved["partition"] is not None and tuple(saved["partition"]) == astuple(self.partition):
             self.table.load(self.rows, saved["blocks"])
             self.skipped[:] = saved["skipped"].numpy()
-            # what has run in this process before counts no more: another state is taken over
-            self._carried = saved["counted"].numpy() - self.counted_here
-            self._carried_step = saved["step_counted"] - self._step_counted_here
+            self.carry(saved["counted"].numpy(), saved["step_counted"])
             self.norm_shares = None if saved["norm_shares"] is None else NormShares.of(saved["norm_shares"])
             if self.resumed is not None and (agreed := self.resumed.mask_of(self)) is not None:
                 self.column("agreed")[:] = agreed
         else:
             self.table.reset(self.rows)
-            self._carried, self._carried_step, self.counted_from = None, 0, self.step
+            self.count_anew()
             self.in_flight = self.norm_shares = None
             if saved["partition"] is not None:
                 log.warning(
