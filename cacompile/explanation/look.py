@@ -74,7 +74,7 @@ def _traced(
         def run(*args: Any) -> Any:
             params = {param.name: args[param.index] for param in graph.plan.params}
             runs[id(graph), *map(id, params.values())] = graph, params, sizes
-            # a handle that leads nowhere: looking must not leave an binding behind
+            # a handle that leads nowhere: looking must not leave a binding behind
             return compiled(*args, NOWHERE)
 
         return run

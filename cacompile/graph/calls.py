@@ -84,7 +84,7 @@ class Calls:
             return compiled(*args, binding.handle)
         if cut is not None:
             outputs = compiled(*args, handle)
-            self._cuts.guard(graph.backward, cut, outputs)
+            self._cuts.limit_tracing(graph.backward, cut, outputs)
             return outputs
         if not self._endings.seen:
             return self._endings.learn(compiled, [*args, handle])
