@@ -78,7 +78,7 @@ def convaware(
 
 
 def _reset() -> None:
-    from .state.params import registry
+    from .state.registry import registry
     from .torch_internals import cudagraph_trees
 
     cudagraph_trees.reset_cudagraph_trees()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -271,3 +272,9 @@ class MaskLayout:
         """How many dW FLOPs of the whole graph there are to one of each monomial."""
         columns = zip(*(coefficients for _, coefficients in self.coefficients_by_param))
         return tuple(map(sum, columns)) or (0,) * len(self.monomials)
+
+    def sizes_in(self, args: Sequence[Any]) -> Sequence[int]:
+        """What the monomials are in a call of the backward with these inputs."""
+        if not self.sources:
+            return (1,)
+        return [math.prod(of.read(args) for of in factors) for factors in self.sources]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx
@@ -44,6 +45,16 @@ def reached(node: fx.Node) -> list[fx.Node]:
                 seen[user] = None
                 waiting.append(user)
     return list(seen)
+
+
+def needed(nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """Nodes and all that they are computed from."""
+    seen, waiting = set(nodes), list(nodes)
+    while waiting:
+        new = [source for source in waiting.pop().all_input_nodes if source not in seen]
+        seen.update(new)
+        waiting += new
+    return seen
 
 
 def exits(node: fx.Node) -> list[int]:

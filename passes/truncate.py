@@ -11,6 +11,7 @@ from cacompile.torch_internals import GradAOTOutput, PlainAOTInput
 
 from .kinds import kind_of
 from .marks import MARK
+from .nodes import needed
 
 
 def grad_places(graph: fx.Graph) -> dict[int, int]:
@@ -64,13 +65,9 @@ def saves_more(graph: fx.Graph, places: Collection[int], more: Collection[int]) 
 
 def _products(graph: fx.Graph, places: Collection[int]) -> set[str]:
     """Names of the products that a backward computes with these outputs None, but for those that were planned."""
-    wanted = {
-        node for p, node in enumerate(graph.output_node().args[0]) if isinstance(node, fx.Node) and p not in places
-    }
-    for node in reversed(graph.nodes):
-        if node in wanted:
-            wanted.update(node.all_input_nodes)
-    return {node.name for node in wanted if MARK not in node.meta and kind_of(node) is not None}
+    outputs = enumerate(graph.output_node().args[0])
+    wanted = [node for place, node in outputs if isinstance(node, fx.Node) and place not in places]
+    return {node.name for node in needed(wanted) if MARK not in node.meta and kind_of(node) is not None}
 
 
 def _computed(graph: fx.Graph) -> int:

@@ -12,7 +12,8 @@ from torch import nn
 from cacompile.config import Config
 from cacompile.hooks.steps import follow_optimizers
 from cacompile.layout import Partition
-from cacompile.state.params import ParamState, registry
+from cacompile.state.params import ParamState
+from cacompile.state.registry import registry
 
 OPTIONS = {"warmup_steps": 0, "monitor_every": 10**6}
 

@@ -34,8 +34,8 @@ WHILE_COMPILING = {
     "BackwardVersions": ("cacompile.graph.compiled.BackwardVersions", "compiling a backward in versions"),
     "MaskedMaker": ("cacompile.graph.backward.MaskedMaker", "compiling a backward in versions"),
     "donated_inputs": ("cacompile.graph.backward.donated_inputs", "compiling a backward in versions"),
-    "follow_optimizers": ("cacompile.graph.compiled.follow_optimizers", "binding a graph to its parameters"),
-    "GraphBinding": ("cacompile.graph.compiled.GraphBinding", "binding a graph to its parameters"),
+    "follow_optimizers": ("cacompile.graph.calls.follow_optimizers", "binding a graph to its parameters"),
+    "GraphBinding": ("cacompile.graph.calls.GraphBinding", "binding a graph to its parameters"),
     "bind": ("cacompile.graph.compiled.CompiledGraph.bind", "compiling a graph"),
 }
 """What is made to fail while a graph is compiled or first runs -> what the warning says was being done."""

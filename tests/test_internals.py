@@ -3,11 +3,14 @@
 And no two files of tests have one name.
 """
 
+import tomllib
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from pages import Block, blocks, sections
+
+ROOT = Path(__file__).parent.parent
 
 EXAMPLES = [block for block in blocks("internals.md") if block.language == "python"]
 
@@ -33,3 +36,20 @@ def test_no_two_files_of_tests_have_one_name() -> None:
     """In folders without `__init__.py` pytest takes the second for the first, if one process gets both."""
     names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_the_map_of_the_house_has_all_layers_in_their_order() -> None:
+    """As `lint-imports` checks them, which asks of every file and folder where it is."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    place = {name: number for number, layer in enumerate(layers) for name in layer.split(" | ")}
+    (drawn,) = (block.text for block in blocks("internals.md") if block.section == "Four walks through the house")
+    names = [name for line in drawn.splitlines() for name in line[:35].split()]
+    assert sorted(names) == sorted(place)
+    assert names == sorted(names, key=lambda name: place[name])
+
+
+def test_files_are_short_enough_to_hold_one_idea() -> None:
+    files = {path.resolve() for folder in ("cacompile", "passes") for path in (ROOT / folder).rglob("*.py")}
+    lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert len(files) > 150 and {path: lines for path, lines in lengths.items() if lines > 300} == {}

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from cacompile.config import Config
-from cacompile.graph import compiled as region
+from cacompile.graph import compiled as graphs
 from cacompile.graph.handle import erase_handle
 from cacompile.passes import locate, mask_weight_grads, verify
 from cacompile.passes.plan import Param, Plan
@@ -387,13 +387,13 @@ def backward_by_hand(
         return run
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        _, compiled = region.compile_graph(gm, inputs, Config(), {}, compile_inner=eager)
+        _, compiled = graphs.compile_graph(gm, inputs, Config(), {}, compile_inner=eager)
         return lambda *args: compiled(*args, 0)
 
     plans: list[Plan] = []
     modes = ["dense", "on", "off"]
-    monkeypatch.setattr(region, "make_plan", plan_by_hand)
-    monkeypatch.setattr(region, "BackwardVersions", versions)
+    monkeypatch.setattr(graphs, "make_plan", plan_by_hand)
+    monkeypatch.setattr(graphs, "BackwardVersions", versions)
     call = torch.compile(model, backend=backend)
     results = []
     while modes:

@@ -14,7 +14,7 @@ from torch import nn
 import cacompile
 from cacompile import notes
 from cacompile.explanation import progress as of
-from cacompile.explanation.progress import progress
+from cacompile.explanation.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -30,7 +30,7 @@ def test_a_line_is_kept_up_to_date_and_taken_away(watched: bool, patience: float
     monkeypatch.setattr(of, "PATIENCE", patience)
     monkeypatch.setattr(of, "EVERY", 0.02)
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-    with progress("explain Model") as shown:
+    with Progress("explain Model") as shown:
         for stage in ("first", "second") if patience < 1.0 else ():
             shown.stage(stage)
             time.sleep(0.3)

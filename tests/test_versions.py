@@ -19,7 +19,8 @@ from cacompile.graph.backward import BackwardVersions
 from cacompile.graph.handle import erase_handle
 from cacompile.graph.log import CompileLog
 from cacompile.graph.masked import MaskedMaker
-from cacompile.graph.source import BackwardSource, Version
+from cacompile.graph.source import BackwardSource
+from cacompile.graph.version import Version
 from cacompile.kernels import masked_mm
 from cacompile.passes import group, locate, mark_products, mask_weight_grads
 from cacompile.passes.plan import Param, Plan

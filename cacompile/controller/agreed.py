@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 
 from cacompile.state.groups import Numbering
-from cacompile.state.params import ParamState
-from cacompile.state.table import BlockTable
 
 from .turns import next_turns
 
@@ -103,39 +101,3 @@ class Agreed:
         """What `divergence.digest` takes."""
         parts = self.of_block, self.turn, self.role, self.keep, self.phase, self.age, self.on, self.pinned
         return {f"masks of parameters {self.places[0]} to {self.places[-1]}": b"".join(map(np.ndarray.tobytes, parts))}
-
-
-class Followed:
-    """An agreed state, and the rows of this rank's table that follow it."""
-
-    def __init__(self, agreed: Agreed, members: Mapping[int, ParamState]) -> None:
-        self.agreed = agreed
-        self.params = [members[place] for place in agreed.places]
-        self.table = BlockTable.of(self.params)
-        self._structure, self._rows = 0, np.zeros(0, np.int64)
-
-    @property
-    def rows(self) -> np.ndarray:
-        if self._structure != self.table.structure:
-            self._structure = self.table.structure
-            self._rows = np.concatenate([np.arange(param.rows.start, param.rows.stop) for param in self.params])
-        return self._rows
-
-    def show(self) -> None:
-        """Let this rank's sessions see what has been measured and decided."""
-        for name, values in (*self.agreed.shown.items(), ("keep", self.agreed.keep)):
-            getattr(self.table, name)[self.rows] = values
-        for param in self.params:
-            param.decided = (0, param.step)
-
-    def draw(self, step: int) -> None:
-        """The next step's mask, also in the table."""
-        self.agreed.draw(step, np.array([param.step for param in self.params]))
-        self.follow()
-
-    def follow(self) -> None:
-        """Write the state to the table."""
-        agreed, rows, table = self.agreed, self.rows, self.table
-        table.phase[rows], table.age[rows], table.agreed[rows] = agreed.phase, agreed.age, agreed.on
-        table.skipped[rows] = ~agreed.on
-        table.set_on(rows, agreed.on)

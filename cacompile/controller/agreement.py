@@ -18,19 +18,18 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
-import numpy as np
 from torch.optim import Optimizer
 
-from cacompile.config import Config
 from cacompile.state.channel import Channel
 from cacompile.state.params import ParamState
 from cacompile.state.replicas import Replicas, can_agree
 from cacompile.torch_internals import is_zero1, warning_once
 
-from .agreed import Agreed, Followed
 from .controller import capturing
-from .decider import Decider, Parts, flops_told, scores_told
-from .divergence import about, compare, compare_states, digest
+from .decider import Parts, flops_told
+from .divergence import about, compare, compare_states
+from .following import Following
+from .readings import Readings, own_of
 from .saved import resumed
 
 log = logging.getLogger(__name__)
@@ -66,19 +65,14 @@ class Agreement:
         self._said: dict[int, dict[str, Any]] = {}
         self._digests: dict[int, dict[str, int]] = {}
         self._told: list[dict[str, Any]] | None = None
-        self._fruitless = 0
-        """Readings in a row at which nothing could be decided."""
-        self._watching: list[Decider] = []
-        """Those that read scores here: of all parameters on rank 0, else of those, or shards, that it alone steps."""
-        self._parts: tuple[int, Parts] = 0, {}
-        """The last reading, and what this rank's shards had at it."""
-        self._followed: list[Followed] = []
+        self._readings = Readings()
+        self._following = Following(self.members)
         self._loaded: tuple[int, list[dict[str, Any]]] | None = None
         """When a state was loaded, and what other ranks had told last in it; until they tell anew."""
 
     @property
     def step(self) -> int:
-        return max(param.step for param in self.members)
+        return self._following.step
 
     @property
     def _leads(self) -> bool:
@@ -86,7 +80,7 @@ class Agreement:
 
     def look(self, optimizer: Optimizer | None, count: int) -> None:
         """A step begins: see where the weights are, if it is to be measured here. count: of those that are done."""
-        self._watching = []
+        self._readings.skip()
         self._resume(count)
         if self._every is None or (self.step + 1) % self._every or capturing():
             return
@@ -95,16 +89,11 @@ class Agreement:
             self._told = self._newest_told()
             params = [param for param in params if self._known_to_all(param)]
         elif is_zero1(optimizer):
-            own = _own(optimizer) or set()
+            own = own_of(optimizer) or set()
             params = [param for param in params if id(param.param) in own]
         else:
             params = [param for param in params if param.shard is not None]
-        by_config: dict[Config, list[ParamState]] = {}
-        for param in params:
-            by_config.setdefault(param.config, []).append(param)
-        self._watching = [Decider(each) for each in by_config.values()]
-        for decider in self._watching:
-            decider.look()
+        self._readings.look(params)
 
     def advance(self, optimizer: Optimizer | None, count: int) -> None:
         """A step is done, the count-th of this optimizer in this process."""
@@ -112,18 +101,14 @@ class Agreement:
             return
         self._resume(count - 1)
         self._clock, self._ahead = count + self._shift, 0
-        for param in self.members:
-            param.step += 1
-        for followed in self._followed:
-            followed.agreed.end_step()
+        self._following.end_step()
         if self._due is not None:
             self._take_over(self._due)
         if self._every is None:
             self._begin()
         elif self._is_reading(self.step) and self._clock >= self._from:
             self._read(optimizer)
-        for followed in self._followed:
-            followed.draw(self.step)
+        self._following.draw()
 
     def joined(self) -> None:
         """This rank has no more batches, and the others go forward once more: nobody decides, so all stays as it is."""
@@ -140,19 +125,17 @@ class Agreement:
             mine = {
                 "clock": self._clock,
                 "every": self._every,
-                "steps": {param.place: param.step for param in self.members},
-                "parts": [each.agreed.to_dict() for each in self._followed],
+                "steps": self._following.steps,
+                "parts": self._following.to_list(),
             }
             self._channel.leave(self._epoch, mine)
         else:
             state = self._channel.joined(self._epoch)
             self._shift += state["clock"] - self._clock
             self._clock = state["clock"]
-            self._set_steps(state["steps"])
+            self._following.set_steps(state["steps"])
             if self._every is not None:  # else it has yet to say that it follows
-                self._adopt([Agreed.of(part) for part in state["parts"]])
-                for followed in self._followed:
-                    followed.follow()
+                self._following.resume(state["parts"])
         self._epoch += 1
         self._due, self._ahead = None, 0
         self._digests.clear()
@@ -175,12 +158,11 @@ class Agreement:
             self._every, self._epoch = said["every"], max(self._epoch, said["epoch"])
             self._from = self._clock + 1
             passed = self._clock - said["clock"]
-            self._set_steps({place: step + passed for place, step in said["steps"].items()})
+            self._following.set_steps({place: step + passed for place, step in said["steps"].items()})
         self._tell()
 
     def _greet(self) -> None:
-        steps = {param.place: param.step for param in self.members}
-        hello = {"every": self._every, "clock": self._clock, "steps": steps, **self._about()}
+        hello = {"every": self._every, "clock": self._clock, "steps": self._following.steps, **self._about()}
         self._channel.greet({**hello, "epoch": self._epoch})
 
     def _newest_told(self) -> list[dict[str, Any]] | None:
@@ -208,10 +190,10 @@ class Agreement:
             self._said[self._due] = self._channel.decision(self._epoch, self._due)
         return {
             "every": self._every,
-            "parts": [each.agreed.to_dict() for each in self._followed],
+            "parts": self._following.to_list(),
             "said": None if self._due is None else self._said[self._due]["parts"],
             "told": told,
-            "shards": self._parts[1],
+            "shards": self._readings.shards,
         }
 
     def _resume(self, count: int) -> None:
@@ -230,11 +212,9 @@ class Agreement:
         self._said.clear()
         if saved["said"] is not None:
             self._due, self._said[clock] = clock, {"parts": saved["said"], "step": self.step, "digest": None}
-        self._adopt([Agreed.of(part) for part in saved["parts"]])
-        for followed in self._followed:
-            followed.follow()
+        self._following.resume(saved["parts"])
         if self._leads:
-            self._parts = clock, saved["shards"]
+            self._readings.resume(clock, saved["shards"])
             self._loaded = (
                 clock,
                 [{**known, "clock": clock, "follows": 0, "digest": None} for known in saved["told"] or ()],
@@ -243,41 +223,21 @@ class Agreement:
 
     def _read(self, optimizer: Optimizer | None) -> None:
         self._due = self._clock
-        self._digests[self._clock] = self._digest()
+        self._digests[self._clock] = self._following.digest()
         self._digests = dict(list(self._digests.items())[-4:])
-        own = _own(optimizer)
-        owner = getattr(optimizer, "optim", None) if own is not None else optimizer
-        if self._leads:
-            if self._clock not in self._said:
-                self._decide(optimizer, owner, own)
-            return
-        scores: dict[int, Any] = {}
-        parts: Parts = {}
-        for decider in self._watching:
-            if own is None:
-                parts |= decider.parts(owner)
-            else:
-                decider.measure(owner)
-                scores |= scores_told(decider.params, decider.averaged(owner))
-        self._tell(scores, parts)
+        if not self._leads:
+            self._tell(*self._readings.measure(optimizer))
+        elif self._clock not in self._said:
+            self._decide(optimizer)
 
-    def _decide(self, optimizer: Optimizer | None, owner: Optimizer | None, own: set[int] | None) -> None:
+    def _decide(self, optimizer: Optimizer | None) -> None:
         told, ours = self._told or [], self._about()
         for rank, known in enumerate(told, start=1):
             compare(ours, known, 0, rank)
             if known["clock"] in self._digests and known["digest"] is not None:
                 compare_states(self._digests[known["clock"]], known["digest"], 0, rank)
-        # what others have at this reading is on its way, so all shards count as they were at the one before
-        before, ours_before = self._parts
-        shards = [ours_before, *(known["parts"] if known["clock"] == before else {} for known in told)]
-        self._parts = self._clock, {}
-        parts = []
-        for decider in self._watching:
-            if decider.structure == decider.table.structure:
-                parts.append(decider.decide(optimizer, owner, own, told, shards).to_dict())
-                self._parts[1].update(decider.fresh)
-        self._fruitless = 0 if parts else self._fruitless + 1
-        if self._fruitless == PATIENCE:
+        parts = [each.to_dict() for each in self._readings.decide(optimizer, told, self._clock)]
+        if self._readings.fruitless == PATIENCE:
             some = self.members[0].name
             warning_once(
                 log,
@@ -329,44 +289,7 @@ class Agreement:
             compare(self._about(), said, self.replicas.rank, 0)
             compare_states(self._digests[clock], said["digest"], self.replicas.rank, 0)
         if said["step"] + 1 == self.step:  # else a state was loaded in between, on all ranks
-            parts = [Agreed.of(part) for part in said["parts"]]
-            before = {place: of for each in self._followed for place, of in each.agreed.by_place().items()}
-            for part in parts:
-                part.carry(before)
-            self._adopt(parts)
-
-    def _adopt(self, parts: Sequence[Agreed]) -> None:
-        members = {param.place: param for param in self.members}
-        self._followed = [Followed(part, members) for part in parts]
-        for followed in self._followed:
-            followed.show()
-        left = set(members) - {place for part in parts for place in part.places}
-        for place in left:
-            if members[place].blocks:
-                members[place].column("agreed")[:] = True
-                members[place].follow()
-
-    def _set_steps(self, steps: dict[int, int]) -> None:
-        for param in self.members:
-            since, param.step = param.step, steps.get(param.place, param.step)
-            param.counted_from += param.step - since
+            self._following.take_over(said["parts"])
 
     def _about(self) -> dict[str, Any]:
         return about(self.members, grows=bool(self.replicas.places))
-
-    def _digest(self) -> dict[str, int]:
-        frozen = (
-            (param.place, param.is_frozen or np.flatnonzero(param.frozen_blocks).tolist()) for param in self.members
-        )
-        columns = {"frozen parameters": repr([each for each in frozen if each[1]]).encode()}
-        for followed in self._followed:
-            columns |= followed.agreed.columns()
-        return digest([param.step for param in self.members], columns)
-
-
-def _own(optimizer: Optimizer | None) -> set[int] | None:
-    """Ids of the parameters that this rank alone steps; None if all ranks step all."""
-    if not is_zero1(optimizer):
-        return None
-    inner: Any = getattr(optimizer, "optim", None)
-    return {id(param) for group in inner.param_groups for param in group["params"]}

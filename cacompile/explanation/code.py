@@ -13,7 +13,7 @@ from cacompile.torch_internals import GradAOTOutput, PlainAOTInput, TangentAOTIn
 
 from .chosen import DENSE, WAYS
 from .facts import Context
-from .products import Version, operands, through_views
+from .products import Version, operands, tangents, through_views
 
 TITLES = {
     "joint": "forward and backward in one",
@@ -88,7 +88,7 @@ def _body(found: Version) -> str:
 
 def _comment_inputs(found: Version) -> None:
     graphs = found.context.graphs
-    names = {param.index: graphs.names.get(param.name, param.name) for param in graphs.plan.params}
+    names = graphs.inputs
     needed = _operands(found)
     for node in found.graph.find_nodes(op="placeholder"):
         desc = node.meta.pop("desc", None)
@@ -109,21 +109,20 @@ def _comment_inputs(found: Version) -> None:
 def _comment_outputs(found: Version) -> None:
     """Whose gradients, and why they are always computed; in the forward, what is saved for which gradient."""
     graphs = found.context.graphs
-    params = {param.index: param.name for param in graphs.plan.params}
+    names = graphs.inputs
     masked = {param for product in found.products.values() for param in (product.param, *product.also)}
-    dense = {skip.param: skip.reason for skip in graphs.plan.dense}
+    dense = {graphs.called(skip.param): skip.reason for skip in graphs.plan.dense}
     saved = _saved(found) if found.name == "forward" else {}
     output = found.graph.output_node()
     descs = output.meta.get("desc", [None] * len(output.args[0]))
     comments = []
     for value, desc in zip(output.args[0], descs):
         comment = ""
-        if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput) and desc.grad_of.idx in params:
-            own = params[desc.grad_of.idx]
-            name = graphs.names.get(own, own)
+        if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput) and desc.grad_of.idx in names:
+            name = names[desc.grad_of.idx]
             comment = f"dW of {name}"
             if name not in masked and value is not None:
-                comment += f", dense: {dense.get(own, 'not planned')}"
+                comment += f", dense: {dense.get(name, 'not planned')}"
         elif isinstance(value, fx.Node) and value.name in saved:
             comment = f"saved for dW of {', '.join(saved[value.name])}"
         comments.append(comment)
@@ -153,6 +152,5 @@ def _operands(found: Version) -> dict[fx.Node, list[str]]:
 
 def _first_of_backward(graph: fx.Graph) -> fx.Node | None:
     """The first node that needs the gradient of an output."""
-    needing = {n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("desc"), TangentAOTInput)}
-    needing |= {n for n in graph.find_nodes(op="placeholder") if n.name.startswith("tangents")}
+    needing = set(tangents(graph))
     return next((n for n in graph.nodes if n.op != "output" and needing.intersection(n.all_input_nodes)), None)

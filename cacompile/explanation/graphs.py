@@ -11,6 +11,7 @@ from torch import fx
 
 from cacompile.errors import ConvAwareError, unknown
 from cacompile.graph.compiled import CompiledGraph
+from cacompile.passes.kinds import kind_called
 from cacompile.passes.marks import MARK
 from cacompile.passes.mask import mask_weight_grads
 from cacompile.passes.plan import GoneNode, Plan, WeightGrad
@@ -53,6 +54,15 @@ class Graphs:
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _gone, ()
+
+    def called(self, param: str) -> str:
+        """The model's name of one of the graph's parameters."""
+        return self.names.get(param, param)
+
+    @property
+    def inputs(self) -> dict[int, str]:
+        """Position among the inputs of Dynamo's graph -> the model's name of the parameter that is there."""
+        return {param.index: self.called(param.name) for param in self.plan.params}
 
     @property
     def maskable(self) -> bool:
@@ -117,7 +127,7 @@ class Graphs:
             )
         if name not in ("joint", "forward") and self.plan.grads and self.plan.masked is None:
             raise ConvAwareError(f"{head}its backward has not run yet; run one, or give explain example inputs")
-        reasons = {self.names.get(skip.param, skip.param): skip.reason for skip in self.plan.dense}
+        reasons = {self.called(skip.param): skip.reason for skip in self.plan.dense}
         why = "; ".join(f"{param}: {reason}" for param, reason in list(reasons.items())[:3])
         why = f" ({why}{'; ...' if len(reasons) > 3 else ''})" if why else ""
         raise ConvAwareError(f"{head}none of its weight gradients can be skipped{why}")
@@ -137,9 +147,10 @@ def _gone() -> None:
 
 def along(grad: WeightGrad) -> str:
     """Which way a gradient is partitioned: the dimension that its blocks lie along."""
-    if any(p.kind in ("batched", "grouped") and p.dim == 0 for p in grad.products):
+    if any(kind_called(p.kind).rank == 3 and p.dim == 0 for p in grad.products):
         return "matrices"
-    return "filters" if grad.kind == "convolution" else ("rows", "columns", "entries")[grad.dim]
+    unit = kind_called(grad.kind).unit_name
+    return ("rows", "columns", "entries")[grad.dim] if unit == "rows" else unit
 
 
 def mark_of(node: fx.Node) -> Any:

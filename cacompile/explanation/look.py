@@ -32,7 +32,7 @@ from cacompile.torch_internals import (
 )
 
 from .fake import faked
-from .progress import Progress, progress
+from .progress import Progress
 
 CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 """In newer torch only."""
@@ -48,7 +48,7 @@ class RanGraph(NamedTuple):
 
 def trace(model: torch.nn.Module, config: Config, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[RanGraph]:
     """All graphs that `model` would be compiled to, each checked by building its masked backward."""
-    with progress(f"explain {type(model).__name__}") as shown:
+    with Progress(f"explain {type(model).__name__}") as shown:
         return _traced(model, config, args, kwargs, shown)
 
 
@@ -74,7 +74,7 @@ def _traced(
         def run(*args: Any) -> Any:
             params = {param.name: args[param.index] for param in graph.plan.params}
             runs[id(graph), *map(id, params.values())] = graph, params, sizes
-            # a handle that leads nowhere: looking must not leave an binding behind
+            # a handle that leads nowhere: looking must not leave a binding behind
             return compiled(*args, NOWHERE)
 
         return run

@@ -11,15 +11,16 @@ from cacompile.errors import ConvAwareError, unknown
 from cacompile.pages.html import kind_class
 from cacompile.passes.joint import forward_nodes
 from cacompile.passes.mask import FLAGS, HOST_FLAGS
-from cacompile.passes.nodes import reached
+from cacompile.passes.nodes import needed, reached
 from cacompile.passes.products import producer_of
-from cacompile.torch_internals import GradAOTOutput, PlainAOTInput, TangentAOTInput, opname
+from cacompile.passes.truncate import grad_places
+from cacompile.torch_internals import PlainAOTInput, opname
 
 from .code import TITLES
 from .drawing import Box, Drawing, Edge, facts, title
 from .facts import Context, Facts
 from .families import ExplainedFamily, families_of, slice_text
-from .products import ExplainedProduct, Version, figure, is_view, operands, through_views
+from .products import ExplainedProduct, Version, figure, is_view, operands, tangents, through_views
 
 
 @dataclass(slots=True)
@@ -67,15 +68,15 @@ def around(context: Context, param: str, version: str, families: Sequence[Explai
     for center in centers or ([grad] if grad is not None else []):
         _add_center(near, center)
     if grad is not None:
-        ways = {grad, *_ancestors(grad)}
+        ways = needed([grad])
         for center in centers:
             for node in reached(center):
                 if node in ways:
                     near.add([node] if node is center else [node, *node.all_input_nodes])
     order = [node for node in found.graph.nodes if node in near.nodes]
-    tangents = _from_tangents(found.graph)
+    incoming = {each for node in tangents(found.graph) for each in reached(node)}
     colour = kind_class(families[0].kind if families else "")
-    boxes = [_box(near, node, node in tangents, colour) for node in order]
+    boxes = [_box(near, node, node in incoming, colour) for node in order]
     arrows = [(source.name, node.name) for node in order for source in node.all_input_nodes if source in near.nodes]
     for family in families:
         boxes.append(_groups(family, param))
@@ -107,12 +108,11 @@ def _add_forward(near: _Around, param: str) -> None:
     """In a joint graph, the parameter and what the forward makes of it."""
     if near.found.name != "joint":
         return
-    graphs = near.found.context.graphs
-    indices = {p.index for p in graphs.plan.params if graphs.names.get(p.name, p.name) == param}
+    names = near.found.context.graphs.inputs
     forward = forward_nodes(near.found.graph)
     for node in near.found.graph.find_nodes(op="placeholder"):
         desc = node.meta.get("desc")
-        if isinstance(desc, PlainAOTInput) and desc.idx in indices:
+        if isinstance(desc, PlainAOTInput) and names.get(desc.idx) == param:
             waiting = [node]
             while waiting:
                 one = waiting.pop()
@@ -123,31 +123,9 @@ def _add_forward(near: _Around, param: str) -> None:
 
 def _gradient(found: Version, param: str) -> fx.Node | None:
     """What is returned as the gradient of a parameter; None where nothing is."""
-    graphs = found.context.graphs
-    indices = {p.index for p in graphs.plan.params if graphs.names.get(p.name, p.name) == param}
-    output = found.graph.output_node()
-    for value, desc in zip(output.args[0], output.meta.get("desc", ())):
-        if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput) and desc.grad_of.idx in indices:
-            return value if isinstance(value, fx.Node) else None
-    return None
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen, waiting = set(), [node]
-    while waiting:
-        new = [source for source in waiting.pop().all_input_nodes if source not in seen]
-        seen.update(new)
-        waiting += new
-    return seen
-
-
-def _from_tangents(graph: fx.Graph) -> set[fx.Node]:
-    """All that depends on the gradient of an output."""
-    found: set[fx.Node] = set()
-    for node in graph.find_nodes(op="placeholder"):
-        if isinstance(node.meta.get("desc"), TangentAOTInput) or node.name.startswith("tangents"):
-            found.update(reached(node))
-    return found
+    places = grad_places(found.graph)
+    own = (places[i] for i, name in found.context.graphs.inputs.items() if name == param and i in places)
+    return next((found.graph.output_node().args[0][place] for place in own), None)
 
 
 def _box(near: _Around, node: fx.Node, incoming: bool, colour: str) -> Box:
@@ -159,7 +137,7 @@ def _box(near: _Around, node: fx.Node, incoming: bool, colour: str) -> Box:
         return _product(node, product, tip, colour)
     graphs = found.context.graphs
     desc = node.meta.get("desc")
-    params = {p.index: graphs.names.get(p.name, p.name) for p in graphs.plan.params}
+    params = graphs.inputs
     shape = _shape(node)
     if node.target == FLAGS:
         count = f"{graphs.plan.blocks} blocks of this graph"

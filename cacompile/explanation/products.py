@@ -8,7 +8,7 @@ from torch import fx
 
 from cacompile.passes.plan import Product, WeightGrad
 from cacompile.passes.products import producer_of, result_of
-from cacompile.torch_internals import opname
+from cacompile.torch_internals import TangentAOTInput, opname
 
 from .chosen import is_masked, kernel, masked_blocks, operation
 from .facts import Context
@@ -84,12 +84,11 @@ class Version:
 
 def _explained(context: Context, node: fx.Node, grad: WeightGrad, first: int) -> ExplainedProduct:
     """first: the flag of the node's first block."""
-    plan, names = context.graphs.plan, context.graphs.names
-    product = _product(grad, first)
-    param = names.get(grad.param.name, grad.param.name)
+    graphs, product = context.graphs, _product(grad, first)
+    param = graphs.called(grad.param.name)
     masked = is_masked(node)
     count = -(-(product.hi - product.lo) // grad.block)
-    also = tuple(names.get(g.param.name, g.param.name) for g in plan.grads if g.follows == grad.param.name)
+    also = tuple(graphs.called(g.param.name) for g in graphs.plan.grads if g.follows == grad.param.name)
     return ExplainedProduct(
         node=node.name,
         param=param,
@@ -133,6 +132,12 @@ def through_views(node: fx.Node) -> list[fx.Node]:
     while is_view(path[-1]) and isinstance(path[-1].args[0], fx.Node):
         path.append(path[-1].args[0])
     return path
+
+
+def tangents(graph: fx.Graph) -> list[fx.Node]:
+    """Inputs that are gradients of outputs."""
+    inputs = graph.find_nodes(op="placeholder")
+    return [n for n in inputs if isinstance(n.meta.get("desc"), TangentAOTInput) or n.name.startswith("tangents")]
 
 
 def figure(number: int) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +17,7 @@ EVERY = 0.5
 
 
 class Progress:
-    """What is being done, since when."""
+    """What is being done, since when; shown while in its context, if that takes more than a few seconds."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -27,8 +25,18 @@ class Progress:
         self._began = time.perf_counter()
         self._done = threading.Event()
         self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._width = 0
         self._thread = threading.Thread(target=self._show, name="cacompile progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._live:
+            self._thread.join()
+        log.info("%s: done, %.1f s", self._what, time.perf_counter() - self._began)
 
     def stage(self, text: str) -> None:
         """Something else begins."""
@@ -36,29 +44,10 @@ class Progress:
         log.info("%s: %s, after %.1f s", self._what, text, time.perf_counter() - self._began)
 
     def _show(self) -> None:
-        wait = PATIENCE
+        """Each line in the place of the one before; in the end nothing is left."""
+        wait, line = PATIENCE, ""
         while not self._done.wait(wait):
-            self._write(f"{self._what}: {self._stage}, {time.perf_counter() - self._began:.0f} s")
-            wait = EVERY
-        self._write("")
-
-    def _write(self, line: str) -> None:
-        """In the place of the line before."""
-        sys.stderr.write(f"\r{line.ljust(self._width)}" if line else f"\r{' ' * self._width}\r")
-        sys.stderr.flush()
-        self._width = len(line)
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Progress]:
-    """Show how far it is while in the context, if that takes more than a few seconds."""
-    shown = Progress(what)
-    if shown._live:
-        shown._thread.start()
-    try:
-        yield shown
-    finally:
-        shown._done.set()
-        if shown._live:
-            shown._thread.join()
-        log.info("%s: done, %.1f s", what, time.perf_counter() - shown._began)
+            before, wait = len(line), EVERY
+            line = f"{self._what}: {self._stage}, {time.perf_counter() - self._began:.0f} s"
+            print(f"\r{line.ljust(before)}", end="", file=sys.stderr, flush=True)
+        print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
 from cacompile.layout import MaskLayout
 from cacompile.passes.marks import MARK
 from cacompile.passes.plan import Plan, without_nodes
-from cacompile.passes.truncate import deepest_first, grad_places
 from cacompile.state.binding import GraphBinding
 from cacompile.torch_internals import (
     TracingContext,
@@ -24,7 +21,6 @@ from cacompile.torch_internals import (
     donated_inputs,
     donating,
     is_profiling,
-    warning_once,
 )
 
 from .aside import Aside
@@ -35,24 +31,14 @@ from .inner import Compile
 from .lean import Cut
 from .log import CompileLog, profiled
 from .masked import MaskedMaker
-from .reading import reads_gradients
-from .source import BackwardSource, Run, StoredSource, Version, identity_of, plain_settings
+from .places import GradPlaces
+from .reading import is_read
+from .source import BackwardSource, StoredSource, identity_of, plain_settings
 from .truncated import TruncatedVersions
+from .version import Choice, Run, Version
 from .version_cache import VersionCache
 
 log = logging.getLogger(__name__)
-
-
-class Choice(NamedTuple):
-    """What runs in one backward."""
-
-    version: Version
-    flags: np.ndarray | None = None
-    """Of a masked version, on the host."""
-    none: frozenset[int] = frozenset()
-    """Places of gradients that nobody is to get."""
-    zeros: tuple[tuple[int, torch.Tensor], ...] = ()
-    """Places of gradients that are skipped whole, though the version has none for them, and their parameters."""
 
 
 class BackwardVersions:
@@ -69,7 +55,6 @@ class BackwardVersions:
         "__dict__",
         "__weakref__",
         "_aside",
-        "_deepest",
         "_dense",
         "_find_binding",
         "_find_cut",
@@ -122,8 +107,7 @@ class BackwardVersions:
         source = BackwardSource(
             gm, inputs, settings, donated=donated, compile_inner=compile_inner, compile_log=compile_log
         )
-        self._places = grad_places(gm.graph)
-        self._deepest = deepest_first(gm.graph)
+        self._places = GradPlaces.of_graph(gm.graph)
         device = next((g.param.placeholder.meta["val"].device for g in plan.grads), torch.device("cpu"))
         self._prepare(source, MaskedMaker(source, plan, device), layout, on_masked, find_binding, max_truncated)
         compile_log.version("dense")
@@ -153,7 +137,7 @@ class BackwardVersions:
         self._find_cut = find_cut
         self._aside = aside
         self._handle, self.slot = facts.handle, facts.slot
-        self._places, self._deepest = facts.places, facts.deepest
+        self._places = GradPlaces(facts.places, facts.deepest)
         source = StoredSource(
             facts.source, settings, donated=facts.donated, compile_inner=compile_inner, compile_log=compile_log
         )
@@ -202,8 +186,8 @@ class BackwardVersions:
             slot=self.slot,
             plan=without_nodes(self._plan),
             layout=self._layout,
-            places=self._places,
-            deepest=self._deepest,
+            places=self._places.by_position,
+            deepest=self._places.deepest,
             device=str(self._maker.device),
             donated=self._source.donated,
             settings=plain_settings(self._source.settings),
@@ -216,7 +200,7 @@ class BackwardVersions:
         handle = args.pop(self._handle)
         version, flags, none, zeros = self._choose(handle, args)
         if is_profiling():
-            with profiled(self._layout, _name(version), version.masked, flags):
+            with profiled(self._layout, version.name, version.masked, flags):
                 grads = list(version.run(args))
         else:
             grads = list(version.run(args))
@@ -235,14 +219,14 @@ class BackwardVersions:
         try:
             binding = self._find_binding(handle)
             if binding is not None:
-                sizes = self._sizes(args)
+                sizes = self._layout.sizes_in(args)
                 binding.count_backward(sizes)
-                if (binding.wants_masked() or binding.frozen) and self._is_read(binding):
-                    self._count_cut(binding, sizes, whole.truncated)
+                if (binding.wants_masked() or binding.frozen) and is_read(binding.live_inputs()):
+                    self._places.count_cut(binding, sizes, whole.truncated)
                     return Choice(whole)
                 masked = self._ready_masked(binding) if binding.wants_masked() else None
-                none = self._none(binding, handle) | whole.truncated
-                zeros = self._zeros(binding, none) if masked is not None else ()
+                none = self._places.none(binding, handle) | whole.truncated
+                zeros = self._places.zeros(binding, none, self.truncated) if masked is not None else ()
                 version = masked or whole
                 places = none | {place for place, _ in zeros}
                 if places and self.truncated is not None:
@@ -253,14 +237,14 @@ class BackwardVersions:
                     version = found or version
                 if not version.unread >= whole.unread:
                     masked, version = None, whole
-                if binding.ran != (name := _name(version)):
+                if binding.ran != (name := version.name):
                     binding.ran = name
                     self._log.switched(name)
                 zeros = tuple(each for each in zeros if each[0] in version.truncated)
                 flags = None
                 if masked is not None:
                     on_device = binding.leave_out(sizes)
-                self._count_cut(binding, sizes, none & version.truncated)
+                self._places.count_cut(binding, sizes, none & version.truncated)
                 if version.masked:
                     args += [on_device, binding.host_flags] if version.host else [on_device]
                     flags = binding.host_flags.numpy()
@@ -270,14 +254,9 @@ class BackwardVersions:
             warn_of_fault(log, "choosing the version of a backward", "this backward computes all weight gradients")
         return Choice(whole)
 
-    def _count_cut(self, binding: GraphBinding, sizes: Sequence[int], places: frozenset[int]) -> None:
-        """These gradients are None, and what only they need is not computed: not because a mask says so."""
-        positions = (i for i, place in self._places.items() if place in places) if places else ()
-        binding.count_cut(sizes, frozenset(positions))
-
     def truncated_version(self, binding: GraphBinding, dead: frozenset[int]) -> Version | None:
         """The version for what is frozen now and these inputs, by position, before any mask; None for the dense one."""
-        places = self._places_of((*binding.frozen, *dead))
+        places = self._places.of((*binding.frozen, *dead))
         if not places or self.truncated is None:
             return None
         return self.truncated.find(places, None, self.aside_for(binding))
@@ -288,44 +267,6 @@ class BackwardVersions:
         Ranks that hold copies must do alike, and threads are not as fast on all of them.
         """
         return self._aside if binding.alone else None
-
-    def _places_of(self, positions: Iterable[int]) -> frozenset[int]:
-        return frozenset(self._places[i] for i in positions if i in self._places)
-
-    def _none(self, binding: GraphBinding, handle: int) -> frozenset[int]:
-        """Places of gradients of frozen parameters, and of inputs below which nothing wants one."""
-        return self._places_of((*binding.frozen, *binding.dead_of(handle)))
-
-    def _zeros(self, binding: GraphBinding, none: frozenset[int]) -> tuple[tuple[int, torch.Tensor], ...]:
-        """Places and parameters that are skipped whole, up from where the backward ends or could: no dX for them."""
-        off = {self._places[i]: param for i, param in binding.skipped_whole.items() if i in self._places}
-        found: list[tuple[int, torch.Tensor]] = []
-        for place in self._deepest if off else ():
-            if place in none:
-                continue
-            if place not in off:
-                break
-            found.append((place, off[place]))
-        pays = found and self.truncated and self.truncated.pays(none, frozenset(place for place, _ in found))
-        return tuple(found) if pays else ()
-
-    def _is_read(self, binding: GraphBinding) -> bool:
-        """Whether the user gets these gradients in hand: then all are computed."""
-        if not reads_gradients(binding.live_inputs()):
-            return False
-        warning_once(
-            log,
-            "torch.autograd.grad asks for gradients of parameters of which some are skipped in this step: such a "
-            "backward computes all of them. Weights that are often read so can be kept out by the option 'keep'",
-        )
-        return True
-
-    def _sizes(self, args: list[Any]) -> Sequence[int]:
-        """What the monomials that FLOPs are multiples of are in this call."""
-        sources = self._layout.sources
-        if not sources:
-            return (1,)
-        return [math.prod(of.read(args) for of in factors) for factors in sources]
 
     def _ready_masked(self, binding: GraphBinding) -> Version | None:
         """The masked version; None too while it is being compiled aside."""
@@ -353,8 +294,3 @@ class BackwardVersions:
     def graph(self) -> fx.Graph:
         """The backward graph as it came, without our handle and the tensors of its constants: to be looked at."""
         return copy.deepcopy(self._source.module.graph)
-
-
-def _name(version: Version) -> str:
-    parts = ["truncated"] * bool(version.truncated) + ["masked"] * bool(version.masked)
-    return " and ".join(parts) or "dense"

@@ -9,47 +9,37 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from cacompile.config import Config
-from cacompile.hooks.steps import follow_optimizers
 from cacompile.layout import MaskLayout
 from cacompile.passes import make_plan, mark_products
 from cacompile.passes.joint import GraphInputs, find_frozen, find_params
 from cacompile.passes.lower import lower, with_outcome, with_sources
 from cacompile.passes.plan import Plan, without_nodes
 from cacompile.state.binding import GraphBinding
-from cacompile.state.frozen import any_frozen
-from cacompile.state.identity import identity_of
 from cacompile.torch_internals import (
     CAN_COMPILE_ASIDE,
-    FakeTensor,
     add_to_key,
     caches_are_on,
-    captured_backwards,
     entries_hold_code,
     functorch_config,
-    running_ddp,
-    warning_once,
 )
 
 from .aside import Aside
 from .backward import BackwardVersions
 from .cache_key import cache_key
+from .calls import DENSE, Calls
 from .cuts import Cuts
-from .ends import Endings
 from .facts import BackwardFacts, ForwardFacts
 from .fallback import warn_of_fault
-from .handle import NOWHERE, Instead, compile_without_handle, find_handle, has_handle, save_handle, with_handle
+from .handle import Instead, compile_without_handle, find_handle, has_handle, save_handle, with_handle
 from .inner import Compile, Inner, inner_of
 from .lean import LeanForwards
 from .log import CompileLog
 from .version_cache import VersionCache
 
 log = logging.getLogger(__name__)
-
-DENSE = "all weight gradients of this graph are computed"
 
 _alive: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
@@ -102,16 +92,6 @@ def compile_graph(
             compiling.reset(token)
 
 
-def _look_for_compiled_autograd() -> None:
-    """For a binding that has run forward before, but never backward through us: say why, if that is why."""
-    if captured_backwards():
-        warning_once(
-            log,
-            "compiled autograd traces the backward into a graph of its own, where nothing can be skipped: "
-            "all weight gradients stay dense. Train without compiled autograd to skip those that have converged",
-        )
-
-
 class CompiledGraph:
     """Watches one graph being compiled (`joint_pass`, `inner_compile`), then runs it (`bind`)."""
 
@@ -127,16 +107,18 @@ class CompiledGraph:
         self.forward: fx.Graph | None = None
         """As the inner compiler got it, which edits what it gets."""
         self.backward: BackwardVersions | None = None
-        self.bindings: dict[tuple[int, ...], GraphBinding] = {}
-        """By the ids of the parameters that they run with."""
-        self._numbered: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
         self._analysed = False
-        self._endings = Endings()
         self._cuts = Cuts()
+        self._calls = Calls(self._cuts)
         self._inner = inner
         self._cached = cached
         self._log = compile_log
         _alive.add(self)
+
+    @property
+    def bindings(self) -> dict[tuple[int, ...], GraphBinding]:
+        """By the ids of the parameters that they run with."""
+        return self._calls.bindings
 
     def joint_pass(self, gm: fx.GraphModule, joint_inputs: Any) -> fx.GraphModule:
         """Hook 1, on the joint graph before the partitioner: find the weight gradients, have the handle saved.
@@ -305,76 +287,8 @@ class CompiledGraph:
 
     def find_binding(self, handle: Any) -> GraphBinding | None:
         """The binding of this graph that a handle names; None for one that leads nowhere, such as a traced one."""
-        return self._numbered.get(handle) if type(handle) is int else None
+        return self._calls.find_binding(handle)
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The callable for Dynamo: adds the handle of the binding whose parameters it is called with."""
-        # where nothing can be skipped the binding only tells what has run
-        positions = [grad.index for grad in self.layout.grads] or [index for _, index in self.layout.params]
-        bindings, endings = self.bindings, self._endings
-
-        def run(*args: Any) -> Any:
-            binding = bindings.get(tuple([id(args[i]) for i in positions]))
-            if binding is None:
-                binding = self._new_binding(args, positions)
-            elif not binding.spent.total:
-                _look_for_compiled_autograd()
-            if binding is None:
-                return compiled(*args, NOWHERE)
-            if binding.alone:
-                binding.look_for_replicas()
-            if any_frozen():
-                return self._run_frozen(compiled, binding, args)
-            if not endings.seen:
-                return endings.learn(compiled, [*args, binding.handle])
-            return compiled(*args, binding.handle)
-
-        return run
-
-    def _run_frozen(self, compiled: Callable[..., Any], binding: GraphBinding, args: Sequence[Any]) -> Any:
-        """Run while something is frozen: what wants no gradient in the end, here and below, is not to get any."""
-        try:
-            dead, nothing_else = self._endings.dead(args, self.layout.params)
-            over = nothing_else and binding.is_frozen and torch.is_grad_enabled() and self._endings.sound
-            cut = None if over else self._cuts.find(self.backward, binding, dead)
-            handle = binding.handle_for(dead, None if cut is None else cut.places)
-            self._numbered[handle] = binding
-            if cut is not None:
-                self._cuts.note(handle, cut)
-        except Exception:
-            warn_of_fault(log, "looking for what wants a gradient", DENSE)
-            return compiled(*args, binding.handle)
-        if cut is not None:
-            outputs = compiled(*args, handle)
-            self._cuts.guard(self.backward, cut, outputs)
-            return outputs
-        if not self._endings.seen:
-            return self._endings.learn(compiled, [*args, handle])
-        # DistributedDataParallel waits for all its parameters, if only for them to have no gradient
-        if over and running_ddp() is None:
-            binding.count_forward()
-            return self._endings.run(compiled, [*args, handle])
-        return compiled(*args, handle)
-
-    def _new_binding(self, args: Sequence[Any], positions: list[int]) -> GraphBinding | None:
-        """A new binding for these inputs; None for traced inputs, or if it fails."""
-        if any(isinstance(arg, FakeTensor) for arg in args):
-            return None
-        try:
-            follow_optimizers()
-            key = tuple(id(args[i]) for i in positions)
-            binding = self.bindings[key] = GraphBinding(self.layout, args, self.config)
-            self._numbered[binding.handle] = binding
-            forget = functools.partial(_forget, weakref.ref(self), key)
-            for i in positions:
-                identity_of(args[i]).at_end(forget)
-            return binding
-        except Exception:
-            warn_of_fault(log, "binding a graph to its parameters", DENSE)
-            return None
-
-
-def _forget(graph: weakref.ref[CompiledGraph], key: tuple[int, ...]) -> None:
-    """A parameter has died, and its id may be given to another."""
-    if (alive := graph()) is not None:
-        alive.bindings.pop(key, None)
+        return self._calls.bind(self, compiled)

@@ -25,7 +25,7 @@ from cacompile.torch_internals import (
 from .backward import BackwardVersions
 from .fallback import warn_of_fault
 from .lean import Cut, LeanForwards
-from .source import Run
+from .version import Run
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Cuts:
         cut = self._by_handle.get(handle) if self._by_handle else None
         return None if cut is None or self.lean is None else self.lean.run_for(cut.unread)
 
-    def guard(self, versions: BackwardVersions | None, cut: Cut, outputs: Any) -> None:
+    def limit_tracing(self, versions: BackwardVersions | None, cut: Cut, outputs: Any) -> None:
         """After a lean forward: should compiled autograd trace its backward, let that read no more than was saved."""
         try:
             found = [outputs] if isinstance(outputs, torch.Tensor) else outputs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from cacompile.state.params import registry
+from cacompile.state.registry import registry
 from cacompile.torch_internals import has_hooks, is_view, writes
 
 FARTHEST = 2000

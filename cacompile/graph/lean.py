@@ -21,7 +21,8 @@ from .facts import LeanFacts, VersionFacts
 from .handle import erase_handle, without_input
 from .inner import Compile
 from .log import CompileLog
-from .source import BackwardSource, Run, StoredSource, Version, identity_of, plain_settings
+from .source import BackwardSource, StoredSource, identity_of, plain_settings
+from .version import Run, Version
 from .version_cache import VersionCache
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from cacompile.passes.verify import Broken, verify
 from cacompile.torch_internals import detect_fake_mode
 
 from .facts import VersionFacts
-from .source import BackwardSource, Version
+from .source import BackwardSource
+from .version import Version
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import contextvars
 import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,25 +30,8 @@ from .facts import VersionFacts
 from .handle import without, without_input
 from .inner import Compile
 from .log import CompileLog
+from .version import Run
 from .version_cache import VersionCache, digest
-
-Run = Callable[[list[Any]], Any]
-
-
-class Version(NamedTuple):
-    """One version, and what it leaves out; one value, so that no thread sees half of it."""
-
-    run: Run
-    masked: frozenset[str] = frozenset()
-    """Parameters whose products it masks; if there are any, the flags are its last input."""
-    host: bool = False
-    """Whether it takes the flags in CPU memory too."""
-    truncated: frozenset[int] = frozenset()
-    """Places of its output that are None."""
-    nodes: int = 0
-    """How many nodes its graph had."""
-    unread: frozenset[str] = frozenset()
-    """Names of the graph's inputs that it does not read."""
 
 
 class BackwardSource:

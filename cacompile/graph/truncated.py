@@ -21,7 +21,8 @@ from cacompile.torch_internals import compile_lock
 from .aside import Aside
 from .facts import VersionFacts
 from .masked import MaskedMaker
-from .source import BackwardSource, Run, Version
+from .source import BackwardSource
+from .version import Run, Version
 
 log = logging.getLogger(__name__)
 

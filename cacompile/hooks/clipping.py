@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad
 
 from cacompile.state.measurements import NormShares
-from cacompile.state.params import ParamState, registry
+from cacompile.state.params import ParamState
+from cacompile.state.registry import registry
 from cacompile.state.shards import local, over_shards, with_replicas
 from cacompile.torch_internals import replace_total_norm, warning_once
 

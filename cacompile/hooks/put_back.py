@@ -10,7 +10,8 @@ import torch
 from torch.optim import Optimizer
 
 from cacompile.state.frozen import any_frozen
-from cacompile.state.params import ParamState, registry
+from cacompile.state.params import ParamState
+from cacompile.state.registry import registry
 from cacompile.state.shards import local
 
 Held = tuple[torch.Tensor, torch.Tensor]

@@ -13,7 +13,8 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from cacompile.errors import ConvAwareError
-from cacompile.state.params import ParamState, registry
+from cacompile.state.params import ParamState
+from cacompile.state.registry import registry
 from cacompile.torch_internals import joins
 
 LEAST = 0.125

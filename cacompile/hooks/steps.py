@@ -18,7 +18,8 @@ from cacompile.controller.agreement import Agreement
 from cacompile.controller.controller import Controller
 from cacompile.controller.lending import take_back
 from cacompile.controller.shared import Shared
-from cacompile.state.params import ParamState, registry
+from cacompile.state.params import ParamState
+from cacompile.state.registry import registry
 from cacompile.state.replicas import Replicas
 from cacompile.state.table import newest_structure
 from cacompile.torch_internals import is_zero1, may_be_compiling

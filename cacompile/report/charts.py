@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from cacompile.pages.numbers import amount, duration, percent
 
@@ -31,7 +32,7 @@ def share(run: RunData) -> str:
         _stairs(axes, run, each, color=KIND, linewidth=1.4, baseline=None, label="since the last one")
         axes.plot(run.history.step, so_far, color=INK, label="so far", **_dot(run.measurements))
         over_steps(axes, run)
-        _percents(axes, max(0.02, min(1.0, 1.15 * float(each.max()))))
+        _scale(axes, "{:.0%}".format, max(0.02, min(1.0, 1.15 * float(each.max()))))
         _warm_up(axes, run)
         legend(axes)
 
@@ -47,8 +48,7 @@ def loss(run: RunData) -> str:
         axes.plot(steps, values, color=INK, linewidth=1.4, **_dot(len(steps)))
         over_steps(axes, run)
         axes.set_xlim(0, max(int(steps[-1]), run.edges[-1]))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        _scale(axes, "{:.3g}".format)
 
     return draw(190, paint, f"Loss, {values[-1]:.4g} at the end")
 
@@ -63,9 +63,7 @@ def flops(run: RunData) -> str:
         axes.plot(steps, spent, color=KIND, label="computed")
         axes.fill_between(steps, spent, dense, facecolor=KIND, alpha=0.28, edgecolor="none", label="saved")
         over_steps(axes, run)
-        axes.set_ylim(0, 1.06 * max(1.0, dense[-1]))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
+        _scale(axes, amount, 1.06 * max(1.0, dense[-1]))
         legend(axes)
 
     return draw(220, paint, f"{amount(run.saved)} of {amount(run.total)} dW FLOPs saved")
@@ -80,7 +78,7 @@ def versions(run: RunData) -> str:
         _stairs(axes, run, every, baseline=run.masked_shares, fill=True, facecolor=MUTED, alpha=0.22, edgecolor="none",
                 label="dense: Inductor's own")  # fmt: skip
         over_steps(axes, run)
-        _percents(axes, 1.0)
+        _scale(axes, "{:.0%}".format, 1.0)
         axes.grid(False)
         legend(axes)
 
@@ -98,9 +96,7 @@ def times(run: RunData) -> str:
         axes.axhline(median, color=INK, linestyle=DASHES, linewidth=1.2, label=f"median {duration(median)}")
         over_steps(axes, run)
         # compiling takes as long as many steps: what is rare may leave the picture, so that the usual can be seen
-        axes.set_ylim(0, 1.1 * min(float(seconds.max()), 3.0 * median))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
+        _scale(axes, duration, 1.1 * min(float(seconds.max()), 3.0 * median))
         legend(axes)
 
     return draw(190, paint, "Wall clock of one optimizer step")
@@ -120,10 +116,12 @@ def legend(axes: Axes) -> None:
                 handlelength=1.2, handletextpad=0.5, columnspacing=1.0)  # fmt: skip
 
 
-def _percents(axes: Axes, top: float) -> None:
-    axes.set_ylim(0, top)
+def _scale(axes: Axes, text: Callable[[float], str], top: float | None = None) -> None:
+    """The vertical axis, from 0 to `top` where that is given."""
+    if top is not None:
+        axes.set_ylim(0, top)
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(lambda value, _: text(value))
 
 
 def _stairs(axes: Axes, run: RunData, values: np.ndarray, **options: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cacompile.pages.numbers import count, percent, power, scientific
 
@@ -89,7 +89,7 @@ def curves(run: RunData, kind: str, quantity: str) -> str:
         axes.set_ylim(low, high)
         few = high / low < 30.0  # then the powers of ten alone would not do
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8 if few else 6))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scientific(value) if few else power(value)))
+        axes.yaxis.set_major_formatter(lambda value, _: scientific(value) if few else power(value))
         axes.yaxis.set_minor_formatter(NullFormatter())
         return tips
 

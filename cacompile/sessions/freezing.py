@@ -12,8 +12,9 @@ import torch
 from cacompile.errors import ConvAwareError, shown, unknown
 from cacompile.hooks.steps import follow_optimizers
 from cacompile.names import find_params, fits, prefixes
-from cacompile.state.params import ParamState, registry
+from cacompile.state.params import ParamState
 from cacompile.state.pins import attend
+from cacompile.state.registry import registry
 
 from .pinned import Pinned
 from .pinning import TOO_EARLY, Names

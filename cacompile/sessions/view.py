@@ -14,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from cacompile.config import Config
 from cacompile.state.binding import GraphBinding, bindings_of, bindings_with
 from cacompile.state.groups import GroupIndex
-from cacompile.state.params import ParamState, registry
+from cacompile.state.params import ParamState
 from cacompile.state.pins import hold_pins
+from cacompile.state.registry import registry
 from cacompile.state.table import newest_structure
 
 from .pinning import Names, every_name

@@ -13,7 +13,8 @@ from cacompile.config import Config
 from cacompile.layout import GradLayout, MaskLayout
 from cacompile.names import find_params, fits
 
-from .params import ParamState, registry
+from .params import ParamState
+from .registry import registry
 
 log = logging.getLogger(__name__)
 

@@ -13,18 +13,19 @@ import numpy as np
 import torch
 
 from cacompile.config import Config
-from cacompile.layout import GradLayout, MaskLayout, Monomial
+from cacompile.layout import MaskLayout
 from cacompile.torch_internals import warning_once
 
 from .beginning import begin
+from .counted import Counted
 from .frozen import newest_freeze
 from .identity import Identity, identity_of
-from .params import ParamState, registry
+from .params import ParamState
 from .parting import PARTED, SPREAD, part, tie_groups, together
 from .pins import hold_pins, newest_pin
+from .registry import registry
 from .replicas import find_replicas, join_shares
 from .shards import owner_of
-from .spent import Spent
 from .table import BlockTable
 
 log = logging.getLogger(__name__)
@@ -36,13 +37,15 @@ _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
 
 
-class GraphBinding:
+class GraphBinding(Counted):
     """This step's flags for one graph, gathered from its parameters' blocks, and the count of what was saved."""
 
     def __init__(self, layout: MaskLayout, inputs: Sequence[Any], config: Config) -> None:
-        self._layout = layout
+        # before blocks are made, which know of other ranks
+        replicas = find_replicas(inputs)
+        shares = join_shares([(grad.param, inputs[grad.index]) for grad in layout.grads])
+        super().__init__(layout, together(layout, [part(grad, inputs[grad.index], config) for grad in layout.grads]))
         self.handle = next(_numbers)
-        self.spent = Spent()
         self.ran = "dense"
         """The version that the last backward ran."""
         self._dead: dict[tuple[frozenset[int], frozenset[int] | None], int] = {}
@@ -50,16 +53,9 @@ class GraphBinding:
         self._dead_of: dict[int, frozenset[int]] = {}
         self._freeze = -1
         self._frozen: frozenset[int] = frozenset()
-        self.cut: frozenset[int] = frozenset()
-        """Positions of the inputs whose gradients were None in the last backward, which ended above what only they
-        need."""
-        self._gone_with: dict[frozenset[int], tuple[tuple[float, ...], tuple[int, ...]]] = {}
         self._steps = 0
-        self.alone = not find_replicas(inputs)
+        self.alone = not (replicas or shares)
         """Whether no other rank is known to hold copies of its parameters, or shares that are decided on together."""
-        if join_shares([(grad.param, inputs[grad.index]) for grad in layout.grads]):
-            self.alone = False
-        self._params = together(layout, [part(grad, inputs[grad.index], config) for grad in layout.grads])
         self.stay_dense = {
             grad.param: SPREAD if hasattr(inputs[grad.index], "to_local") else PARTED
             for grad, state in self._pairs()
@@ -74,8 +70,6 @@ class GraphBinding:
         self._pins = newest_pin()
         hold_pins()
         begin(layout, inputs, config, self._params)
-        for param in self.params:
-            param.spent.append(self.spent)
         self._any_off = False
         self._mask_version = 0
         self._structure = 0
@@ -102,16 +96,6 @@ class GraphBinding:
     @layout.setter
     def layout(self, layout: MaskLayout) -> None:
         self._layout, self._left_out, self._whole = layout, None, None
-
-    @property
-    def params(self) -> list[ParamState]:
-        """The states of its parameters that have blocks in this graph."""
-        return [param for param in self._params if param is not None]
-
-    @property
-    def skippable(self) -> list[ParamState]:
-        """Those of which this graph leaves out what is off; before its masked version is made, as planned."""
-        return [param for grad, param in self._pairs() if param is not None and self._masks(grad)]
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -162,26 +146,6 @@ class GraphBinding:
         """What `handle_for` was given."""
         return self._dead_of.get(handle, frozenset())
 
-    @property
-    def masked_backwards(self) -> int:
-        return self.spent.masked
-
-    @property
-    def mean_sizes(self) -> dict[Monomial, float]:
-        """What the layout's monomials were in a backward, on average; empty where they are as compiled."""
-        if not self._layout.sources or not self.spent.backwards:
-            return {}
-        return {m: total / self.spent.backwards for m, total in zip(self._layout.monomials, self.spent.sizes)}
-
-    @property
-    def flops_by_param(self) -> dict[str, int]:
-        """dW FLOPs of a backward, on average; as compiled before the first."""
-        sizes = list(self.mean_sizes.values())
-        if not sizes:
-            return dict(self._layout.flops_by_param)
-        counts = self._layout.coefficients_by_param
-        return {name: round(sum(map(operator.mul, sizes, each))) for name, each in counts}
-
     def look_for_replicas(self) -> None:
         """It runs once more: maybe inside of DistributedDataParallel now."""
         self.alone = not find_replicas()
@@ -198,76 +162,9 @@ class GraphBinding:
         return self._any_off
 
     def count_backward(self, sizes: Sequence[int]) -> None:
-        """A backward runs. sizes: what the layout's monomials are in this call."""
-        spent = self.spent
-        if not spent.backwards:
-            self._begin_to_count()
-        for i, size in enumerate(sizes):
-            spent.sizes[i] += size
-            spent.total += size * self._layout.coefficients[i]
-            spent.step += size * self._layout.step.coefficients[i]
-            spent.forward += size * self._layout.step.forward[i]
-        spent.backwards += 1
-        if spent.backwards % PATIENCE == 0:
+        super().count_backward(sizes)
+        if self.spent.backwards % PATIENCE == 0:
             self._look_for_steps()
-
-    def count_forward(self) -> None:
-        """It runs forward, and no backward will come: at the mean sizes of those so far, or as compiled."""
-        layout, spent = self._layout, self.spent
-        flops = layout.step.compiled[0]
-        if spent.backwards:
-            flops = sum(map(operator.mul, spent.sizes, layout.step.forward)) / spent.backwards
-        spent.forward += flops
-        spent.step += flops
-
-    def count_cut(self, sizes: Sequence[int], positions: frozenset[int]) -> None:
-        """That backward ends where only the gradients of these inputs, by position, lie below: what it does not count.
-
-        sizes: as of `count_backward`.
-        """
-        self.cut = positions
-        if positions:
-            step, dw = self._gone(positions)
-            self.spent.step -= sum(map(operator.mul, sizes, step))
-            self.spent.total -= sum(map(operator.mul, sizes, dw))
-
-    def _gone(self, positions: frozenset[int]) -> tuple[tuple[float, ...], tuple[int, ...]]:
-        """What of the step's FLOPs, and of those of dW, goes with these gradients, to one of each monomial."""
-        if positions not in self._gone_with:
-            names = {name for name, index in self._layout.params if index in positions}
-            dw = [each for name, each in self._layout.coefficients_by_param if name in names]
-            none = (0,) * len(self._layout.monomials)
-            self._gone_with[positions] = self._layout.step.left_out(positions), tuple(map(sum, zip(*dw))) or none
-        return self._gone_with[positions]
-
-    def in_this_step(self) -> tuple[float, float, float]:
-        """FLOPs of forward and backward, those of dW, and those of dW that are skipped with this step's mask.
-
-        Of all its backwards so far; of one, with the sizes seen when compiling, before the first.
-        """
-        layout, sizes = self._layout, self.spent.sizes
-        if not self.spent.backwards:
-            step, dw = float(layout.step.flops), float(layout.flops)
-            costs = [np.array(grad.block_flops, float) for grad in layout.grads]
-        else:
-            gone_step, gone_dw = self._gone(self.cut)
-            step = sum(n * (a - b) for n, a, b in zip(sizes, layout.step.coefficients, gone_step))
-            dw = float(sum(n * (a - b) for n, a, b in zip(sizes, layout.coefficients, gone_dw)))
-            costs = [np.array(sizes, float) @ np.array(grad.coefficients, float) for grad in layout.grads]
-        skipped = sum(
-            float(cost[~param.on & ~param.frozen_blocks].sum())
-            for (grad, param), cost in zip(self._pairs(), costs)
-            if param is not None and self._masks(grad)
-        )
-        return step, dw, skipped
-
-    def _begin_to_count(self) -> None:
-        """Now that the backward is there, which knows where it finds the sizes."""
-        self.spent.sizes = [0] * len(self._layout.monomials)
-        parted = [(grad, param) for grad, param in self._pairs() if param is not None]
-        share = np.array([int(each) // max(1, len(parted)) for each in self._layout.step.coefficients], np.int64)
-        for grad, param in parted:
-            param.costs(self.spent, np.array(grad.coefficients, np.int64), share)
 
     def leave_out(self, sizes: Sequence[int]) -> torch.Tensor:
         """Note what the masked version will leave out now; this step's flags, uint8 [blocks] on the graph's device."""
@@ -290,12 +187,6 @@ class GraphBinding:
     def _table(self) -> BlockTable | None:
         """The table that all its parameters with blocks are in."""
         return next((param.table for param in self._params if param is not None), None)
-
-    def _pairs(self) -> Iterable[tuple[GradLayout, ParamState | None]]:
-        return zip(self._layout.grads, self._params, strict=True)
-
-    def _masks(self, grad: GradLayout) -> bool:
-        return self._layout.masked is None or grad.param in self._layout.masked
 
     def _find_left_out(self) -> tuple[np.ndarray, list[int]]:
         off = self._host.numpy() == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
@@ -15,14 +13,15 @@ import torch
 from cacompile.config import Config
 from cacompile.layout import Partition
 
+from .counts import ParamCounts
 from .frozen import Freezable
 from .groups import BlockGroup
-from .identity import find_identity, identity_of, known
+from .identity import identity_of
+from .keys import key_of, new_key
 from .measurements import Measurement, NormShares
 from .pins import Pin
 from .series import Series
-from .shards import Shard, owner_of
-from .spent import Spent
+from .shards import Shard
 from .table import BlockTable
 
 if TYPE_CHECKING:
@@ -35,11 +34,12 @@ NO_BLOCKS = BlockTable()
 """What a parameter has before it is parted into blocks."""
 
 
-class ParamState(Freezable):
+class ParamState(Freezable, ParamCounts):
     """What is known of one parameter. Made when a session claims it or a compiled graph first runs with it."""
 
     def __init__(self, param: torch.nn.Parameter, name: str) -> None:
-        super().__init__()
+        Freezable.__init__(self)
+        ParamCounts.__init__(self)
         self.identity = identity_of(param)
         self.shape = tuple(param.shape)
         self.shard = Shard.of(param)
@@ -52,15 +52,6 @@ class ParamState(Freezable):
         self.table = NO_BLOCKS
         self.start = 0
         """Its first row in the table; moves when tables are joined."""
-        self.spent: list[Spent] = []
-        self._costs: list[tuple[Spent, np.ndarray, np.ndarray]] = []
-        """Of each graph: int64 [monomials, blocks], dW FLOPs for one of each monomial that it has counted; and int64
-        [monomials], its share of those of a whole step."""
-        self._carried: np.ndarray | None = None
-        """int64 [blocks]: dW FLOPs that were counted before a saved state was loaded."""
-        self._carried_step = 0
-        self.counted_from = 0
-        """The optimizer step after which counting began."""
         self.history: Series | None = None
         """float32 [4, blocks] at each measurement: keep probability, expected descent, update ratio, skipped."""
         self.step = 0
@@ -136,34 +127,10 @@ class ParamState(Freezable):
         """float [blocks]: dW FLOPs of a step, see `count`."""
         return self.column("flops")
 
-    @property
-    def counted(self) -> np.ndarray:
-        """int64 [blocks]: dW FLOPs, with the sizes of each call, that dense backwards would have taken so far."""
-        here = self.counted_here
-        return here if self._carried is None else here + self._carried
-
-    @property
-    def counted_here(self) -> np.ndarray:
-        """int64 [blocks]: the same, without what a loaded state brought along."""
-        total = np.zeros(self.blocks, np.int64)
-        for spent, coefficients, _ in self._costs:
-            for size, each in zip(spent.sizes, coefficients):
-                total += size * each
-        return total
-
-    @property
-    def step_counted(self) -> int:
-        """FLOPs of whole dense steps so far: a graph's are shared out evenly among the parameters that it parts."""
-        return self._carried_step + self._step_counted_here
-
-    @property
-    def _step_counted_here(self) -> int:
-        return sum(size * int(share) for spent, _, shares in self._costs for size, share in zip(spent.sizes, shares))
-
     def join(self, replicas: Replicas, place: int, name: str) -> None:
         """Other ranks hold copies: from now on the mask is what all have agreed on, and all on until they have."""
         self.replicas, self.place, self.name = replicas, place, name
-        self.key = zlib.crc32(name.encode()) + (place << 32)
+        self.key = key_of(name, place)
         self.table.reorder()
         self.follow()
 
@@ -172,19 +139,6 @@ class ParamState(Freezable):
         if self.blocks:
             self.table.set_on(self.rows, self.column("agreed"))
             self.skipped[:] = ~self.column("agreed")
-
-    def costs(self, spent: Spent, coefficients: np.ndarray, step: np.ndarray) -> None:
-        """One more graph computes its gradient.
-
-        coefficients: int64 [monomials, blocks], of dW; step: int64 [monomials], its share of those of a whole step.
-        """
-        self._costs.append((spent, coefficients, step))
-
-    def count(self) -> None:
-        """Bring `flops` up to date: the mean of all steps, or one backward as compiled where nothing has run yet."""
-        counted = self.counted
-        if counted.any():
-            self.flops[:] = counted / max(1, self.step - self.counted_from)
 
     @property
     def groups(self) -> list[BlockGroup]:
@@ -200,7 +154,7 @@ class ParamState(Freezable):
             return self.partition == partition
         self.partition, self.config = partition, config
         if self.key is None:
-            self.key = registry.new_key(name)
+            self.key = new_key(name)
         BlockTable().add(self)
         self._take_deferred()
         if self.replicas is not None:
@@ -292,15 +246,13 @@ class ParamState(Freezable):
         if saved["partition"] is not None and tuple(saved["partition"]) == astuple(self.partition):
             self.table.load(self.rows, saved["blocks"])
             self.skipped[:] = saved["skipped"].numpy()
-            # what has run in this process before counts no more: another state is taken over
-            self._carried = saved["counted"].numpy() - self.counted_here
-            self._carried_step = saved["step_counted"] - self._step_counted_here
+            self.carry(saved["counted"].numpy(), saved["step_counted"])
             self.norm_shares = None if saved["norm_shares"] is None else NormShares.of(saved["norm_shares"])
             if self.resumed is not None and (agreed := self.resumed.mask_of(self)) is not None:
                 self.column("agreed")[:] = agreed
         else:
             self.table.reset(self.rows)
-            self._carried, self._carried_step, self.counted_from = None, 0, self.step
+            self.count_anew()
             self.in_flight = self.norm_shares = None
             if saved["partition"] is not None:
                 log.warning(
@@ -309,45 +261,3 @@ class ParamState(Freezable):
             if self.pin is not None and self.pin.mask is not None:
                 self.pin, self.pinned_at = None, 0
         self._hold_frozen()
-
-
-class _Registry:
-    """The states of all parameters of the process that are under our care, by identity, weakly."""
-
-    def __init__(self) -> None:
-        self._names: Counter[str] = Counter()
-
-    def all(self) -> list[ParamState]:
-        return list(dict.fromkeys(identity.data for identity in known() if identity.data is not None))
-
-    def find(self, param: Any) -> ParamState | None:
-        identity = find_identity(param)
-        return None if identity is None else identity.data
-
-    def track(self, param: torch.nn.Parameter, name: str) -> ParamState:
-        """The state of a parameter; what was gathered for a forward pass has that of the shards it was made of."""
-        identity = identity_of(param)
-        if identity.data is None:
-            owner = owner_of(param)
-            identity.data = ParamState(param, name) if owner is None else self.track(owner, name)
-        return identity.data
-
-    def track_anew(self, param: torch.nn.Parameter, name: str) -> ParamState:
-        """A parameter of another shape than before, as after a swap: nothing of its blocks holds any more."""
-        identity = identity_of(param)
-        before = identity.data
-        log.warning("%s was %s and is %s now; its groups start anew", before.name, before.shape, tuple(param.shape))
-        identity.end()
-        return self.track(param, name)
-
-    def new_key(self, name: str) -> int:
-        """A number for a parameter that a graph calls `name`; identical blocks call theirs alike: they are counted."""
-        self._names[name] += 1
-        return zlib.crc32(name.encode()) + (self._names[name] - 1 << 32)
-
-    def forget(self) -> None:
-        """Names count from zero again, as after `torch._dynamo.reset()`; live parameters keep their state."""
-        self._names.clear()
-
-
-registry = _Registry()

@@ -14,7 +14,8 @@ from cacompile.layout import GradLayout, MaskLayout
 from cacompile.torch_internals import warning_once
 
 from .groups import GroupMembers, Member, tie
-from .params import ParamState, registry
+from .params import ParamState
+from .registry import registry
 from .shards import has_share
 from .table import BlockTable
 

@@ -24,7 +24,7 @@ from cacompile.torch_internals import (
     warning_once,
 )
 
-from .params import registry
+from .registry import registry
 from .shards import Shard, has_share, stepped
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,12 @@ class Spent:
     """dW FLOPs that dense backwards would have taken."""
     saved: float = 0.0
     """dW FLOPs left out."""
+    parted: int = 1
+    """Parameters with blocks in the graph, among which its steps are shared out."""
     step: float = 0.0
     """FLOPs that dense forward and backward passes would have taken, the latter no farther down than they went."""
+    share: int = 0
+    """What of them falls to each of these parameters; whole, so that it adds up alike in a run that is resumed."""
     forward: float = 0.0
     """Those of them that forward passes took."""
     backwards: int = 0
@@ -33,6 +37,11 @@ class Spent:
     started: float = field(default_factory=time.perf_counter)
     history: Series = field(default_factory=lambda: Series((6,), float))
     """At each measurement: the clock in seconds, then `counts`."""
+
+    def add_step(self, flops: float) -> None:
+        """A pass of so many FLOPs; less than 0: so many of those that were counted are not needed."""
+        self.step += flops
+        self.share += round(flops / self.parted)
 
     @property
     def counts(self) -> tuple[float, float, int, int, float]:

@@ -11,8 +11,8 @@ from torch import optim
 
 from cacompile.controller import monitor
 from cacompile.controller.controller import Controller
-from cacompile.state.params import registry
 from cacompile.state.pins import Pin
+from cacompile.state.registry import registry
 
 
 def masks(controller: Controller, steps: int, optimizer: optim.Optimizer | None = None) -> np.ndarray:

@@ -16,7 +16,7 @@ from cacompile.controller.monitor import learn, measure
 from cacompile.controller.movement import moved
 from cacompile.controller.policy import mean_descent
 from cacompile.controller.spikes import EARLY, JUMP, believed_ratio
-from cacompile.state.params import registry
+from cacompile.state.registry import registry
 
 pytestmark = pytest.mark.usefixtures("followed")
 

@@ -19,7 +19,8 @@ from cacompile.controller.estimate import fill, fill_together
 from cacompile.controller.monitor import measure, measure_together, settings_by_param
 from cacompile.kernels.segments import Tables
 from cacompile.layout import Partition
-from cacompile.state.params import ParamState, registry
+from cacompile.state.params import ParamState
+from cacompile.state.registry import registry
 
 pytest.importorskip("triton", exc_type=ImportError)
 

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from benchmarks.zoo import scale as zoo_scale
-from cacompile.graph import compiled as region
+from cacompile.graph import compiled as graphs
 
 WRITINGS = 12
 """Times that torch could write the joint graph as Python while we analyse it: a clock as slow as the machine."""
@@ -24,7 +24,7 @@ WRITINGS = 12
 @functools.cache
 def spent(layers: int) -> tuple[zoo_scale.Scale, float]:
     """What was found, and the processor's time for it, in writings of the same graph right before."""
-    make_plan, ratios = region.make_plan, []
+    make_plan, ratios = graphs.make_plan, []
 
     def took(function: Callable[[], Any]) -> tuple[float, Any]:
         start = time.thread_time()
@@ -44,7 +44,7 @@ def spent(layers: int) -> tuple[zoo_scale.Scale, float]:
         return plan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(region, "make_plan", timed)
+        patch.setattr(graphs, "make_plan", timed)
         scale = zoo_scale.measure(layers, rounds=3)
     return scale, min(ratios)
 

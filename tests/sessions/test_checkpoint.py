@@ -15,7 +15,7 @@ from cacompile.config import Config
 from cacompile.errors import ConvAwareError
 from cacompile.layout import Partition
 from cacompile.sessions.session import Session
-from cacompile.state.params import registry
+from cacompile.state.registry import registry
 
 
 @pytest.fixture

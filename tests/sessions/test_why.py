@@ -11,7 +11,7 @@ from torch import nn
 import cacompile
 from cacompile.controller import weigh
 from cacompile.sessions.why import small_part
-from cacompile.state.params import registry
+from cacompile.state.registry import registry
 
 OPTIONS = {"block_rows": 16, "warmup_steps": 2, "monitor_every": 2, "tolerance": 1.0, "inner": "aot_eager"}
 

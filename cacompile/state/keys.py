@@ -1,0 +1,25 @@
+"""Numbers that name parameters in random draws and fix their order: the same on every rank."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+
+_names: Counter[str] = Counter()
+"""How many parameters graphs have called so."""
+
+
+def new_key(name: str) -> int:
+    """A number for a parameter that a graph calls `name`; identical blocks call theirs alike: they are counted."""
+    _names[name] += 1
+    return key_of(name, _names[name] - 1)
+
+
+def key_of(name: str, place: int) -> int:
+    """The number of the parameter of this name that is in this place, among those of the name or of the model."""
+    return zlib.crc32(name.encode()) + (place << 32)
+
+
+def forget_keys() -> None:
+    """Names count from zero again."""
+    _names.clear()
