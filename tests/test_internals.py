@@ -1,8 +1,9 @@
 """Examples of docs/internals.md, docs/freezing.md, and of an own optimizer in docs/pipelines.md run as they stand.
 
-And no two files of tests have one name.
+And no two files of tests have one name, what pages say of files is so, and files are short.
 """
 
+import re
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_the_map_of_the_house_has_all_layers_in_their_order() -> None:
     names = [name for line in drawn.splitlines() for name in line[:35].split()]
     assert sorted(names) == sorted(place)
     assert names == sorted(names, key=lambda name: place[name])
+
+
+def test_files_that_pages_name_are_there() -> None:
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"]
+    named = {name for page in pages for name in re.findall(r"`([\w/]+/\w+\.py)`", page.read_text(encoding="utf-8"))}
+    roots = [ROOT, ROOT / "cacompile", ROOT / "benchmarks"]
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not any((root / name).exists() for root in roots)] == []
 
 
 def test_files_are_short_enough_to_hold_one_idea() -> None:

@@ -17,8 +17,8 @@ from cacompile.layout import MaskLayout
 from cacompile.torch_internals import warning_once
 
 from .beginning import begin
-from .counted import Counted
 from .frozen import newest_freeze
+from .graph_counts import GraphCounts
 from .identity import Identity, identity_of
 from .params import ParamState
 from .parting import PARTED, SPREAD, part, tie_groups, together
@@ -37,7 +37,7 @@ _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
 
 
-class GraphBinding(Counted):
+class GraphBinding(GraphCounts):
     """This step's flags for one graph, gathered from its parameters' blocks, and the count of what was saved."""
 
     def __init__(self, layout: MaskLayout, inputs: Sequence[Any], config: Config) -> None:

@@ -13,12 +13,12 @@ import torch
 from cacompile.config import Config
 from cacompile.layout import Partition
 
-from .counts import ParamCounts
 from .frozen import Freezable
 from .groups import BlockGroup
 from .identity import identity_of
 from .keys import key_of, new_key
 from .measurements import Measurement, NormShares
+from .param_counts import ParamCounts
 from .pins import Pin
 from .series import Series
 from .shards import Shard

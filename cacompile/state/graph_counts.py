@@ -13,7 +13,7 @@ from .params import ParamState
 from .spent import Spent
 
 
-class Counted:
+class GraphCounts:
     """A graph's gradients with the states of their parameters, and the count of what its passes cost."""
 
     def __init__(self, layout: MaskLayout, params: Sequence[ParamState | None]) -> None:
