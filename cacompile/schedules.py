@@ -26,6 +26,7 @@ from cacompile.names import find_params, prefixes
 from cacompile.sessions.session import session
 from cacompile.sessions.view import named_parameters
 from cacompile.state.draws import generator
+from cacompile.state.frozen import newest_freeze
 from cacompile.torch_internals import uncompiled
 
 __all__ = ["BlockCyclic", "Follow", "FreezeOut", "GradualUnfreezing", "Layers", "RandomLayers", "Schedule"]
@@ -190,23 +191,24 @@ class Follow:
 
     def __init__(self, model: torch.nn.Module, schedule: Schedule) -> None:
         self.session, self.schedule = session(model), schedule
-        self._frozen: tuple[str, ...] | None = None
+        self._done: tuple[tuple[str, ...], int] | None = None
+        """What was frozen last, and when; another may have thawed or frozen something since, as a loaded state does."""
         names = [name for name, _ in named_parameters(uncompiled(model), remove_duplicate=False)]
         for pattern in (pattern for layer in schedule.layers for pattern in layer):
             if not find_params(pattern, names):
                 raise unknown("parameter or module:", pattern, {part for name in names for part in prefixes(name)})
 
     def __call__(self, step: int | None = None) -> None:
-        """Call before the first forward pass of each step; within a step again does nothing.
+        """Call before the first forward pass of each step; again does nothing, unless something else was frozen since.
 
         step: optimizer steps that have been done; None: those that the session has seen.
         """
         frozen = self.schedule.frozen(self.session.step_count if step is None else step)
-        if frozen == self._frozen:
+        if (frozen, newest_freeze()) == self._done:
             return
         live = [pattern for layer in self.schedule.layers for pattern in layer if pattern not in frozen]
         if live:
             self.session.thaw(*live)
         if frozen:
             self.session.freeze(*frozen)
-        self._frozen = frozen
+        self._done = frozen, newest_freeze()

@@ -140,6 +140,23 @@ def test_a_plain_loop_is_the_eager_one_bit_for_bit(schedule: Schedule, make: Any
     assert frozen == {name for name, param in theirs.named_parameters() if not param.requires_grad}
 
 
+def test_it_is_followed_whatever_froze_or_thawed_since() -> None:
+    """A state that is loaded brings another set, and a user changes it, while the schedule's stays the same."""
+    model = Net()
+    session, follow = cacompile.session(model), Follow(model, BlockCyclic(["blocks.0", "blocks.1"], every=2))
+    follow(0)
+    state = session.state_dict()
+    follow(2)
+    wanted = set(session.frozen_since)
+    session.load_state_dict(state)
+    assert set(session.frozen_since) != wanted
+    follow(2)
+    assert set(session.frozen_since) == wanted
+    session.thaw()
+    follow(3)
+    assert set(session.frozen_since) == wanted
+
+
 def test_it_goes_on_after_a_resume() -> None:
     schedule = SCHEDULES["random layers"]
 

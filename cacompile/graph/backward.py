@@ -241,6 +241,7 @@ class BackwardVersions:
                     binding.ran = name
                     self._log.switched(name)
                 zeros = tuple(each for each in zeros if each[0] in version.truncated)
+                zeros += self._places.waited_for(binding, handle) if none else ()
                 flags = None
                 if masked is not None:
                     on_device = binding.leave_out(sizes)

@@ -13,11 +13,12 @@ import torch
 from cacompile.hooks.steps import follow_optimizers
 from cacompile.state.binding import GraphBinding
 from cacompile.state.frozen import any_frozen
+from cacompile.state.handles import Call
 from cacompile.state.identity import identity_of
 from cacompile.torch_internals import FakeTensor, captured_backwards, running_ddp, warning_once
 
 from .cuts import Cuts
-from .ends import Endings
+from .ends import Endings, hooked, without_hooks
 from .fallback import warn_of_fault
 from .handle import NOWHERE
 
@@ -75,13 +76,17 @@ class Calls:
             dead, nothing_else = self._endings.dead(args, graph.layout.params)
             over = nothing_else and binding.is_frozen and torch.is_grad_enabled() and self._endings.sound
             cut = None if over else self._cuts.find(graph.backward, binding, dead)
-            handle = binding.handle_for(dead, None if cut is None else cut.places)
+            waiting = () if over or running_ddp() is not None else hooked(args, binding.frozen)
+            call = Call(dead | binding.frozen, None if cut is None else cut.places, detached=bool(waiting))
+            handle = binding.handles.of(call)
             self._numbered[handle] = binding
             if cut is not None:
                 self._cuts.note(handle, cut)
         except Exception:
             warn_of_fault(log, "looking for what wants a gradient", DENSE)
             return compiled(*args, binding.handle)
+        if waiting:
+            compiled = without_hooks(compiled, waiting)
         if cut is not None:
             outputs = compiled(*args, handle)
             self._cuts.limit_tracing(graph.backward, cut, outputs)

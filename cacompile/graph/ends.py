@@ -87,6 +87,28 @@ class Endings:
         return outputs
 
 
+def hooked(args: Sequence[Any], frozen: Iterable[int]) -> tuple[int, ...]:
+    """Positions of frozen parameters that have hooks; none where nothing else is trained.
+
+    torch would call these with the None that the parameters get, for which hooks are not made.
+    """
+    waiting = tuple(i for i in frozen if has_hooks(args[i]))
+    rest = (arg for i, arg in enumerate(args) if i not in waiting) if waiting else ()
+    return waiting if any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in rest) else ()
+
+
+def without_hooks(compiled: Callable[..., Any], waiting: Iterable[int]) -> Callable[..., Any]:
+    """The graph, as it runs with these inputs detached, as with requires_grad=False."""
+
+    def run(*args: Any) -> Any:
+        detached = list(args)
+        for i in waiting:
+            detached[i] = args[i].detach()
+        return compiled(*detached)
+
+    return run
+
+
 def leads_nowhere(tensor: torch.Tensor) -> bool:
     """Whether all ways back from a tensor lead to frozen parameters or to where a backward ends; False if unsure.
 

@@ -30,8 +30,14 @@ class GradPlaces:
         return frozenset(self.by_position[i] for i in positions if i in self.by_position)
 
     def none(self, binding: GraphBinding, handle: int) -> frozenset[int]:
-        """Places of gradients of frozen parameters, and of inputs below which nothing wants one."""
-        return self.of((*binding.frozen, *binding.dead_of(handle)))
+        """Places of gradients of what is frozen now, or was in the forward, and of inputs that lead nowhere."""
+        return self.of(binding.frozen | binding.handles.call_of(handle).dead)
+
+    def waited_for(self, binding: GraphBinding, handle: int) -> tuple[tuple[int, torch.Tensor], ...]:
+        """Places and parameters of gradients that are None, for which hooks wait that torch would call with that."""
+        call = binding.handles.call_of(handle)
+        waiting = {} if call.detached else binding.hooked(binding.frozen | call.dead)
+        return tuple((self.by_position[i], param) for i, param in waiting.items() if i in self.by_position)
 
     def zeros(
         self, binding: GraphBinding, none: frozenset[int], truncated: TruncatedVersions | None

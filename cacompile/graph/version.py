@@ -42,4 +42,5 @@ class Choice(NamedTuple):
     none: frozenset[int] = frozenset()
     """Places of gradients that nobody is to get."""
     zeros: tuple[tuple[int, torch.Tensor], ...] = ()
-    """Places of gradients that are skipped whole, though the version has none for them, and their parameters."""
+    """Places of gradients that are skipped whole, though the version has none for them, or that nobody is to get but
+    hooks wait for; and their parameters."""

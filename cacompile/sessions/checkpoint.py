@@ -51,6 +51,12 @@ VALUES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 """What the saved columns of a parameter's blocks may hold."""
 
 
+def names_parameter(state: Any, name: str) -> bool:
+    """Whether something that may be a state, and of any format, has an entry of this parameter."""
+    saved = state.get("parameters") if isinstance(state, Mapping) else None
+    return isinstance(saved, Mapping) and name in saved
+
+
 def checked(state: Any, params: Mapping[str, ParamState]) -> Mapping[str, Any]:
     """A copy of the state in the format of this version, of which nothing can fail later, whatever becomes of its own.
 
@@ -61,7 +67,8 @@ def checked(state: Any, params: Mapping[str, ParamState]) -> Mapping[str, Any]:
     for name, entry in saved.items():
         keys(entry, params[name].to_dict().keys(), f"{ENTRY}{name!r}")
         _check_entry(name, entry, params[name])
-    if missing := [name for name in params if name not in saved]:
+    trained = (name for name, param in params.items() if param.param is not None and param.param.requires_grad)
+    if missing := [name for name in trained if name not in saved]:
         raise ConvAwareError(f"state_dict lacks {len(missing)} of the model's parameters, first {missing[0]!r}")
     return copied(state)
 

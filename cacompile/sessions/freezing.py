@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,19 @@ from cacompile.state.registry import registry
 
 from .pinned import Pinned
 from .pinning import TOO_EARLY, Names
+
+
+class Said(NamedTuple):
+    """What was said of a parameter by its name."""
+
+    anything: bool
+    since: int | None
+    """The step after which it was frozen as a whole; None: it was not."""
+    blocks: tuple[int, ...]
+    """The same of its blocks, -1 for None; empty where nothing is known of them."""
+
+
+UNSAID = Said(False, None, ())
 
 
 class Freezing(Pinned):
@@ -63,12 +76,15 @@ class Freezing(Pinned):
     @contextlib.contextmanager
     def frozen(self, *patterns: str) -> Iterator[list[str]]:
         """`freeze` while in the context; what was frozen before stays so."""
+        before = self._said()
         names = self.freeze(*patterns)
+        states = [param for name, param in self.params.items() if name in names]
+        now = self._said()
+        said = {name: (before.get(name, UNSAID), now[name]) for name in now if now[name] != before.get(name)}
         try:
             yield names
         finally:
-            if names:
-                self.thaw(*names)
+            self._end(names, states, said)
 
     @property
     def frozen_since(self) -> dict[str, int]:
@@ -85,7 +101,7 @@ class Freezing(Pinned):
         with self.looking():
             params = self._claim()
             since = None if thaw else self.step_count
-            wanted, groups = self._found(patterns, params)
+            wanted, later, groups = self._found(patterns, params)
             follow_optimizers()
             attend(self)
             changed = [name for name in wanted if (params[name].frozen is None) is (since is not None)]
@@ -94,13 +110,47 @@ class Freezing(Pinned):
                     params[name].freeze(since)
             changed += self._freeze_groups(groups, wanted, since)
             self._note_frozen()
+            self._decided |= dict.fromkeys(later, since)
             return changed
 
-    def _found(self, patterns: tuple[Any, ...], params: Mapping[str, ParamState]) -> tuple[list[str], set[int]]:
-        """The parameters that patterns name, and the numbers of groups, of patterns that name no parameter."""
+    def _said(self) -> dict[str, Said]:
+        """What is said by now of each parameter, by all of its names."""
+        blocks = {name: tuple(since.tolist()) for name, since in self._decided_blocks.items()}
+        return {name: Said(True, since, blocks.get(name, ())) for name, since in self._decided.items()}
+
+    def _end(self, names: list[str], states: list[ParamState], said: Mapping[str, tuple[Said, Said]]) -> None:
+        """Thaw what a context froze.
+
+        names: of it; states: of its parameters, which may have left the model; said: name of each parameter of which
+        the context has said something -> what was said before, and what it has said.
+        """
+        with self.looking():
+            params = self._claim()
+            whole = [name for name, (before, now) in said.items() if before.since is None is not now.since]
+            ended = dict.fromkeys([*states, *(params[name] for name in whole if name in params)])
+            for param in (param for param in ended if param.frozen is not None):
+                param.freeze(None)
+            self._freeze_groups({i for i, name in enumerate(self.names()[1]) if name in names}, [], None)
+            self._note_frozen()
+            here = {other for name in params for other in self._names[name]}
+            for name, (before, _) in said.items():
+                if name not in here:  # gone, or not trained; it may come back
+                    self._decided.pop(name, None)
+                    self._decided_blocks.pop(name, None)
+                    if before.anything:
+                        self._decided[name] = before.since
+                    if before.blocks:
+                        self._decided_blocks[name] = np.array(before.blocks, np.int64)
+
+    def _found(
+        self, patterns: tuple[Any, ...], params: Mapping[str, ParamState]
+    ) -> tuple[list[str], list[str], set[int]]:
+        """The parameters that patterns name, those of them that are not trained, and the numbers of groups, of patterns
+        that name no parameter."""
         names, index = self._names, self.index
         families, groups = self.names()
         wanted: dict[str, None] = {}
+        every: dict[str, None] = {}
         numbers: set[int] = set()
         for pattern in patterns:
             if not isinstance(pattern, str):
@@ -108,6 +158,7 @@ class Freezing(Pinned):
             if whole := self._fitting(pattern, names):
                 also = {other for name in whole for other in names[name]}
                 wanted |= dict.fromkeys(name for name in params if name in also)
+                every |= dict.fromkeys(also)
                 continue
             of = [i for i, (n, f) in enumerate(zip(groups, index.family)) if fits((families[f], n), pattern)]
             if not of:
@@ -115,7 +166,8 @@ class Freezing(Pinned):
                 hint = "" if groups else TOO_EARLY
                 raise unknown(f"parameter, module, family or group{hint}:", pattern, known)
             numbers.update(of)
-        return list(wanted), numbers
+        tracked = {other for name in wanted for other in names[name]}
+        return list(wanted), [name for name in every if name not in tracked], numbers
 
     def _fitting(self, pattern: str, names: Names) -> list[str]:
         """The parameters that a pattern names. Looked for once: schedules ask for the same few again and again."""

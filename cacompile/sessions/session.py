@@ -19,12 +19,13 @@ from cacompile.hooks.steps import Controllers, follow_optimizers
 from cacompile.state.history import History, collect, forget, most_points
 from cacompile.state.losses import Losses
 from cacompile.state.pins import attend, hold_pins
+from cacompile.state.registry import registry
 from cacompile.state.resumed import Resumed
 from cacompile.state.spent import Totals, add, spent_by
 from cacompile.torch_internals import uncompiled
 
 from .about import describe
-from .checkpoint import FORMAT, checked
+from .checkpoint import FORMAT, checked, names_parameter
 from .freezing import Freezing
 from .pinning import ModelPin
 
@@ -169,6 +170,9 @@ class Session(Freezing):
 
         May be called before the first forward pass.
         """
+        for name, param in self.trained():
+            if names_parameter(state, name):  # which may not be trained any more
+                registry.track(param, name)
         params = self._claim()
         state = checked(state, params)
         follow_optimizers()  # the first step may begin before the first forward pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import operator
 import weakref
@@ -14,11 +13,12 @@ import torch
 
 from cacompile.config import Config
 from cacompile.layout import MaskLayout
-from cacompile.torch_internals import warning_once
+from cacompile.torch_internals import has_hooks, warning_once
 
 from .beginning import begin
 from .frozen import newest_freeze
 from .graph_counts import GraphCounts
+from .handles import Handles
 from .identity import Identity, identity_of
 from .params import ParamState
 from .parting import PARTED, SPREAD, part, tie_groups, together
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 PATIENCE = 500
 """Backward passes in which an optimizer must have stepped; gradients are rarely accumulated for longer."""
 
-_numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
 
 
@@ -45,12 +44,10 @@ class GraphBinding(GraphCounts):
         replicas = find_replicas(inputs)
         shares = join_shares([(grad.param, inputs[grad.index]) for grad in layout.grads])
         super().__init__(layout, together(layout, [part(grad, inputs[grad.index], config) for grad in layout.grads]))
-        self.handle = next(_numbers)
+        self.handles = Handles()
+        self.handle = self.handles.own
         self.ran = "dense"
         """The version that the last backward ran."""
-        self._dead: dict[tuple[frozenset[int], frozenset[int] | None], int] = {}
-        """Positions of inputs that want no gradient in the end, and the forward's cut -> the handle that says so."""
-        self._dead_of: dict[int, frozenset[int]] = {}
         self._freeze = -1
         self._frozen: frozenset[int] = frozenset()
         self._steps = 0
@@ -129,22 +126,10 @@ class GraphBinding(GraphCounts):
             self._whole = {grad.index: self._inputs[grad.param] for grad in masked if off[grad.flags].all()}
         return {index: tensor for index, one in self._whole.items() if (tensor := one.tensor) is not None}
 
-    def handle_for(self, dead: frozenset[int], cut: frozenset[int] | None = None) -> int:
-        """The handle of a call in which these inputs, by position, want no gradient in the end.
-
-        cut: the places of gradients for which its forward saves nothing; None: it saves all.
-        """
-        if not dead and cut is None:
-            return self.handle
-        key = dead, cut
-        if key not in self._dead:
-            self._dead[key] = handle = next(_numbers)
-            self._dead_of[handle] = dead
-        return self._dead[key]
-
-    def dead_of(self, handle: int) -> frozenset[int]:
-        """What `handle_for` was given."""
-        return self._dead_of.get(handle, frozenset())
+    def hooked(self, positions: frozenset[int]) -> dict[int, torch.Tensor]:
+        """Position -> parameter, of those of these that have hooks which are called with their gradient."""
+        found = {index: self._inputs[name].tensor for name, index in self._layout.params if index in positions}
+        return {index: param for index, param in found.items() if param is not None and has_hooks(param)}
 
     def look_for_replicas(self) -> None:
         """It runs once more: maybe inside of DistributedDataParallel now."""

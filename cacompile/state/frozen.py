@@ -108,11 +108,25 @@ class NoGradient:
     def __init__(self, param: torch.nn.Parameter) -> None:
         param.grad = None
         # not `requires_grad`, by which Dynamo guards; this hook it does not look at
-        self._hook: Any = param.register_post_accumulate_grad_hook(_drop) if param.requires_grad else None
+        self._hook: Any = _hooked(param)
 
     def end(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+
+
+def _hooked(param: torch.nn.Parameter) -> Any:
+    """The hook's handle; None for what never has a gradient.
+
+    torch lets only what is trained have one, but a user may have the parameter trained later.
+    """
+    trained = param.requires_grad
+    try:
+        return param.requires_grad_(True).register_post_accumulate_grad_hook(_drop)
+    except RuntimeError:  # of integers, or of inference mode
+        return None
+    finally:
+        param.requires_grad_(trained)
 
 
 def _drop(param: torch.Tensor) -> None:
