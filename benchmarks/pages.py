@@ -9,7 +9,7 @@ import argparse
 import csv
 import re
 from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,6 +135,38 @@ def host_table() -> str:
     return markdown_table(("groups", *(f"{head}, added, microseconds" for head in heads)), lines)
 
 
+START_ARMS = {"inductor": "Inductor", "convaware": "convaware", "convaware aside": '`switch="when compiled"`'}
+
+
+def start_table() -> str:
+    """Of each kind of start: to the end of the first backward, and what the first masked backward adds to a step."""
+    rows = {(row["case"].partition(" ")[0], row["arm"], row["measure"], row["unit"]): row
+            for row in read_rows("startup_cpu.csv")}  # fmt: skip
+    lines = []
+    for kind, arm in product(dict.fromkeys(kind for kind, *_ in rows), START_ARMS):
+        switch = rows.get((kind, arm, "switch", "s"))
+        ratio = spread(rows[kind, arm, "start", "ratio to inductor's start"]) if arm != "inductor" else ""
+        lines.append((kind, START_ARMS[arm], spread(rows[kind, arm, "start", "s"], 2), ratio,
+                      spread(switch, 2) if switch else ""))  # fmt: skip
+    heads = ("start", "backend", "first forward and backward, s", "over Inductor's", "first skipping adds, s")
+    return markdown_table(heads, lines)
+
+
+def alive_table() -> str:
+    """What is alive of graphs, by start and state, of Inductor and of this checkout; and of an earlier one if known."""
+    lines = []
+    for (case, arm), each in groupby(
+        sorted(read_rows("alive_cpu.csv"), key=lambda row: (row["case"], "before" in row["arm"], row["arm"])),
+        lambda row: (row["case"], row["arm"]),
+    ):
+        found = {row["measure"]: float(row["median"]) for row in each}
+        start, _, state = case.partition(",")
+        counts = (f"{found[name]:,.0f}" for name in ("objects", "graphs", "nodes of graphs", "fake tensors"))
+        lines.append((start.partition(" ")[0], state.rpartition(", ")[2], arm, f"{found['bytes'] / 1e6:.2f}", *counts))
+    heads = ("start", "after", "backend", "Python's bytes, MB", "objects", "graphs", "nodes of graphs", "fake tensors")
+    return markdown_table(heads, lines)
+
+
 def zoo_table() -> str:
     notes = {row["model"]: row for row in read_rows("zoo_notes.csv")}
     rows = [
@@ -171,7 +203,13 @@ def fine_tuning_table() -> str:
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "fine-tuning.md": {"ways": fine_tuning_table},
-    "performance.md": {"step": step_table, "operations": overhead_table, "host": host_table},
+    "performance.md": {
+        "step": step_table,
+        "operations": overhead_table,
+        "host": host_table,
+        "start": start_table,
+        "alive": alive_table,
+    },
     "results.md": {"quality": quality_table, "clock": clock_table},
     "zoo.md": {"models": zoo_table},
 }
