@@ -167,6 +167,52 @@ def alive_table() -> str:
     return markdown_table(heads, lines)
 
 
+CUTS = {"0.25": "a quarter", "0.5": "half", "0.75": "three quarters"}
+CUT_GOAL = 1.03
+
+
+def cut_table() -> str:
+    """Of each model and cut; a median beyond the goal in bold."""
+    rows = {(row["case"], row["arm"], row["measure"], row["unit"]): row for row in read_rows("truncated_cpu.csv")}
+    lines = []
+
+    def over(unit: str, case: str, cut: str, measure: str) -> str:
+        row = rows[case, f"frozen {cut}", measure, f"ratio to {unit}"]
+        bold = "**" * (unit != "dense" and float(row["median"]) > CUT_GOAL)
+        return f"{bold}{spread(row)}{bold}"
+
+    for case, cut in product(dict.fromkeys(case for case, *_ in rows), CUTS):
+        oracle = f"oracle {cut}"
+        measures = ("forward", "forward and backward", "whole step")
+        saved = (f"{float(rows[case, arm, 'saved by the forward', 'MiB']['median']):.2f}"
+                 for arm in (f"frozen {cut}", oracle, "dense"))  # fmt: skip
+        ratios = (over(oracle, case, cut, measure) for measure in measures)
+        lines.append((case, CUTS[cut], *ratios, over("dense", case, cut, "whole step"), " / ".join(saved)))
+    heads = ("model", "frozen", "forward / oracle", "forward and backward / oracle", "whole step / oracle",
+             "whole step / dense Inductor", "saved activations, MiB: frozen / oracle / dense")  # fmt: skip
+    return markdown_table(heads, lines)
+
+
+FLIPPING_ARMS = {
+    "freeze": "`session.freeze`, by a schedule",
+    "flip, compiled": "setting `requires_grad`, Inductor",
+    "drop gradients": "dropping gradients, Inductor",
+    "flip, eager": "LISA by hand, no compiler",
+}
+
+
+def flipping_table() -> str:
+    rows = {(row["arm"], row["measure"], row["unit"]): row for row in read_rows("flipping_cpu.csv")}
+    later = "later 100 steps"
+    lines = [
+        (title, f"{float(rows[arm, 'first 100 steps', 's']['median']):.1f}", spread(rows[arm, later, "s"]),
+         spread(rows[arm, later, "ratio to freeze"]),
+         f"{float(rows[arm, 'graphs traced by Dynamo', 'count']['median']):.0f}")
+        for arm, title in FLIPPING_ARMS.items()
+    ]  # fmt: skip
+    return markdown_table(("", "first 100 steps, s", f"{later}, s", "over freeze", "graphs traced"), lines)
+
+
 def zoo_table() -> str:
     notes = {row["model"]: row for row in read_rows("zoo_notes.csv")}
     rows = [
@@ -203,6 +249,7 @@ def fine_tuning_table() -> str:
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "fine-tuning.md": {"ways": fine_tuning_table},
+    "freezing.md": {"cuts": cut_table, "flipping": flipping_table},
     "performance.md": {
         "step": step_table,
         "operations": overhead_table,
