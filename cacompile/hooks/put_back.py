@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from cacompile.state.frozen import any_frozen
+from cacompile.state.frozen import any_frozen, newest_freeze
 from cacompile.state.params import ParamState
 from cacompile.state.registry import registry
 from cacompile.state.shards import local
+from cacompile.state.table import newest_structure
 
 Held = tuple[torch.Tensor, torch.Tensor]
 """A view of what a step may change, and what it was."""
 
+_known: weakref.WeakKeyDictionary[Optimizer, tuple[Any, list[ParamState], list[ParamState]]] = (
+    weakref.WeakKeyDictionary()
+)
 _held: weakref.WeakKeyDictionary[Optimizer, list[Held]] = weakref.WeakKeyDictionary()
 
 
@@ -25,12 +29,11 @@ def take(optimizer: Optimizer, params: Iterable[Any]) -> None:
     """Before a step: note the frozen slices of these parameters, and of the optimizer's state of the same shape."""
     if not any_frozen():
         return
-    states = [state for state in map(registry.find, params) if state is not None]
-    for param in (state.param for state in states if state.is_frozen):
+    whole, in_part = _frozen(optimizer, params)
+    for param in (state.param for state in whole):
         if param is not None:
             param.grad = None  # DDP puts its own there, past autograd
-    found = [held for state in states if state.blocks for held in _of(state, optimizer)]
-    if found:
+    if found := [held for state in in_part for held in _of(state, optimizer)]:
         _held[optimizer] = found
 
 
@@ -41,9 +44,21 @@ def put_back(optimizer: Optimizer) -> None:
         view.copy_(before)
 
 
+def _frozen(optimizer: Optimizer, params: Iterable[Any]) -> tuple[list[ParamState], list[ParamState]]:
+    """Those that are frozen whole, and those in part; looked for once after each change, as every step asks."""
+    params = list(params)
+    key = newest_freeze(), newest_structure(), tuple(map(id, params))
+    if (known := _known.get(optimizer)) is None or known[0] != key:
+        states = [state for state in map(registry.find, params) if state is not None]
+        whole = [state for state in states if state.is_frozen]
+        in_part = [state for state in states if state.blocks and not state.is_frozen and state.frozen_blocks.any()]
+        known = _known[optimizer] = key, whole, in_part
+    return known[1], known[2]
+
+
 def _of(state: ParamState, optimizer: Optimizer) -> Iterable[Held]:
     frozen, param, partition = state.column("frozen") >= 0, state.param, state.partition
-    if param is None or partition is None or state.is_frozen or not frozen.any():
+    if param is None or partition is None:
         return
     kept = optimizer.state.get(param, {}).values()
     for tensor in (param, *(v for v in kept if isinstance(v, torch.Tensor) and v.shape == param.shape)):
