@@ -186,6 +186,28 @@ def test_a_state_of_parameters_that_are_not_trained_any_more() -> None:
     session.load_state_dict(state)
 
 
+def test_of_sessions_that_share_a_parameter_the_last_one_decides() -> None:
+    """Also of what comes in its place, by either one's names."""
+    model, run, whole = made()
+    part = cacompile.session(model[0])
+    train_step((model, run), [rows()])
+
+    def put_in_anew() -> list[str]:
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+        return without_gradient(model, run)
+
+    whole.freeze("0")
+    part.thaw()
+    assert put_in_anew() == []
+    part.freeze("up")
+    whole.thaw()
+    assert put_in_anew() == []
+    part.freeze("up")
+    with whole.frozen("0.down"):
+        assert put_in_anew() == under(model, "0.")
+    assert put_in_anew() == under(model, "0.up")
+
+
 def test_a_copy_is_another_model() -> None:
     model, run, session = made()
     train_step((model, run), [rows()])

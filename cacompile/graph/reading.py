@@ -32,7 +32,7 @@ def is_read(params: Iterable[torch.Tensor]) -> bool:
         return False
     warning_once(
         log,
-        "torch.autograd.grad asks for gradients of parameters of which some are skipped in this step: such a "
-        "backward computes all of them. Weights that are often read so can be kept out by the option 'keep'",
+        "torch.autograd.grad asks for gradients of parameters of which some are skipped or frozen in this step: "
+        "such a backward computes all of them. Weights that are often read so can be kept out by the option 'keep'",
     )
     return True

@@ -13,7 +13,7 @@ from cacompile.errors import ConvAwareError, shown, unknown
 from cacompile.hooks.steps import follow_optimizers
 from cacompile.names import find_params, fits, prefixes
 from cacompile.state.params import ParamState
-from cacompile.state.pins import attend
+from cacompile.state.pins import attend, hold_pins
 from cacompile.state.registry import registry
 
 from .pinned import Pinned
@@ -111,6 +111,7 @@ class Freezing(Pinned):
             changed += self._freeze_groups(groups, wanted, since)
             self._note_frozen()
             self._decided |= dict.fromkeys(later, since)
+            hold_pins(but=self)
             return changed
 
     def _said(self) -> dict[str, Said]:
@@ -141,6 +142,7 @@ class Freezing(Pinned):
                         self._decided[name] = before.since
                     if before.blocks:
                         self._decided_blocks[name] = np.array(before.blocks, np.int64)
+            hold_pins(but=self)
 
     def _found(
         self, patterns: tuple[Any, ...], params: Mapping[str, ParamState]
@@ -195,7 +197,7 @@ class Freezing(Pinned):
         return [name for name, now in zip(names, changed) if now]
 
     def _note_frozen(self) -> None:
-        """Remember what is said by now, for parameters that come later under the same names."""
+        """Remember what is said by now, by this session or another, for what comes later under the same names."""
         names = self._names
         for name, param in self.params.items():
             for other in names[name]:

@@ -83,7 +83,11 @@ def newest_pin() -> int:
     return _newest
 
 
-def hold_pins() -> None:
-    """Have every parameter that has come to a holder pinned as the newest of its holders says."""
+def hold_pins(*, but: PinHolder | None = None) -> None:
+    """Have every parameter that has come to a holder pinned as the newest of its holders says.
+
+    but: one that need not look, as it has just said something; the others then see that.
+    """
     for holder in sorted(_holders, key=lambda holder: holder.pinned_at):
-        holder.hold_pin()
+        if holder is not but:
+            holder.hold_pin()
