@@ -99,23 +99,26 @@ def load_fashion_mnist(folder: str | Path | None = None) -> Images:
     return Images(x, y.long(), test_x, test_y.long())
 
 
-def find_fashion_mnist(folder: str | Path | None = None) -> Path:
-    """The folder with the four files; without one, FileNotFoundError names all that was tried."""
+def find_fashion_mnist(folder: str | Path | None = None, *, fetch: bool = True) -> Path:
+    """The folder with the four files; without one, FileNotFoundError names all that was tried.
+
+    fetch: into `.data/`, if they are on this machine nowhere and no folder was named.
+    """
     cache = CACHE / "fashion-mnist"
     tried = []
     for place in [Path(folder)] if folder else [DEBIAN_DIR, cache]:
         if all((place / name).is_file() for name in FILES):
             return place
         tried.append(f"{place}: not all of {', '.join(FILES)}")
-    for fetch in () if folder else (_fetch_debian, _fetch_upstream):
+    for source in (_fetch_debian, _fetch_upstream) if fetch and not folder else ():
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                found = fetch(Path(scratch))
+                found = source(Path(scratch))
                 for name, digest in FILES.items():
                     if hashlib.sha256(gzip.decompress((found / name).read_bytes())).hexdigest() != digest:
                         raise OSError(f"{name} has another checksum")
             except (OSError, EOFError, subprocess.SubprocessError) as error:
-                tried.append(f"{fetch.__doc__}: {error}")
+                tried.append(f"{source.__doc__}: {error}")
                 continue
             cache.mkdir(parents=True, exist_ok=True)
             for name in FILES:

@@ -12,6 +12,7 @@ from scripts import ROOT, read_rows, run_module, run_script
 
 COMMANDS = (
     "benchmarks.gpu.__main__",
+    "benchmarks.gpu.quality",
     "benchmarks.kernels.docs",
     "benchmarks.kernels.tune",
     "benchmarks.pages",

@@ -18,7 +18,8 @@ from torch._inductor.compile_fx import compile_fx
 
 import cacompile
 from benchmarks.gpu.models import PRESETS
-from benchmarks.gpu.timing import event, synchronize
+from benchmarks.gpu.timing import event
+from benchmarks.lib.timing import synchronize
 from cacompile import backend
 from cacompile.graph import compiled
 

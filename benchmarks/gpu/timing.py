@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.lib.timing import synchronize
+
 FLUSH_BYTES = 256 << 20
 """More than any L2 cache: written before each measured operation."""
 
@@ -29,11 +31,6 @@ class HostEvent:
 
 def event(device: str) -> Any:
     return torch.cuda.Event(enable_timing=True) if device == "cuda" else HostEvent()
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def interleaved(

@@ -39,6 +39,12 @@ def wall_clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done all that it was told; the host's own work is done when a call returns."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def gpu_clock(call: Callable[[], object]) -> float:
     """Seconds that a GPU worked on what a call launched; it sleeps first, so that the host is ahead, as in training."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

