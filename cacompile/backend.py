@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from .torch_internals import (
     COMPILE,
     TESTED,
     broken_contracts,
+    imported,
     inductor_alone,
     is_control_flow,
     release,
@@ -33,8 +35,9 @@ PLAIN = "this graph is compiled by the inner compiler alone, and all its weight 
 
 
 MADE_ANEW = (
-    "%s is no parameter, but a tensor that is made anew for each forward pass, as FullyShardedDataParallel (FSDP1) has "
-    "them: of such weights nothing is skipped. Use fully_shard (FSDP2)"
+    "%s is no parameter, but a tensor that is made anew for each forward pass, as FullyShardedDataParallel (FSDP1) and "
+    "DistributedDataParallel around tensor parallel have them: of such weights nothing is skipped. Use fully_shard "
+    "(FSDP2), or one of the two alone"
 )
 
 
@@ -78,14 +81,14 @@ def convaware(
 
 
 def _reset() -> None:
-    from .state.registry import registry
-    from .torch_internals import cudagraph_trees
+    """Called by `torch._dynamo.reset()` amid its list of backends, to which an import may add: nothing is imported."""
+    if (trees := imported("cudagraph_trees")) is not None:
+        trees.reset_cudagraph_trees()
+    if (home := sys.modules.get(f"{__package__}.state.registry")) is not None:
+        home.registry.forget()
 
-    cudagraph_trees.reset_cudagraph_trees()
-    registry.forget()
 
-
-convaware.reset = _reset  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
+convaware.reset = _reset  # type: ignore[attr-defined]
 
 
 def _plain(

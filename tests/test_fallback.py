@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers import Block, assert_same, compile_all, train_step
 
 import cacompile
 from cacompile import torch_internals
+from cacompile.backend import convaware
 from cacompile.graph import fallback
 from cacompile.passes.verify import Broken
 
@@ -179,3 +181,11 @@ def test_a_torch_that_was_never_tried_is_one_warning(
     (message,) = said()
     assert "not among the releases" in message and "2.15" in message
     assert cacompile.session(ours[0]).bindings, "a warning, not a refusal"
+
+
+def test_a_reset_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch calls it amid a list of backends, which grows with what decorates functions, and raises if it has."""
+    for name in ("cacompile.state.params", "torch._inductor.cudagraph_trees"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    convaware.reset()
+    assert "cacompile.state.params" not in sys.modules and "torch._inductor.cudagraph_trees" not in sys.modules

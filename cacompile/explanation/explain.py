@@ -151,8 +151,9 @@ def explain(
     if trained and not runs and all(param.grad is None for param in trained):
         raise ConvAwareError(
             "explain(model) needs a model that has run forward with backend='convaware', not all of it in eager mode "
-            "or under torch.no_grad(), where no graph has a backward; for any other give example inputs: "
-            "explain(model, *inputs)"
+            "or under torch.no_grad(), where no graph has a backward, nor with weights that are made anew for each "
+            "forward pass, as DistributedDataParallel around tensor parallel has them; for any other give example "
+            "inputs: explain(model, *inputs)"
         )
     return _explanation(runs, model)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -22,12 +23,19 @@ from cacompile.state.params import ParamState
 from cacompile.state.registry import registry
 from cacompile.state.replicas import Replicas
 from cacompile.state.table import newest_structure
-from cacompile.torch_internals import is_zero1, may_be_compiling
+from cacompile.torch_internals import is_zero1, may_be_compiling, steps_within_backward, warning_once
 
 from .clipping import follow_clipping
 from .counting import count_steps, steps_of
 from .joining import follow_joining
 from .put_back import put_back, take
+
+log = logging.getLogger(__name__)
+
+OVERLAPPED = (
+    "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps within the backward pass, where skipped gradients cannot be "
+    "given their estimates: of what it steps nothing is skipped"
+)
 
 _moments = itertools.count(1)
 """Beginnings and ends of steps, in their order."""
@@ -157,6 +165,10 @@ def _params_of(optimizer: Optimizer) -> list[Any]:
 
 @torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if steps_within_backward(optimizer):
+        if any(registry.find(param) for param in _params_of(optimizer)):
+            warning_once(log, OVERLAPPED)
+        return None
     take(optimizer, params := _params_of(optimizer))
     owned = _owned_by(optimizer)
     owned.begin()
@@ -191,6 +203,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 @torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if steps_within_backward(optimizer):
+        return
     take_back(optimizer)
     put_back(optimizer)
     _owned_by(optimizer).advance(optimizer, _params_of(optimizer))

@@ -48,6 +48,7 @@ from .distributed import (
     joins,
     may_be_sharded,
     running_ddp,
+    steps_within_backward,
 )
 from .dynamo import (
     captured_backwards,
@@ -93,7 +94,7 @@ from .inductor import (
     reported_strides,
     wrap_compiled,
 )
-from .lookup import broken_contracts, release, resolve, taken_away
+from .lookup import broken_contracts, imported, release, resolve, taken_away
 from .tensors import (
     forward_hooks,
     has_hooks,

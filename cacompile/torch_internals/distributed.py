@@ -99,3 +99,8 @@ def is_zero1(optimizer: Any) -> bool:
     """Whether it is a ZeroRedundancyOptimizer, within which each rank steps its own parameters: `optimizer.optim`."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)
+
+
+def steps_within_backward(optimizer: Any) -> bool:
+    """Whether it is one that steps as DistributedDataParallel reduces gradients, and whose own step does nothing."""
+    return is_zero1(optimizer) and bool(getattr(optimizer, "_overlap_with_ddp", False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,12 @@ def resolve(name: str) -> Any:
     if name not in _by_name:
         raise AttributeError(f"module 'cacompile.torch_internals' has no attribute {name!r}")
     return _by_name[name].resolve()
+
+
+def imported(name: str) -> Any:
+    """The module behind a contract's name, if anybody has imported it; else None."""
+    places = _by_name[name].place.split(" | ")
+    return next((module for place in places if (module := sys.modules.get(place)) is not None), None)
 
 
 @dataclass(frozen=True)

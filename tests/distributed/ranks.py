@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import socket
 from collections.abc import Callable, Iterator
@@ -12,12 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from torch import distributed as dist
 from torch import nn
 
 RANKS = 2
 
 OPTIONS = {"warmup_steps": 2, "monitor_every": 2, "tolerance": 0.5, "block_rows": 16, "inner": "aot_eager"}
+
+
+random_loops = functools.partial(
+    settings, phases=[Phase.explicit, Phase.generate], deadline=None, suppress_health_check=list(HealthCheck)
+)
+"""Settings of a test of random loops. No smaller example is looked for: each takes a minute, and may end the ranks."""
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from ranks import OPTIONS, some_ranks
+from ranks import OPTIONS, random_loops, some_ranks
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -324,7 +324,7 @@ def random_run(rank: int, seed: int, make_name: str, whole: bool, copies: bool) 
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@random_loops(max_examples=12)
 @given(seed=st.integers(0, 2**16), make=st.sampled_from(["adam", "sgd"]), whole=st.booleans(), copies=st.booleans())
 def test_random_loops_never_drift(
     ranks: Callable[..., list[Any]], seed: int, make: str, whole: bool, copies: bool

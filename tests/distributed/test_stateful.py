@@ -67,8 +67,11 @@ def save(rank: int, folder: str) -> dict[str, Any]:
     return found(model)
 
 
-def load(rank: int, folder: str) -> tuple[dict[str, Any], float, list[bool]]:
-    """What is there after loading, the share of dW FLOPs that is skipped since, the last mask."""
+def load(rank: int, folder: str, again: str = "") -> tuple[dict[str, Any], float, list[bool]]:
+    """What is there after loading, the share of dW FLOPs that is skipped since, the last mask.
+
+    again: where it is saved after that.
+    """
     model, run, optimizer = begin()
     weights, states = get_state_dict(model, optimizer)
     dcp.load(
@@ -82,6 +85,11 @@ def load(rank: int, folder: str) -> tuple[dict[str, Any], float, list[bool]]:
     there = found(model)
     train(run, optimizer, 13)
     total, saved = (now - then for now, then in zip(session.flops, before))
+    if again:
+        weights, states = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": states, "convaware": cacompile.StatefulSession(model)}
+        dcp.save(state, checkpoint_id=again)
+        there["after"] = found(model)
     return there, saved / total, session.mask.tolist()
 
 
@@ -99,3 +107,13 @@ def test_a_session_is_loaded_by_other_numbers_of_ranks(
     for there, skipped, mask in results:
         assert there == saved and skipped > 0.05
         assert mask == results[0][2] and not all(mask)
+
+
+@pytest.mark.slow
+def test_from_two_ranks_to_one_and_back(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    ranks(save, str(tmp_path / "two"))
+    (there, skipped, _) = load(0, str(tmp_path / "two"), str(tmp_path / "one"))
+    assert skipped > 0.05
+    first, second = ranks(load, str(tmp_path / "one"))
+    assert first[0] == second[0] == there["after"] and first[2] == second[2]
+    assert min(first[1], second[1]) > 0.05 and not all(first[2])

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import OPTIONS
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import OPTIONS, random_loops
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -202,6 +204,53 @@ def test_what_is_frozen_stays(ranks: Callable[..., list[Any]]) -> None:
     found, other = ranks(frozen)
     assert found == other and "blocks.1.neurons[48:64]" in found[0]
     assert found[1] == [True, True, True, False]
+
+
+def random_run(rank: int, seed: int, make_name: str, how: str, sequence: bool) -> tuple[list[list[bool]], list[Any]]:
+    """The mask after each of 200 steps, and the weights in the end, of a loop that is the same on all ranks."""
+    same = np.random.default_rng(seed)
+    model = Net(int(same.choice([64, 128])))
+    parallelize(model, sequence)
+    if not sequence:  # else it is already; torch clips no mixture of DTensors and others
+        parallelize_module(model, init_device_mesh("cpu", (2,)), {"head": ColwiseParallel(output_layouts=Replicate())})
+    run, stepped, session, masks = compiled(model, how), make(make_name, model), cacompile.session(model), []
+    clip, every = float(same.choice([0.0, 0.1])), int(same.integers(1, 3))
+    blocks = list(model.blocks)
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # torch 2.13: no dynamic DTensors
+        for i in range(200):
+            if how == "blocks":
+                model.blocks = nn.ModuleList([block for block in blocks if same.random() < 0.8])
+            for _ in range(every):
+                x = torch.randn(4, 2 * int(same.integers(1, 4)), WIDTH)
+                (loss_of(run, x) / every).backward()
+            model.blocks = nn.ModuleList(blocks)
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip, foreach=False)
+            stepped.step()
+            stepped.zero_grad()
+            what = same.random()
+            if i > 10 and what < 0.02:
+                session.freeze(str(same.choice(["blocks.0.*", "blocks.1.neurons[16:32]", "blocks.1.up.weight"])))
+            elif what < 0.05:
+                session.thaw()
+            masks.append(session.mask.tolist())
+    return masks, [weight.tolist() for weight in whole(model).values()]
+
+
+@pytest.mark.slow
+@random_loops(max_examples=4)
+@given(
+    seed=st.integers(0, 2**16),
+    make_name=st.sampled_from(["adam", "sgd"]),
+    how=st.sampled_from(["blocks", "whole"]),
+    sequence=st.booleans(),
+)
+def test_random_loops_never_drift(
+    ranks: Callable[..., list[Any]], seed: int, make_name: str, how: str, sequence: bool
+) -> None:
+    (masks, weights), other = ranks(random_run, seed, make_name, how, sequence)
+    assert (masks, weights) == other and all(np.isfinite(weight).all() for weight in weights)
+    assert any(not on for mask in masks for on in mask)
 
 
 def looked_at(rank: int) -> tuple[dict[str, str], float, dict[str, Any]]:
