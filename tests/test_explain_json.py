@@ -38,6 +38,25 @@ def validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(schema())
 
 
+def test_a_path_is_checked_and_its_folders_made(found, tmp_path):
+    found.to_json(tmp_path / "new" / "found.json")
+    assert (tmp_path / "new" / "found.json").is_file()
+    for path, words in ((3, "got 3"), ("", "got ''"), (tmp_path, "a file's, got that of a folder")):
+        with pytest.raises(cacompile.ConvAwareError, match=words):
+            found.code(path=path)
+
+
+def test_notebooks_show_what_print_does(found):
+    class Printer:
+        def text(self, text):
+            self.said = text
+
+    model = torch.nn.Linear(2, 2)
+    for shown in (found, cacompile.status(model)):
+        shown._repr_pretty_(printer := Printer(), False)
+        assert printer.said == str(shown)
+
+
 def test_it_is_what_the_schema_says(found, validator, tmp_path):
     text = found.to_json(tmp_path / "found.json")
     assert (tmp_path / "found.json").read_text(encoding="utf-8") == text == found.to_json()
