@@ -57,7 +57,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.speed.startup
 	$(BIN)/python -m benchmarks.speed.host_time
 
-# Every arm of every task from three seeds, about an hour; goes on where it was interrupted.
+# Every arm of every task from three seeds, hours on 2 cores; goes on where it was interrupted.
 quality: setup
 	$(BIN)/python -m benchmarks.quality
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,7 +91,14 @@ def explain(
 
 def _model_of(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(model, arguments, keyword arguments) that a factory returns."""
-    made = _factory(target)()
+    factory = _factory(target)
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise _fail(f"{target} must be callable without arguments: {error}") from None
+    except ValueError:  # it has no signature, as some of C have none
+        pass
+    made = factory()
     if not isinstance(made, (tuple, list)):
         return made, (), {}
     if len(made) != 2:

@@ -17,8 +17,9 @@ from .torch_internals import CACHE, COMPILE, CONTRACTS, TESTED, broken_contracts
 OPTIONAL = {
     "triton": "the masked kernels of GPUs, and Inductor's own",
     "typer": "this command line",
-    "rich": "this command line",
-    "matplotlib": "plots of examples and benchmarks",
+    "rich": "this command line, and reports in a terminal",
+    "matplotlib": "pages of reports, and plots of examples and benchmarks",
+    "pygraphviz": "pictures and pages of explanations",
     "pandas": "tables of examples and benchmarks",
     "tensorboard": "curves of runs",
     "lightning": "training by Lightning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -62,13 +63,23 @@ def _of_file(file: Path) -> dict[str, Mapping[str, Any]]:
     try:
         value = _load(file)
     except Exception as error:  # whatever torch.load makes of a file of another kind
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConvAwareError(f"{file} cannot be read as what torch.save writes of plain values: {first}") from None
+        raise ConvAwareError(
+            f"{file} cannot be read as what torch.save writes of plain values: {_unread(error)}; {HOW}"
+        ) from None
     states = dict(_within(value))
     if not states:
         inside = f"a mapping with {shown(list(value)[:8])}" if isinstance(value, Mapping) else type(value).__name__
         raise ConvAwareError(f"{file} holds no session of cacompile: it is {inside}; {HOW}")
     return states
+
+
+def _unread(error: Exception) -> str:
+    """Why a file cannot be read. torch's own words advise to run the code in it, or are a number alone."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if named := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error)):
+        return f"it holds an object of {named[1]}"
+    return f"it is none, or not whole ({type(error).__name__})"
 
 
 def _one(place: Path, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """Which layers are frozen in which step: each schedule is a pure function of the step, and `Follow` does what it says.
 
-    schedule = RandomLayers([f"model.layers.{i}" for i in range(16)], live=2, every=20)
+    schedule = RandomLayers([f"model.layers.{i}" for i in range(16)], live_layers=2, every=20)
     follow = Follow(model, schedule)
     for batch in loader:
         follow()                                # before each forward pass
@@ -24,6 +24,7 @@ from cacompile.config import LARGEST_SEED
 from cacompile.errors import ConvAwareError, shown, unknown
 from cacompile.names import find_params, prefixes
 from cacompile.sessions.session import session
+from cacompile.sessions.values import checked_step
 from cacompile.sessions.view import named_parameters
 from cacompile.state.draws import generator
 from cacompile.state.frozen import newest_freeze
@@ -67,9 +68,11 @@ class Schedule(ABC):
     @staticmethod
     def of(saved: Mapping[str, Any]) -> Schedule:
         """From `to_dict`. Raises ConvAwareError for a kind that is none of this module's, and for wrong fields."""
+        if not isinstance(saved, Mapping):
+            raise ConvAwareError(f"a schedule must be one of {', '.join(KINDS)}, or its to_dict(), got {shown(saved)}")
         fields = dict(saved)
         kind = fields.pop("kind", None)
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise unknown("kind of schedule:", kind, KINDS)
         try:
             return KINDS[kind](**fields)
@@ -83,6 +86,10 @@ class Schedule(ABC):
         if not fits or value < low or (high is not None and value > high):
             span = f">= {low}" if high is None else f"between {low} and {high}"
             raise self._wrong(field, f"an int {span}")
+
+    def _bool(self, field: str) -> None:
+        if not isinstance(getattr(self, field), bool):
+            raise self._wrong(field, "a bool")
 
     def _wrong(self, field: str, allowed: str) -> ConvAwareError:
         return ConvAwareError(
@@ -120,7 +127,8 @@ class FreezeOut(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._whole("steps", 1)
-        if not isinstance(self.first, (int, float)) or not 0.0 <= self.first <= 1.0:
+        self._bool("cubed")
+        if isinstance(self.first, bool) or not isinstance(self.first, (int, float)) or not 0.0 <= self.first <= 1.0:
             raise self._wrong("first", "a number between 0 and 1")
 
     def ends(self, layer: int) -> float:
@@ -142,7 +150,7 @@ class FreezeOut(Schedule):
 class RandomLayers(Schedule):
     """Some layers, drawn anew every few steps: LISA (Pan et al. 2024), where embedding and head are none of `layers`.
 
-    live: how many are trained at a time. every: steps between two draws. seed: of the draws, 0 to 2**64 - 1.
+    live_layers: how many are trained at a time. every: steps between two draws. seed: of the draws, 0 to 2**64 - 1.
     """
 
     live_layers: int = 2
@@ -174,6 +182,7 @@ class BlockCyclic(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._whole("every", 1)
+        self._bool("upwards")
 
     def live(self, step: int) -> frozenset[int]:
         turn = step // self.every % len(self.layers)
@@ -186,10 +195,13 @@ KINDS: dict[str, Any] = {kind.__name__: kind for kind in (GradualUnfreezing, Fre
 class Follow:
     """Freezes and thaws a model's layers as a schedule says, whatever froze or thawed these before.
 
-    Raises ConvAwareError, before anything is changed, for a pattern that no parameter or module is called by.
+    Raises ConvAwareError, before anything is changed, for what is no schedule, for a pattern that no parameter or
+    module is called by, and for a step that is none.
     """
 
     def __init__(self, model: torch.nn.Module, schedule: Schedule) -> None:
+        if not isinstance(schedule, Schedule):
+            raise ConvAwareError(f"schedule must be a Schedule, such as {', '.join(KINDS)}, got {shown(schedule)}")
         self.session, self.schedule = session(model), schedule
         self._done: tuple[tuple[str, ...], int] | None = None
         """What was frozen last, and when; another may have thawed or frozen something since, as a loaded state does."""
@@ -203,7 +215,8 @@ class Follow:
 
         step: optimizer steps that have been done; None: those that the session has seen.
         """
-        frozen = self.schedule.frozen(self.session.step_count if step is None else step)
+        step = self.session.step_count if step is None else checked_step(step)
+        frozen = self.schedule.frozen(step)
         if (frozen, newest_freeze()) == self._done:
             return
         live = [pattern for layer in self.schedule.layers for pattern in layer if pattern not in frozen]

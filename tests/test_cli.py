@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 import cacompile
 from cacompile import doctor, torch_internals
 from cacompile.cli import app
-from cacompile.doctor import Check, examine
+from cacompile.doctor import OPTIONAL, Check, examine
 from cacompile.saved import find_state
 
 FACTORIES = """
@@ -41,6 +43,7 @@ def several(): return Model(), (torch.randn(8, 32), 2.0)
 def named(): return Model(), {"x": torch.randn(8, 32)}
 def alone(): return Model()
 def three(): return Model(), torch.randn(8, 32), 1
+def wanting(x): return x
 number = 3
 """
 
@@ -85,6 +88,7 @@ def test_explain_by_module_writes_files(factories: Path, monkeypatch: pytest.Mon
         ("{}:alone", "give example inputs"),
         ("{}:three", "must return model or (model, example_inputs), got 3 values"),
         ("{}:number", "must be callable, got int"),
+        ("{}:wanting", "wanting must be callable without arguments: missing a required argument: 'x'"),
         ("{}:nothing", "nothing"),
         ("{}", "expected module:factory or file.py:factory"),
         ("no_such_module_here:make", "no_such_module_here"),
@@ -135,10 +139,15 @@ def test_report_says_what_is_wrong(saved: Path, tmp_path: Path) -> None:
     assert "it is list; save cacompile.session(model).state_dict()" in call("report", other, code=2)
     (text := tmp_path / "notes.txt").write_text("nothing to load")
     assert f"{text} cannot be read as what torch.save writes of plain values" in call("report", text, code=2)
+    assert "it is none, or not whole" in call("report", text, code=2), "not the number that torch says"
+    torch.save(nn.Linear(2, 2), whole := tmp_path / "whole.pt")
+    said = call("report", whole, code=2)
+    assert "it holds an object of torch.nn" in said and "trust" not in said, "no advice to run code of the file"
+    whole.unlink()
     assert f"{tmp_path} holds no session" in call("report", tmp_path, code=2)
     state = torch.load(saved, weights_only=True)
     torch.save(state | {"format": 99}, other)
-    assert "with format" in call("report", other, code=2), "the report's own words for a state of another version"
+    assert "of format 4 to" in call("report", other, code=2), "the report's own words for a state of another version"
     torch.save({"one": state, "two": {"inner": state}}, other)
     assert "holds 2 sessions, at one, two.inner" in call("report", other, code=2)
 
@@ -235,6 +244,14 @@ def test_doctor_tells_which_contract_does_not_hold() -> None:
     assert check.state == "fails" and "compile_fx" in check.says and "compiling" in check.says
     with torch_internals.taken_away("eval_frame"):
         assert states()["torch's inside"] == "note", "training works without it"
+
+
+def test_doctor_knows_all_that_may_be_installed() -> None:
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    wanted = {re.split("[><=]", each)[0] for name, own in extras.items() if name not in ("dev", "docs") for each in own}
+    assert wanted == set(OPTIONAL)
 
 
 def test_doctor_needs_no_extra() -> None:

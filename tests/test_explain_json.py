@@ -1,6 +1,7 @@
 """explain as JSON: it is what the published schema says, and says what the explanation says."""
 
 import json
+from typing import get_args
 
 import jsonschema
 import pytest
@@ -11,6 +12,10 @@ from torch import nn
 import cacompile
 from cacompile.explanation.document import VERSION, schema
 from cacompile.explanation.explain import Explanation
+from cacompile.explanation.facts import Kind
+from cacompile.pages import html
+from cacompile.pages.html import render
+from cacompile.passes import kinds as products
 
 
 class Net(nn.Module):
@@ -36,6 +41,31 @@ def found() -> Explanation:
 def validator() -> jsonschema.Draft202012Validator:
     jsonschema.Draft202012Validator.check_schema(schema())
     return jsonschema.Draft202012Validator(schema())
+
+
+def test_all_words_for_groups_have_their_place_and_their_colours():
+    colours = render("colours.css.jinja")
+    assert get_args(Kind) == html.KINDS and {kind.unit_name for kind in products.KINDS} <= set(html.KINDS)
+    assert all(colours.count(f".kind-{word} ") == 2 for word in html.KINDS), "light and dark"
+
+
+def test_a_path_is_checked_and_its_folders_made(found, tmp_path):
+    found.to_json(tmp_path / "new" / "found.json")
+    assert (tmp_path / "new" / "found.json").is_file()
+    for path, words in ((3, "got 3"), ("", "got ''"), (tmp_path, "a file's, got that of a folder")):
+        with pytest.raises(cacompile.ConvAwareError, match=words):
+            found.code(path=path)
+
+
+def test_notebooks_show_what_print_does(found):
+    class Printer:
+        def text(self, text):
+            self.said = text
+
+    model = torch.nn.Linear(2, 2)
+    for shown in (found, cacompile.status(model)):
+        shown._repr_pretty_(printer := Printer(), False)
+        assert printer.said == str(shown)
 
 
 def test_it_is_what_the_schema_says(found, validator, tmp_path):

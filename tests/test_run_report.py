@@ -241,9 +241,16 @@ def test_where_nothing_was_skipped_it_says_why(
         ("run", None, [".html", "html, csv, terminal, tensorboard", "'run'"]),
         ("run.html", "htlm", ["'htlm'", "did you mean 'html'", "tensorboard"]),
         ("-", "csv", ["'csv'", "path", "'-'"]),
+        ("", None, ["path must be", "got ''"]),
+        ("", "tensorboard", ["path must be", "got ''"]),
+        (None, None, ["path must be", "os.PathLike, got None"]),
+        (b"run.html", "html", ["path must be", "got b'run.html'"]),
+        (Path(__file__).parent, "html", ["path must be a file's", "folder"]),
+        (Path(__file__) / "run.html", None, ["through a file", "run.html"]),
+        (Path(__file__), "tensorboard", ["through a file", "test_run_report.py"]),
     ],
 )
-def test_a_wrong_path_or_format_is_one_clear_error(trained: Trained, path: str, format: str | None, words: list[str]):
+def test_a_wrong_path_or_format_is_one_clear_error(trained: Trained, path: Any, format: str | None, words: list[str]):
     with pytest.raises(ConvAwareError) as error:
         trained.session.report(path, format)
     assert all(word in str(error.value) for word in words), error.value
@@ -252,8 +259,8 @@ def test_a_wrong_path_or_format_is_one_clear_error(trained: Trained, path: str, 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda s: None, ["format 8", "NoneType"]),
-        (lambda s: {**s, "format": 3}, ["format 8", "got 3"]),
+        (lambda s: None, ["format 4 to 8", "NoneType"]),
+        (lambda s: {**s, "format": 3}, ["format 4 to 8", "got format 3"]),
         (lambda s: {k: v for k, v in s.items() if k != "history"}, ["lacks history"]),
         (lambda s: {**s, "history": {**s["history"], "stride": -1}}, ["history", "stride", "-1"]),
     ],
@@ -272,9 +279,12 @@ def test_what_is_no_state_is_one_clear_error(trained: Trained, spoil: Any, words
 def test_a_library_that_is_missing_is_named(
     trained: Trained, name: str, module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    if not name.endswith("/"):
+        (tmp_path / name).write_text("of before")
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConvAwareError, match=rf"cacompile\[{extra}\]"):
         trained.session.report(f"{tmp_path}/{name}")
+    assert name.endswith("/") or (tmp_path / name).read_text() == "of before", "what is there is not emptied first"
 
 
 @pytest.mark.slow

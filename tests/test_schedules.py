@@ -6,7 +6,9 @@ import copy
 import importlib
 import json
 import logging
+import re
 from collections.abc import Callable
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 import cacompile
+from cacompile import schedules
 from cacompile.integrations import lightning as ours_lightning
 from cacompile.integrations import transformers as ours_transformers
 from cacompile.schedules import BlockCyclic, Follow, FreezeOut, GradualUnfreezing, RandomLayers, Schedule
@@ -64,6 +67,14 @@ def by_requires_grad(model: nn.Module, schedule: Schedule, step: int) -> None:
         param.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in frozen))
 
 
+def test_the_first_example_is_true() -> None:
+    (line,) = [line for line in (schedules.__doc__ or "").splitlines() if "schedule = " in line]
+    assert isinstance(eval(line.partition("= ")[2], vars(schedules)), RandomLayers)
+    for kind in schedules.KINDS.values():
+        said = set(re.findall(r"(?:^|\. )\s*([a-z_]+): ", kind.__doc__, re.MULTILINE))
+        assert said <= {field.name for field in fields(kind)}, kind
+
+
 def test_what_is_live() -> None:
     def live(schedule: Schedule, steps: int = 10) -> list[list[int]]:
         return [sorted(schedule.live(step)) for step in range(steps)]
@@ -100,6 +111,15 @@ def test_saved_as_plain_types(schedule: Schedule) -> None:
         (lambda: RandomLayers(LAYERS, live_layers=5), "between 1 and 4, got 5"),
         (lambda: RandomLayers(LAYERS, seed=-1), "seed.*got -1"),
         (lambda: FreezeOut(LAYERS, steps=5, first=1.5), "between 0 and 1, got 1.5"),
+        (lambda: FreezeOut(LAYERS, steps=5, first=True), "between 0 and 1, got True"),
+        (lambda: FreezeOut(LAYERS, steps=5, cubed="no"), r"FreezeOut\(cubed=...\) must be a bool, got 'no'"),  # type: ignore[arg-type]
+        (lambda: BlockCyclic(LAYERS, every=1, upwards=1), "upwards.*must be a bool, got 1"),  # type: ignore[arg-type]
+        (lambda: Schedule.of("LISA"), "must be one of BlockCyclic|GradualUnfreezing.*got 'LISA'"),  # type: ignore[arg-type]
+        (lambda: Schedule.of(None), "to_dict.*got None"),  # type: ignore[arg-type]
+        (lambda: Schedule.of({"kind": ["x"]}), r"unknown kind of schedule: \['x'\]"),
+        (lambda: Follow(Net(), "BlockCyclic"), "schedule must be a Schedule.*got 'BlockCyclic'"),  # type: ignore[arg-type]
+        (lambda: Follow(Net(), BlockCyclic(LAYERS, every=1))("a"), "step must be an int >= 0.*got 'a'"),  # type: ignore[arg-type]
+        (lambda: Follow(Net(), BlockCyclic(LAYERS, every=1))(-1), "step.*got -1"),
         (lambda: Schedule.of({"kind": "Lisa"}), "unknown kind of schedule: 'Lisa'.*RandomLayers"),
         (lambda: Schedule.of({"kind": "BlockCyclic", "layers": ["a"]}), "every"),
         (lambda: Follow(Net(), BlockCyclic(["blocks.0", "block.1"], every=1)), "'block.1'.*did you mean 'blocks.1'"),

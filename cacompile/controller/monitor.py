@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from cacompile.kernels.segments import Batch, StridedPartition, Tables, fits
 from cacompile.state.measurements import Measurement
 from cacompile.state.params import ParamState
+from cacompile.state.shards import local
 from cacompile.torch_internals import warning_once
 
 from .estimate import partition_of
@@ -131,7 +132,10 @@ def _sums(
     """Expected descent a group [G] per unit of learning rate, and whether the optimizer has averaged it over steps."""
     try:
         if (statistic := statistic_of(optimizer, settings, param, state.step)) is not None:
-            return sum_groups(descent(statistic), state), statistic.averaged
+            values, shape = descent(statistic), local(param).shape
+            if values.shape != shape:
+                raise TypeError(f"a descent must have the shape {list(shape)}, got {list(values.shape)}")
+            return sum_groups(values, state), statistic.averaged
     except Exception:
         warning_once(
             log,

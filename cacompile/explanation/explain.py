@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from cacompile.config import Config
 from cacompile.errors import ConvAwareError, renamed, unknown
+from cacompile.pages.files import file_at
 from cacompile.pages.html import render
 from cacompile.passes.kinds import kind_called
 from cacompile.passes.plan import Plan, SharedAxis, WeightGrad
@@ -102,6 +102,10 @@ class Explanation(Facts):
         values = {"found": self, "svg": svg(picture(self)).text, "families": families_of(self), "tables": tables}
         return _written(render("explanation.html.jinja", **values), path)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In notebooks and IPython."""
+        printer.text(str(self))
+
     def __str__(self) -> str:
         return "\n".join([str(tables.parameters(self)), *self.summary])
 
@@ -115,7 +119,7 @@ def _version(name: str) -> str:
 
 def _written(text: Text, path: str | os.PathLike[str] | None) -> Text:
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        file_at(path).write_text(text, encoding="utf-8")
     return text
 
 

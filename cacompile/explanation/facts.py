@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
-from cacompile.errors import ConvAwareError, renamed
+from cacompile.errors import ConvAwareError, renamed, shown
 from cacompile.pages.numbers import count
 from cacompile.passes.plan import SharedAxis, Slice
 from cacompile.sessions.why import small_part
@@ -276,7 +276,7 @@ class Facts:
     def context(self, graph: int) -> Context:
         """What notes on one of the graphs need to know of the model."""
         if isinstance(graph, bool) or not isinstance(graph, int) or not 0 <= graph < len(self.traced):
-            raise ConvAwareError(f"graph must be an int from 0 to {len(self.traced) - 1}, got {graph!r}")
+            raise ConvAwareError(f"graph must be an int from 0 to {len(self.traced) - 1}, got {shown(graph)}")
         graphs = self.traced[graph]
         if graphs is None:
             raise ConvAwareError("this explanation has no graphs any more, as after pickling; explain the model again")

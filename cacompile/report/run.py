@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cacompile.errors import ConvAwareError, unknown
+from cacompile.pages.files import file_at, folder_at, path_text
 
 from .data import RunData
 
@@ -32,43 +34,39 @@ def report_state(state: Mapping[str, Any], path: str | os.PathLike[str] = "-", f
 
         if str(path) == "-":
             return show(run, sys.stdout)
-        with _place(path).open("w", encoding="utf-8") as file:
-            return show(run, file)
+        show(run, text := io.StringIO())
+        file_at(path).write_text(text.getvalue(), encoding="utf-8")
+        return None
     if str(path) == "-":
         raise ConvAwareError(f"a report of format {format!r} needs a path, got '-'")
     if format == "tensorboard":
         from .rows import write_events
 
-        return write_events(run, Path(path))
+        return write_events(run, folder_at(path))
     if format == "csv":
         from .rows import write_csv
 
-        return write_csv(run, _place(path))
+        return write_csv(run, file_at(path))
     from .page import page
 
-    _place(path).write_text(page(run), encoding="utf-8")
+    file_at(path).write_text(page(run), encoding="utf-8")
     return None
 
 
 def _format(path: str | os.PathLike[str], format: str | None) -> str:
+    text = path_text(path)
     if format is not None:
         if format not in FORMATS:
             raise unknown("format of a report", format, FORMATS)
         return format
-    if str(path) == "-":
+    if text == "-":
         return "terminal"
-    if Path(path).is_dir() or str(path).endswith(("/", os.sep)):
+    if Path(text).is_dir() or text.endswith(("/", os.sep)):
         return "tensorboard"
-    suffix = Path(path).suffix.lower()
+    suffix = Path(text).suffix.lower()
     if suffix not in SUFFIXES:
         raise ConvAwareError(
             f"path must end in {', '.join(SUFFIXES)}, be a folder (tensorboard) or '-' (terminal), "
-            f"or format be one of {', '.join(FORMATS)}; got {str(path)!r}"
+            f"or format be one of {', '.join(FORMATS)}; got {text!r}"
         )
     return SUFFIXES[suffix]
-
-
-def _place(path: str | os.PathLike[str]) -> Path:
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return place

@@ -17,7 +17,7 @@ from cacompile.state.history import BY_GROUP, BY_STEP, History
 from cacompile.state.params import ParamState
 from cacompile.state.table import COLUMNS, SAVED
 
-from .formats import FORMAT, format_of, upgraded
+from .formats import FORMAT, OLDEST, format_of, upgraded
 from .pinning import ModelPin
 from .values import (
     COUNT,
@@ -81,7 +81,9 @@ def checked_run(state: Any, params: Collection[str] | None = None) -> Mapping[st
     state = upgraded(state)
     found = format_of(state)
     if not isinstance(found, int) or found != FORMAT:
-        raise ConvAwareError(f"state_dict must be one of Session.state_dict() with format {FORMAT}, got {shown(found)}")
+        what = type(state).__name__ if not isinstance(state, Mapping) else f"a mapping with {shown(list(state)[:8])}"
+        got = f"format {shown(found)}" if isinstance(state, Mapping) and "format" in state else what
+        raise ConvAwareError(f"state_dict must be a Session.state_dict() of format {OLDEST} to {FORMAT}, got {got}")
     keys(state, KEYS, "state_dict")
     flops, groups, saved, counts = (state[key] for key in ("flops", "groups", "parameters", "backwards"))
     demand(is_row(groups) and all(isinstance(g, str) for g in groups), "groups", groups, "a list of names")

@@ -12,6 +12,9 @@ from cacompile.state.losses import Losses
 FORMAT = 8
 """Format of the states that this version saves."""
 
+OLDEST = 4
+"""The first format that is still read."""
+
 _ENTRY_4 = {"awaited": "in_flight", "shares": "norm_shares", "groups": "blocks"}
 _COLUMNS_4 = {"due": "phase", "usual": "mean_descent", "speed": "update_ratio"}
 _HISTORY_4 = {"guarded": "masked", "speed": "update_ratio"}

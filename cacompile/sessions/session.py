@@ -28,6 +28,7 @@ from .about import describe
 from .checkpoint import FORMAT, checked, names_parameter
 from .freezing import Freezing
 from .pinning import ModelPin
+from .values import checked_loss, checked_step
 
 _RENAMED = {"instances": "bindings", "tracked": "params", "units": "index"}
 _sessions: weakref.WeakKeyDictionary[torch.nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -103,9 +104,10 @@ class Session(Freezing):
     def note_loss(self, loss: float, step: int | None = None) -> None:
         """Keep a loss for the report, and the saved state: at most 512 of a run, thinned evenly.
 
+        loss: a number, or a tensor of one, which is waited for; it may be infinite or NaN.
         step: optimizer steps done; None: those that the session has seen. The callbacks of integrations call this.
         """
-        self._losses.note(self.step_count if step is None else step, loss)
+        self._losses.note(self.step_count if step is None else checked_step(step), checked_loss(loss))
 
     @property
     def losses(self) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cacompile.errors import renamed
+from cacompile.errors import ConvAwareError, renamed, shown
 
 from .about import frozen_lines
 from .session import session
@@ -108,6 +108,8 @@ class Status:
 
     def to_dict(self, prefix: str = PREFIX) -> dict[str, float]:
         """Numbers to log, each under `prefix` and its name in `LOGGED`; empty for a model not compiled with us."""
+        if not isinstance(prefix, str):
+            raise ConvAwareError(f"prefix must be of type str, got {shown(prefix)}")
         return Numbers({prefix + name: getattr(self, name) for name in LOGGED} if self.can else {}, self)
 
     def __getattr__(self, name: str) -> Any:
@@ -115,6 +117,10 @@ class Status:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         renamed(f"Status.{name}", f"Status.{_RENAMED[name]}")
         return getattr(self, _RENAMED[name])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In notebooks and IPython."""
+        printer.text(str(self))
 
     def __str__(self) -> str:
         from tabulate import tabulate  # here, so that training needs torch and numpy alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -70,6 +71,24 @@ def is_number(value: Any) -> bool:
 
 def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def checked_step(step: Any) -> int:
+    """A number of optimizer steps done, as Python's own. Raises ConvAwareError for what is none."""
+    whole = isinstance(step, numbers.Integral) and not isinstance(step, bool)
+    if not whole or not is_count(int(step)):
+        raise ConvAwareError(f"step must be {COUNT}, got {shown(step)}")
+    return int(step)
+
+
+def checked_loss(loss: Any) -> float:
+    """A loss as Python's own number; a tensor of one is waited for. Raises ConvAwareError for what is none."""
+    try:
+        if not isinstance(loss, (str, bytes, bytearray, bool)):  # some of which float takes
+            return float(loss)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise ConvAwareError(f"loss must be a number or a tensor of one, got {shown(loss)}")
 
 
 def is_seed(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from cacompile.controller.monitor import settings_by_param
 from cacompile.controller.optimizers import (
     Kept,
     OptimizerAdapter,
+    Statistic,
     descent,
     estimate_of,
     gradient_statistic,
@@ -219,6 +221,38 @@ def test_a_wrong_registration_is_one_clear_error(kind: Any, adapter: Any, words:
         cacompile.register_optimizer(kind, adapter)
     assert all(word in str(error.value) for word in words), error.value
     assert (optimizers._by_class, optimizers._by_name) == before
+
+
+@pytest.mark.usefixtures("registry_as_before")
+@pytest.mark.parametrize(
+    ("method", "says", "words"),
+    [
+        ("statistic", lambda kept: 3, "a statistic must be a Statistic or None, got 3"),
+        ("statistic", lambda kept: Statistic((), rule=lambda: torch.ones(64, 1)), "a descent must have the shape"),
+        ("statistic", lambda kept: 1 / 0, "division by zero"),
+        ("mean_gradient", lambda kept: (torch.ones(2, 16), 1.0), r"shape \[64, 16\], got tensor"),
+        ("mean_gradient", lambda kept: (3.0, 1.0), "a term of an estimate must be a tensor .* got 3.0"),
+        ("mean_gradient", lambda kept: 1 / 0, "division by zero"),
+    ],
+)
+def test_an_adapter_that_is_wrong_warns_and_training_goes_on(
+    method: str, says: Any, words: str, caplog: pytest.LogCaptureFixture
+):
+    """Strides of the first wrong mean are those of the gradient, so that nothing else tells them apart."""
+    torch._dynamo.reset()
+    wrong = type("Wrong", (Mean,), {method: lambda self, kept: says(kept) if kept.param.dim() == 2 else None})()
+    optimizer_type = type(f"Wrong{method}{words}", (optim.SGD,), {})  # each name is warned of once
+    cacompile.register_optimizer(optimizer_type, wrong)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+    options = {"inner": "aot_eager", "block_rows": 16, "monitor_every": 1, "warmup_steps": 1}
+    run, optimizer = torch.compile(model, backend="convaware", options=options), optimizer_type(model.parameters())
+    cacompile.session(model).pin({"0.weight": False} if method == "mean_gradient" else {})
+    for _ in range(3):
+        run(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+    assert all(bool(param.isfinite().all()) for param in model.parameters())
+    errors = [str(entry.exc_info[1]) for entry in caplog.records if entry.exc_info]
+    assert any(re.search(words, error) for error in errors), caplog.text
 
 
 @pytest.mark.skipif(not hasattr(optim, "Muon"), reason="not in this torch")

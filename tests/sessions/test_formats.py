@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import cacompile
 from cacompile.errors import ConvAwareError
-from cacompile.sessions.formats import FORMAT, upgraded
+from cacompile.sessions.formats import FORMAT, OLDEST, upgraded
 
 SAVED = Path(__file__).with_name("format4.pt")
 OPTIONS = {"block_rows": 4, "warmup_steps": 3, "monitor_every": 4, "tolerance": 1.0, "seed": 5, "inner": "aot_eager"}
@@ -119,7 +119,7 @@ def test_where_only_a_part_was_pinned_format_5_holds_just_that():
 @pytest.mark.parametrize("format", [1, 3, FORMAT + 1, None, "4"])
 def test_what_cannot_be_read_says_so(saved: tuple[tuple[Any, ...], list[Tensor]], format: Any):
     session = cacompile.session(nn.Linear(2, 2))
-    with pytest.raises(ConvAwareError, match=f"format {FORMAT}"):
+    with pytest.raises(ConvAwareError, match=f"format {OLDEST} to {FORMAT}, got format {format!r}"):
         session.load_state_dict({**saved[0][2], "format": format})
 
 

@@ -271,11 +271,11 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda s: None, ["format 8", "NoneType"]),
-        (lambda s: {**s, "format": 9}, ["format 8", "got 9"]),
-        (lambda s: {"weight": torch.ones(2)}, ["format 8", "got None"]),
-        (lambda s: {**s, "format": torch.ones(2)}, ["format 8", "tensor([1., 1.])"]),
-        (lambda s: [s], ["format 8", "list"]),
+        (lambda s: None, ["format 4 to 8", "NoneType"]),
+        (lambda s: {**s, "format": 9}, ["format 4 to 8", "got format 9"]),
+        (lambda s: {"weight": torch.ones(2)}, ["format 4 to 8", "got a mapping with ['weight']"]),
+        (lambda s: {**s, "format": torch.ones(2)}, ["format 4 to 8", "tensor([1., 1.])"]),
+        (lambda s: [s], ["format 4 to 8", "list"]),
         (lambda s: {**s, "more": 1}, ["unknown key of state_dict: 'more'", "flops"]),
         (lambda s: {**s, "agreements": None}, ["agreements", "None"]),
         (lambda s: {**s, "agreements": [{"every": 2}]}, ["agreements", "'every': 2"]),
@@ -328,6 +328,34 @@ def test_the_state_of_another_model_is_refused(run: Run):
     with pytest.raises(ValueError, match=r"'0.weight' is for shape \(80, 16\), the model's parameter has \(96, 16\)"):
         run.session.load_state_dict(other.session.state_dict())
     assert same(run.session.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("loss", "step", "words"),
+    [
+        ("3.0", None, "loss must be a number or a tensor of one, got '3.0'"),
+        (True, None, "loss .* got True"),
+        (None, None, "loss .* got None"),
+        (1j, None, "loss .* got 1j"),
+        (10**400, None, "loss .* got"),
+        (torch.ones(3), None, "loss .* got tensor"),
+        (1.0, "x", "step must be an int >= 0 .* got 'x'"),
+        (1.0, -1, "step .* got -1"),
+        (1.0, 1.5, "step .* got 1.5"),
+        (1.0, 2**63, "step .* got 9223372036854775808"),
+    ],
+)
+def test_what_is_no_loss_is_one_clear_error_and_not_kept(run: Run, loss: Any, step: Any, words: str):
+    run.session.note_loss(torch.tensor([2.0]), np.int64(1))
+    with pytest.raises(cacompile.ConvAwareError, match=words):
+        run.session.note_loss(loss, step)
+    assert [values.tolist() for values in run.session.losses] == [[1], [2.0]]
+    run.session.load_state_dict(run.session.state_dict())
+
+
+def test_a_prefix_of_numbers_is_text(run: Run):
+    with pytest.raises(cacompile.ConvAwareError, match="prefix must be of type str, got 3"):
+        cacompile.status(run.model).to_dict(3)  # type: ignore[arg-type]
 
 
 def test_only_modules_have_sessions():

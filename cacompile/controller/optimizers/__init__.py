@@ -19,7 +19,7 @@ from torch.optim import (
     RMSprop,
 )
 
-from cacompile.errors import ConvAwareError
+from cacompile.errors import ConvAwareError, shown
 
 from .adam import AdaBoundAdapter, AdamAdapter, AdamaxAdapter, AdamMiniAdapter, AdanAdapter, LambAdapter
 from .base import Kept, OptimizerAdapter, Statistic, Term, descent, gradient_statistic
@@ -83,14 +83,14 @@ def register_optimizer(kind: type[Optimizer] | str, adapter: OptimizerAdapter) -
     that very kind before is replaced. Raises ConvAwareError for anything else.
     """
     if not isinstance(adapter, OptimizerAdapter):
-        raise ConvAwareError(f"adapter must be an instance of OptimizerAdapter, got {adapter!r}")
+        raise ConvAwareError(f"adapter must be an instance of OptimizerAdapter, got {shown(adapter)}")
     if isinstance(kind, str) and kind.replace(".", "", 1).isidentifier():
         _by_name[kind] = adapter
     elif isinstance(kind, type) and issubclass(kind, Optimizer):
         _by_class[kind] = adapter
     else:
         raise ConvAwareError(
-            f"optimizer must be a subclass of torch.optim.Optimizer, 'Name' or 'package.Name', got {kind!r}"
+            f"optimizer must be a subclass of torch.optim.Optimizer, 'Name' or 'package.Name', got {shown(kind)}"
         )
     _found.clear()
 
@@ -106,9 +106,16 @@ def adapter_of(optimizer: Optimizer) -> OptimizerAdapter:
 def estimate_of(optimizer: Optimizer, settings: Mapping[str, Any], param: torch.Tensor) -> list[Term]:
     """The gradient that a skipped slice of the parameter is taken to have, as a sum of terms; empty for zeros.
 
-    settings: of the parameter's group.
+    settings: of the parameter's group. Raises TypeError for what an adapter may not say, and whatever it raises.
     """
-    return adapter_of(optimizer).estimate(Kept.of(optimizer, settings, param))
+    kept = Kept.of(optimizer, settings, param)
+    terms = adapter_of(optimizer).estimate(kept)
+    for tensor, _ in terms:
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != kept.param.shape:
+            raise TypeError(
+                f"a term of an estimate must be a tensor of shape {list(kept.param.shape)}, got {shown(tensor)}"
+            )
+    return terms
 
 
 def statistic_of(
@@ -116,11 +123,15 @@ def statistic_of(
 ) -> Statistic | None:
     """What the optimizer keeps of the parameter; None where nothing is known, which leaves `gradient_statistic`.
 
-    settings: of the parameter's group; seen: optimizer steps so far, for optimizers that do not count.
+    settings: of the parameter's group; seen: optimizer steps so far, for optimizers that do not count. Raises
+    TypeError for what an adapter may not say, and whatever it raises.
     """
     if optimizer is None:
         return None
-    return adapter_of(optimizer).statistic(Kept.of(optimizer, settings, param, seen))
+    found = adapter_of(optimizer).statistic(Kept.of(optimizer, settings, param, seen))
+    if found is not None and not isinstance(found, Statistic):
+        raise TypeError(f"a statistic must be a Statistic or None, got {shown(found)}")
+    return found
 
 
 def _look_up(kind: type) -> OptimizerAdapter:
