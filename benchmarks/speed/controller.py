@@ -31,9 +31,9 @@ SYMBOLS, CONTEXT = 84, 64
 
 
 def timed(method: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
-        found = method(*args)
+        found = method(*args, **kwargs)
         spent[0] += time.perf_counter() - begin
         return found
 
