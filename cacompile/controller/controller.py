@@ -166,12 +166,17 @@ class Controller:
                 chosen |= ~index.every(self.averaged(optimizer) | np.isnan(self.column("score")))
             chosen |= ~index.every(~self.column("kept"))
             on = chosen[index.of_block]
-        for param, part in zip(self.params, np.split(on, np.cumsum(self._blocks)[:-1])):
-            if param.pin is not None:
-                held = param.pinned_blocks
-                part[held] = param.pinned_mask()[held]
-                param.column("keep")[held] = param.pin.keep_of(param)[held]
+        if self._pinned:
+            for param, part in zip(self.params, np.split(on, np.cumsum(self._blocks)[:-1])):
+                if param.pin is not None:
+                    held = param.pinned_blocks
+                    part[held] = param.pinned_mask()[held]
+                    param.column("keep")[held] = param.pin.keep_of(param)[held]
         return on
+
+    @property
+    def _pinned(self) -> bool:
+        return any(param.pin is not None for param in self.params)
 
     def averaged(self, optimizer: Optimizer | None) -> np.ndarray:
         """bool [blocks]: those that can be judged though they are skipped, as the optimizer keeps a mean for them."""
@@ -192,8 +197,10 @@ class Controller:
         index = self._index
         # with a parameter's key, so that the controllers of one model do not draw alike
         counters = self.config.seed, step, self.params[0].key or 0
-        held = np.concatenate([param.pinned_blocks for param in self.params])
-        keep = index.least(np.where(held, 1.0, self.column("keep")))  # what a pin leaves of a group goes on as it was
+        keep = self.column("keep")
+        if self._pinned:  # what a pin leaves of a group goes on as it was
+            keep = np.where(np.concatenate([param.pinned_blocks for param in self.params]), 1.0, keep)
+        keep = index.least(keep)
         phase = index.least(self.column("phase"))
         on, phase = next_turns(keep, phase, index.turn, index.role, counters)
         self.table.phase[self.rows] = phase[index.of_block]
