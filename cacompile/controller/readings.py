@@ -46,7 +46,8 @@ class Readings:
 
     def measure(self, optimizer: Optimizer | None) -> tuple[dict[int, Any], Parts]:
         """Scores of the parameters that this rank alone steps, or what its shards have: for rank 0."""
-        owner, own = _owner_of(optimizer), own_of(optimizer)
+        own = own_of(optimizer)
+        owner = _owner_of(optimizer, own)
         scores: dict[int, Any] = {}
         parts: Parts = {}
         for decider in self._watching:
@@ -62,7 +63,8 @@ class Readings:
         # what others have at this reading is on its way, so all shards count as they were at the one before
         shards = [self.shards, *(known["parts"] if known["clock"] == self._last else {} for known in told)]
         self._last, self.shards = clock, {}
-        owner, own = _owner_of(optimizer), own_of(optimizer)
+        own = own_of(optimizer)
+        owner = _owner_of(optimizer, own)
         parts = []
         for decider in self._watching:
             if decider.structure == decider.table.structure:
@@ -80,6 +82,6 @@ def own_of(optimizer: Optimizer | None) -> set[int] | None:
     return {id(param) for group in inner.param_groups for param in group["params"]}
 
 
-def _owner_of(optimizer: Optimizer | None) -> Optimizer | None:
-    """The optimizer that keeps the state of the parameters that this rank steps."""
-    return optimizer if own_of(optimizer) is None else getattr(optimizer, "optim", None)
+def _owner_of(optimizer: Optimizer | None, own: set[int] | None) -> Optimizer | None:
+    """The optimizer that keeps the state of the parameters that this rank steps. own: see `own_of`."""
+    return optimizer if own is None else getattr(optimizer, "optim", None)

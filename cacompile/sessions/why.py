@@ -67,7 +67,8 @@ def why(view: Session) -> Why:
     skippable = {id(state.param) for binding in view.bindings for state in binding.skippable}
     can = sum(id(param) in skippable for param in trained)
     if config is None:
-        return Why(len(trained), can, 0, {}, _nothing_planned(view.ran) if view.ran else NOT_COMPILED)
+        ran = view.ran
+        return Why(len(trained), can, 0, {}, _nothing_planned(ran) if ran else NOT_COMPILED)
     reasons, names = _reasons(view, index, config), view.families
     flops = index.sum(index.column("flops"))
     of_family = [index.family == i for i in range(len(names))]

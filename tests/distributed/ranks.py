@@ -28,6 +28,17 @@ random_loops = functools.partial(
 """Settings of a test of random loops. No smaller example is looked for: each takes a minute, and may end the ranks."""
 
 
+class Mlp(nn.Module):
+    """A residual block: (..., width) to the same."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
 @contextmanager
 def some_ranks(count: int = RANKS) -> Iterator[Callable[..., list[Any]]]:
     """run(function, *args): calls function(rank, *args) in all processes at once; what they return, by rank.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import OPTIONS
+from ranks import OPTIONS, Mlp
 from torch import Tensor, nn, optim
 from torch import distributed as dist
 from torch.distributed._composable.replicate import replicate
@@ -39,19 +39,10 @@ class Fails(torch.autograd.Function):
         return grad
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 128), nn.Linear(128, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(x)))
-
-
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.ModuleList([Mlp(WIDTH, 128), Mlp(WIDTH, 128)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks[1](Fails.apply(self.blocks[0](x)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import OPTIONS, random_loops, some_ranks
+from ranks import OPTIONS, Mlp, random_loops, some_ranks
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -25,19 +25,10 @@ HIDDEN = 100
 STEPS = 20
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(x)))
-
-
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks, self.norm = nn.ModuleList([Block(), Block()]), nn.LayerNorm(WIDTH)
+        self.blocks, self.norm = nn.ModuleList([Mlp(WIDTH, HIDDEN), Mlp(WIDTH, HIDDEN)]), nn.LayerNorm(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import OPTIONS, some_ranks
-from torch import Tensor, nn, optim
+from ranks import OPTIONS, Mlp, some_ranks
+from torch import nn, optim
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,15 +22,6 @@ import cacompile
 from cacompile.errors import ConvAwareError
 
 WIDTH = 32
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(x)))
 
 
 def spread(model: nn.Sequential, mesh: DeviceMesh) -> None:
@@ -51,7 +42,7 @@ def train(rank: int, how: str, backend: str, size: tuple[int, int]) -> tuple[dic
     torch.manual_seed(0)
     torch._dynamo.reset()
     mesh = init_device_mesh("cpu", size, mesh_dim_names=("data", "tensor"))
-    model: Any = nn.Sequential(Mlp(), Mlp(), nn.Linear(WIDTH, WIDTH))
+    model: Any = nn.Sequential(Mlp(WIDTH, 64), Mlp(WIDTH, 64), nn.Linear(WIDTH, WIDTH))
     if how == "mesh":
         spread(model, mesh)
     else:

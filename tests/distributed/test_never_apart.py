@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import OPTIONS, apart, random_loops
+from ranks import OPTIONS, Mlp, apart, random_loops
 from torch import Tensor, nn, optim
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.ddp_zero_hook import hook_with_zero_step
@@ -27,21 +27,12 @@ from cacompile.errors import ConvAwareError
 WIDTH = 32
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(x)))
-
-
 class Net(nn.Module):
     """Token-wise blocks, of which any may be left out or run before another, and a pooled layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.pool = Block(), Block(), nn.Linear(WIDTH, WIDTH)
+        self.a, self.b, self.pool = Mlp(WIDTH, 4 * WIDTH), Mlp(WIDTH, 4 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, path: str) -> Tensor:
         for name in path:

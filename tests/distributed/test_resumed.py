@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import OPTIONS
+from ranks import OPTIONS, Mlp
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,21 +24,12 @@ STEPS = 12
 """Steps that are compared."""
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 96), nn.Linear(96, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(x)))
-
-
 class Run:
     """How one rank trains. how: "ddp", "zero1", "fsdp" or "tensor parallel"."""
 
     def __init__(self, how: str) -> None:
         torch.manual_seed(0)
-        self.model, self.how = Net(), how
+        self.model, self.how = Mlp(WIDTH, 96), how
         self.run: Any = torch.compile(self.model, backend="convaware", options={**OPTIONS, "monitor_every": 4})
         if how == "fsdp":
             fully_shard(self.model)

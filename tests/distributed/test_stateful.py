@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import OPTIONS, some_ranks
+from ranks import OPTIONS, Mlp, some_ranks
 from torch import Tensor, nn, optim
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
@@ -21,18 +21,9 @@ import cacompile
 WIDTH = 24
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 100), nn.Linear(100, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(x)))
-
-
-def begin() -> tuple[Net, Callable[[Tensor], Tensor], optim.Optimizer]:
+def begin() -> tuple[Mlp, Callable[[Tensor], Tensor], optim.Optimizer]:
     """Sharded over the ranks that there are."""
-    model = Net()
+    model = Mlp(WIDTH, 100)
     run = torch.compile(model, backend="convaware", options=OPTIONS)
     if dist.is_initialized():
         fully_shard(model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import OPTIONS, random_loops
+from ranks import OPTIONS, Mlp, random_loops
 from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,15 +30,6 @@ WIDTH = 32
 HEADS = 4
 LENGTH = 6
 STEPS = 20
-
-
-class Mlp(nn.Module):
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(x)))
 
 
 class Block(nn.Module):
@@ -63,7 +54,7 @@ class Net(nn.Module):
     def __init__(self, hidden: int = 0) -> None:
         """hidden: of two MLPs; 0: one block with attention."""
         super().__init__()
-        self.blocks = nn.ModuleList([Mlp(hidden), Mlp(hidden)] if hidden else [Block()])
+        self.blocks = nn.ModuleList([Mlp(WIDTH, hidden), Mlp(WIDTH, hidden)] if hidden else [Block()])
         self.head = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
