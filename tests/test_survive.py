@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cacompile
+from cacompile.torch_internals import warning_once
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -221,6 +222,18 @@ def test_compiled_autograd_stays_dense_and_says_so_once(caplog: pytest.LogCaptur
     said = [record for record in caplog.records if "compiled autograd" in record.getMessage()]
     assert len(said) == 1 and "dense" in said[0].getMessage()
     assert not any(i.masked_backwards for i in cacompile.session(model).bindings)
+
+
+def test_what_compiled_autograd_did_to_another_model_is_not_said_of_this(caplog: pytest.LogCaptureFixture) -> None:
+    other, model, x = Block(), Block(), batch()
+    run, alone = (compile_all(each, "convaware", options={"inner": "aot_eager"}) for each in (other, model))
+    with torch._dynamo.compiled_autograd._enable(lambda gm: gm):
+        train_step((other, run), x)
+    warning_once.cache_clear()
+    caplog.set_level(logging.WARNING, "cacompile")
+    for _ in range(3):
+        alone(*x)
+    assert not [record for record in caplog.records if record.name.startswith("cacompile")]
 
 
 def test_compiled_autograd_finds_all_that_it_reads_of_a_frozen_model() -> None:

@@ -39,6 +39,8 @@ class Calls:
         self._numbered: weakref.WeakValueDictionary[int, GraphBinding] = weakref.WeakValueDictionary()
         self._endings = Endings()
         self._cuts = cuts
+        self._captured = 0
+        """Backwards that compiled autograd had traced, of whatever model, when the newest binding was made."""
 
     def find_binding(self, handle: Any) -> GraphBinding | None:
         """The binding that a handle names; None for one that leads nowhere, such as a traced one."""
@@ -54,8 +56,8 @@ class Calls:
             binding = bindings.get(tuple([id(args[i]) for i in positions]))
             if binding is None:
                 binding = self._new_binding(graph, args, positions)
-            elif not binding.spent.total:
-                _look_for_compiled_autograd()
+            elif graph.layout.grads and not binding.spent.total:
+                self._look_for_compiled_autograd()
             if binding is None:
                 return compiled(*args, NOWHERE)
             if binding.alone:
@@ -107,6 +109,7 @@ class Calls:
             follow_optimizers()
             key = tuple(id(args[i]) for i in positions)
             binding = self.bindings[key] = GraphBinding(graph.layout, args, graph.config)
+            self._captured = captured_backwards()
             self._numbered[binding.handle] = binding
             forget = functools.partial(_forget, weakref.ref(self), key)
             for i in positions:
@@ -116,18 +119,17 @@ class Calls:
             warn_of_fault(log, "binding a graph to its parameters", DENSE)
             return None
 
+    def _look_for_compiled_autograd(self) -> None:
+        """For a binding that has run forward before, but never backward through us: say why, if that is why."""
+        if captured_backwards() > self._captured:
+            warning_once(
+                log,
+                "compiled autograd traces the backward into a graph of its own, where nothing can be skipped: "
+                "all weight gradients stay dense. Train without compiled autograd to skip those that have converged",
+            )
+
 
 def _forget(calls: weakref.ref[Calls], key: tuple[int, ...]) -> None:
     """A parameter has died, and its id may be given to another."""
     if (alive := calls()) is not None:
         alive.bindings.pop(key, None)
-
-
-def _look_for_compiled_autograd() -> None:
-    """For a binding that has run forward before, but never backward through us: say why, if that is why."""
-    if captured_backwards():
-        warning_once(
-            log,
-            "compiled autograd traces the backward into a graph of its own, where nothing can be skipped: "
-            "all weight gradients stay dense. Train without compiled autograd to skip those that have converged",
-        )
