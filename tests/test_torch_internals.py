@@ -10,7 +10,7 @@ from cacompile.torch_internals import CONTRACTS, Contract, broken_contracts
 
 PURPOSES = {
     getattr(torch_internals, name)
-    for name in ("COMPILE", "LOOK", "RANKS", "SHARDS", "CACHE", "TRACED", "STANDALONE", "SEE")
+    for name in ("COMPILE", "LOOK", "RANKS", "SHARDS", "SCATTERS", "CACHE", "TRACED", "STANDALONE", "SEE")
 }
 
 

@@ -5,7 +5,7 @@
 
 Two network namespaces, a pair of virtual interfaces between them, and a token bucket filter on each. Bytes are those
 that the interface of rank 0 has sent, with all that TCP adds. Arms: `dense` (convaware, everything on), `half` (every
-second group off), `frozen` (the lower half of the blocks, of which no gradient is computed); under DDP also with
+second group off), `frozen` (the lower half of the blocks, of which no gradient is computed); of each also with
 `reduce_less`.
 """
 
@@ -38,7 +38,8 @@ DEPTH = 6
 OPTIONS = {"monitor_every": 2, "warmup_steps": 2, "block_rows": 32}
 READY = 8
 """Steps until all ranks hold a pin: decided at a reading, taken over a step later."""
-ARMS = [(how, what) for how in ("ddp", "ddp, reduce_less", "fsdp2") for what in ("dense", "half", "frozen")]
+WRAPPERS = ("ddp", "ddp, reduce_less", "fsdp2", "fsdp2, reduce_less")
+ARMS = [(how, what) for how in WRAPPERS for what in ("dense", "half", "frozen")]
 
 
 class Block(nn.Module):
@@ -71,13 +72,13 @@ class Arm:
         for block in self.module.blocks:
             block.compile(backend="convaware", options=OPTIONS)
         self.model: Any = self.module
-        if how == "fsdp2":
+        if how.startswith("fsdp2"):
             for block in self.module.blocks:
                 fully_shard(block)
             fully_shard(self.module)
         else:
             self.model = DistributedDataParallel(self.module)
-        if how == "ddp, reduce_less":
+        if how.endswith("reduce_less"):
             cacompile.reduce_less(self.model)
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
         self.bytes: list[float] = []

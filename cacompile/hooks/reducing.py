@@ -1,15 +1,14 @@
-"""Sends less: an all-reduce for DistributedDataParallel that leaves out what all ranks skip."""
+"""Sends less: gradients that all ranks skip are left out, of DistributedDataParallel's all-reduces here."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cacompile.errors import ConvAwareError
@@ -17,34 +16,25 @@ from cacompile.state.params import ParamState
 from cacompile.state.registry import registry
 from cacompile.torch_internals import joins
 
-LEAST = 0.125
-"""Share of a bucket from which on it is worth copying the rest together."""
+from .scattering import scatter_less
+from .traffic import LEAST, Traffic, numel, unpack
 
 
-@dataclass
-class Traffic:
-    """Bytes of gradients that this rank has handed to all-reduces."""
-
-    dense: int = 0
-    """What it would have been with everything computed."""
-    sent: int = 0
-
-    def __str__(self) -> str:
-        share = self.sent / self.dense if self.dense else 1.0
-        return f"{self.sent:.3g} of {self.dense:.3g} bytes of gradients sent ({share:.1%})"
-
-
-def reduce_less(wrapper: DistributedDataParallel) -> Traffic:
+def reduce_less(wrapper: nn.Module) -> Traffic:
     """Have gradients averaged but for slices that all ranks skip or have frozen: those are zeros on each of them.
 
-    A communication hook, the only one that a DistributedDataParallel can have; call it once, on all ranks, before the
-    first backward. What is left is summed as ever, so with everything computed nothing changes. Freeze and thaw at the
-    same steps on all ranks. Under `Join` everything is sent. Returns a count that goes on with training.
-    Raises ConvAwareError for anything but a DistributedDataParallel.
+    For a DistributedDataParallel a communication hook, of which it can have only one; for a module under `fully_shard`
+    (FSDP2) a reduce-scatter around the one that it and the modules within it have, as `set_custom_reduce_scatter` sets
+    it. Call it once, on all ranks, before the first backward. What is left is summed as ever, so with everything
+    computed nothing changes. Freeze and thaw at the same steps on all ranks. Under `Join` everything is sent.
+    Returns a count that goes on with training. Raises ConvAwareError for anything else.
     """
-    if not isinstance(wrapper, DistributedDataParallel):
-        raise ConvAwareError(f"wrapper must be a DistributedDataParallel, got {type(wrapper).__name__}")
     traffic = Traffic()
+    if not isinstance(wrapper, DistributedDataParallel):
+        if not scatter_less(wrapper, traffic):
+            kind = type(wrapper).__name__
+            raise ConvAwareError(f"wrapper must be a DistributedDataParallel, or under fully_shard (FSDP2), got {kind}")
+        return traffic
     itself = weakref.ref(wrapper)
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations, and takes no texts
@@ -63,19 +53,18 @@ def _reduce(ddp: DistributedDataParallel | None, traffic: Traffic, bucket: Any) 
     group = None if ddp is None else ddp.process_group
     packed.div_(dist.get_world_size(group))
 
-    def unpack(future: Any) -> torch.Tensor:
+    def put_back(future: Any) -> torch.Tensor:
         if kept is not None:
             (packed,) = future.value()
             buffer.zero_()  # a rank may have computed more than it had to
-            for view, part in zip(kept, packed.split([view.numel() for view in kept])):
-                view.copy_(part.view(view.shape))
+            unpack(packed, kept)
         return buffer
 
     if not packed.numel():
         done: Any = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
         done.set_result(buffer.zero_())
         return done
-    return dist.all_reduce(packed, group=group, async_op=True).get_future().then(unpack)
+    return dist.all_reduce(packed, group=group, async_op=True).get_future().then(put_back)
 
 
 def _pack(views: list[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
@@ -90,7 +79,7 @@ def _kept(bucket: Any) -> list[torch.Tensor] | None:
         for view in _needed(registry.find(param), gradient)
     ]
     whole = bucket.buffer().numel()
-    return views if sum(math.prod(view.shape) for view in views) <= (1.0 - LEAST) * whole else None
+    return views if numel(views) <= (1.0 - LEAST) * whole else None
 
 
 def _needed(state: ParamState | None, gradient: torch.Tensor) -> Iterator[torch.Tensor]:

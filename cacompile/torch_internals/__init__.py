@@ -31,6 +31,7 @@ from .contracts import (
     CONTRACTS,
     LOOK,
     RANKS,
+    SCATTERS,
     SEE,
     SHARDS,
     STANDALONE,
@@ -40,6 +41,7 @@ from .contracts import (
 )
 from .distributed import (
     FullySharded,
+    ShardedParam,
     follow_joins,
     fully_sharded,
     group_store,
@@ -49,6 +51,7 @@ from .distributed import (
     may_be_sharded,
     running_ddp,
     steps_within_backward,
+    wrap_reduce_scatters,
 )
 from .dynamo import (
     captured_backwards,

@@ -21,6 +21,8 @@ RANKS = "agreeing"
 """Without it ranks that hold copies of parameters cannot agree on what to skip: they compute everything."""
 SHARDS = "sharding"
 """Without it what `fully_shard` has spread over ranks stays dense."""
+SCATTERS = "sending less of shards"
+"""Without it `reduce_less` leaves what `fully_shard` sends as it is."""
 CACHE = "starting from a cache"
 """Without it AOTAutograd's cache stays off for our graphs: each start traces them again."""
 TRACED = "ending backwards under compiled autograd"
@@ -209,6 +211,22 @@ CONTRACTS = (
         ("values",),
         purpose=SHARDS,
         seen=("2.11", "2.13", "2.14"),
+    ),
+    Contract(
+        "FSDPParamGroup",
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup",
+        probe=lambda group: [
+            group.__init__.__code__.co_names.index(of) for of in ("_reduce_scatter_comm", "fsdp_params")
+        ],
+        purpose=SCATTERS,
+        seen=("2.13",),
+    ),
+    Contract(
+        "FSDPParam",
+        "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam",
+        ("padded_sharded_param_size", "sharded_param"),
+        purpose=SCATTERS,
+        seen=("2.13",),
     ),
     Contract("swap_tensors", "torch.utils:swap_tensors", parameters=("t1", "t2")),
     Contract("extract_bw_module", "torch._dynamo.compiled_autograd:extract_bw_module", purpose=TRACED, seen=("2.13",)),

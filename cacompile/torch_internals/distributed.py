@@ -41,6 +41,31 @@ class FullySharded:
         return [(of._param_fqn, of.sharded_param) for of in each]
 
 
+@dataclass(frozen=True)
+class ShardedParam:
+    """A parameter of one call of `fully_shard`."""
+
+    of: Any
+    """What `fully_shard` keeps of it."""
+
+    @property
+    def param(self) -> Any:
+        """What optimizers step: a DTensor, which loading a state may have replaced."""
+        return self.of.sharded_param
+
+    @property
+    def piece(self) -> tuple[int, ...]:
+        """Shape of what each rank has of it, padded to be the same on all."""
+        return tuple(self.of.padded_sharded_param_size)
+
+
+def wrap_reduce_scatters(module: Any, wrap: Callable[[Any, list[ShardedParam]], Any]) -> None:
+    """Have a module's own call of `fully_shard` reduce by `wrap(what it has reduced by, its parameters in order)`."""
+    state = resolve("module_states")[module]()
+    for group in _groups_of(state):
+        group._reduce_scatter_comm = wrap(group._reduce_scatter_comm, [ShardedParam(of) for of in group.fsdp_params])
+
+
 def is_fsdp1(model: Any) -> bool:
     """Whether any part of a model is under FullyShardedDataParallel."""
     wrapper = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
@@ -64,10 +89,15 @@ def fully_sharded(param: Any) -> FullySharded | None:
 
 def _fully_sharded(state: Any) -> list[Any]:
     """What `fully_shard` keeps of each parameter of one call."""
+    return [of for group in _groups_of(state) for of in group.fsdp_params]
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """What is gathered and reduced together of one call of `fully_shard`."""
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # one a state before torch 2.13
         groups = [group] if (group := getattr(state, "_fsdp_param_group", None)) is not None else []
-    return [of for group in groups for of in group.fsdp_params]
+    return groups
 
 
 @functools.cache

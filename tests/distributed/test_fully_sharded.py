@@ -284,7 +284,9 @@ def test_the_first_fsdp_stays_dense_and_says_so(ranks: Callable[..., list[Any]])
     assert "FSDP1" in found[0][1]
 
 
-def random_run(rank: int, seed: int, make_name: str, whole: bool, copies: bool) -> tuple[list[list[bool]], list[float]]:
+def random_run(
+    rank: int, seed: int, make_name: str, whole: bool, copies: bool, less: bool
+) -> tuple[list[list[bool]], list[float]]:
     """The mask after each of 200 steps, and the weights in the end, of a loop that is the same but for the batches."""
     same, own = np.random.default_rng(seed), np.random.default_rng([seed, rank])
     model = Net()
@@ -292,6 +294,8 @@ def random_run(rank: int, seed: int, make_name: str, whole: bool, copies: bool) 
     mesh = {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))} if copies else {}
     for part in (*model.blocks, model):
         fully_shard(part, reshard_after_forward=bool(same.integers(2)), **mesh)
+    if less:
+        cacompile.reduce_less(model)
     optimizer, session, masks = make(make_name, model), cacompile.session(model), []
     clip = float(same.choice([0.0, 0.1]))
     for _ in range(200):
@@ -316,11 +320,17 @@ def random_run(rank: int, seed: int, make_name: str, whole: bool, copies: bool) 
 
 @pytest.mark.slow
 @random_loops(max_examples=12)
-@given(seed=st.integers(0, 2**16), make=st.sampled_from(["adam", "sgd"]), whole=st.booleans(), copies=st.booleans())
+@given(
+    seed=st.integers(0, 2**16),
+    make=st.sampled_from(["adam", "sgd"]),
+    whole=st.booleans(),
+    copies=st.booleans(),
+    less=st.booleans(),
+)
 def test_random_loops_never_drift(
-    ranks: Callable[..., list[Any]], seed: int, make: str, whole: bool, copies: bool
+    ranks: Callable[..., list[Any]], seed: int, make: str, whole: bool, copies: bool, less: bool
 ) -> None:
     """With copies each rank has all weights of its own, which nothing but equal steps keeps equal."""
-    (masks, weights), other = ranks(random_run, seed, make, whole, copies)
+    (masks, weights), other = ranks(random_run, seed, make, whole, copies, less)
     assert (masks, weights) == other and np.isfinite(weights).all()
     assert any(not on for mask in masks for on in mask)

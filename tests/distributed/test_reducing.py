@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import OPTIONS, apart
+from ranks import OPTIONS, Mlp, apart
 from torch import Tensor, nn, optim
 from torch.distributed.algorithms.join import Join
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import cacompile
 from cacompile.errors import ConvAwareError
+from cacompile.hooks.traffic import Traffic
 
 WIDTH = 32
 
@@ -127,6 +130,87 @@ def test_blocks_below_are_frozen_and_nobody_waits_for_them(ranks: Callable[..., 
     assert ranks(frozen_below) == [(0.0, [True, True, False])] * 2
 
 
+def sharded(rank: int, less: bool, how: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """(weights in the end, share of the bytes that each step has sent)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Mlp(33, 100) for _ in range(2)), nn.LayerNorm(33))
+    settings: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(how.get("dtype"), how.get("reduce"))}
+    if how.get("columns"):
+        model = nn.Sequential(*(Mlp(32, 96) for _ in range(2)), nn.LayerNorm(32))
+        settings["shard_placement_fn"] = lambda param: Shard(param.ndim - 1)
+    for block in model[:2]:
+        block.compile(backend="convaware", options=OPTIONS)
+        fully_shard(block, **settings)
+    fully_shard(model, **settings)
+    traffic = cacompile.reduce_less(model) if less else Traffic()
+    session, optimizer = cacompile.session(model), optim.AdamW(model.parameters(), lr=1e-3)
+    every, always, shares = how.get("every", 1), how.get("always", False), []
+    for i in range(16):
+        if i == 8 and "freeze" in how:
+            session.freeze(*how["freeze"])
+        before = traffic.sent, traffic.dense
+        for micro in range(every):
+            x = torch.randn(
+                4, *model[2].weight.shape, generator=torch.Generator().manual_seed(10 * i + 2 * micro + rank)
+            )
+            model.set_requires_gradient_sync(always or micro + 1 == every)
+            F.cross_entropy(model(x), x.argmax(-1)).backward()
+        if "clip" in how:
+            nn.utils.clip_grad_norm_(model.parameters(), how["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        shares.append((traffic.sent - before[0]) / max(1, traffic.dense - before[1]))
+        if i == 3 and "pin" in how:
+            session.pin(keep=how["pin"])
+    return torch.cat([param.full_tensor().flatten() for param in model.parameters()]).tolist(), shares
+
+
+MIXED = {"every": 2, "always": True, "dtype": torch.bfloat16, "reduce": torch.float32}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({}, id="rows"),
+        pytest.param(
+            {"columns": True, "every": 2, "clip": 0.05}, id="columns, accumulated, clipped", marks=pytest.mark.slow
+        ),
+        pytest.param(MIXED, id="accumulated, mixed", marks=pytest.mark.slow),
+        pytest.param({"freeze": ("0.*", "1.up.*")}, id="frozen"),
+        pytest.param({"pin": 0.0}, id="all off"),
+    ],
+)
+def test_less_is_scattered_and_nothing_changes(ranks: Callable[..., list[Any]], how: dict[str, Any]) -> None:
+    dense, less = ranks(sharded, False, how), ranks(sharded, True, how)
+    assert [weights for weights, _ in dense] == [weights for weights, _ in less]
+    (_, shares), (_, others) = less
+    assert shares == others and shares[0] == 1.0 and min(shares) < (0.1 if "pin" in how else 0.8), shares
+
+
+def unused(rank: int) -> tuple[list[float], int, int]:
+    """Of a unit whose parameters are equally large it is not certain which have gradients: all is sent."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Mlp(32, 32), nn.LayerNorm(32))
+    model[0].compile(backend="convaware", options=OPTIONS)
+    fully_shard(model)
+    traffic = cacompile.reduce_less(model)
+    session, optimizer = cacompile.session(model), optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    for i in range(8):
+        if i == 4:
+            session.pin(keep=0.0)
+            session.freeze("0.up.*")
+        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(10 * i + rank))
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([param.full_tensor().flatten() for param in model.parameters()]).tolist(), *vars(traffic).values()
+
+
+def test_what_is_not_certain_is_sent(ranks: Callable[..., list[Any]]) -> None:
+    (weights, dense, sent), other = ranks(unused)
+    assert (weights, dense, sent) == other and dense == sent
+
+
 @pytest.mark.slow
 def test_under_join_everything_is_sent(ranks: Callable[..., list[Any]]) -> None:
     found = ranks(run_train, True, {"join": True})
@@ -134,5 +218,5 @@ def test_under_join_everything_is_sent(ranks: Callable[..., list[Any]]) -> None:
 
 
 def test_only_for_data_parallel_models() -> None:
-    with pytest.raises(ConvAwareError, match="must be a DistributedDataParallel, got Linear"):
+    with pytest.raises(ConvAwareError, match=r"must be a DistributedDataParallel, or under fully_shard .*, got Linear"):
         cacompile.reduce_less(nn.Linear(2, 2))
