@@ -26,6 +26,7 @@ from cacompile.state.replicas import Replicas, can_agree
 from cacompile.torch_internals import is_zero1, warning_once
 
 from .controller import capturing
+from .copies import Copies
 from .decider import Parts, flops_told
 from .divergence import about, compare, compare_states
 from .following import Following
@@ -66,6 +67,7 @@ class Agreement:
         self._digests: dict[int, dict[str, int]] = {}
         self._told: list[dict[str, Any]] | None = None
         self._readings = Readings()
+        self._copies = Copies()
         self._following = Following(self.members)
         self._loaded: tuple[int, list[dict[str, Any]]] | None = None
         """When a state was loaded, and what other ranks had told last in it; until they tell anew."""
@@ -139,6 +141,7 @@ class Agreement:
         self._epoch += 1
         self._due, self._ahead = None, 0
         self._digests.clear()
+        self._copies.forget()
         self._said.clear()
 
     def _is_reading(self, step: int) -> bool:
@@ -209,22 +212,21 @@ class Agreement:
         clock = self._clock = count + self._shift
         self._every, self._from, self._due = saved["every"], clock + 1, None
         self._digests.clear()
+        self._copies.forget()
         self._said.clear()
         if saved["said"] is not None:
             self._due, self._said[clock] = clock, {"parts": saved["said"], "step": self.step, "digest": None}
         self._following.resume(saved["parts"])
         if self._leads:
             self._readings.resume(clock, saved["shards"])
-            self._loaded = (
-                clock,
-                [{**known, "clock": clock, "follows": 0, "digest": None} for known in saved["told"] or ()],
-            )
+            told = [{**known, "clock": clock, "follows": 0, "digest": None} for known in saved["told"] or ()]
+            self._loaded = clock, told
             self._greet()
 
     def _read(self, optimizer: Optimizer | None) -> None:
         self._due = self._clock
-        self._digests[self._clock] = self._following.digest()
-        self._digests = dict(list(self._digests.items())[-4:])
+        self._digests = dict([*self._digests.items(), (self._clock, self._following.digest())][-4:])
+        self._copies.look(self.members, self._clock, self._every or 1)
         if not self._leads:
             self._tell(*self._readings.measure(optimizer))
         elif self._clock not in self._said:
@@ -236,6 +238,7 @@ class Agreement:
             compare(ours, known, 0, rank)
             if known["clock"] in self._digests and known["digest"] is not None:
                 compare_states(self._digests[known["clock"]], known["digest"], 0, rank)
+            self._copies.compare(self.members, known.get("weights"), rank)
         parts = [each.to_dict() for each in self._readings.decide(optimizer, told, self._clock)]
         if self._readings.fruitless == PATIENCE:
             some = self.members[0].name
@@ -264,6 +267,7 @@ class Agreement:
             "scores": scores or {},
             "parts": parts or {},
             "digest": self._digests.get(self._clock),
+            "weights": self._copies.told(self._clock),
         }
         self._channel.tell({**known, **self._about()})
 

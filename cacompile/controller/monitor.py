@@ -102,14 +102,14 @@ def _measurements(states: Sequence[tuple[ParamState, bool]], sums: torch.Tensor,
         else ratio.view(len(unknown), -1)
         for state, ratio in known
     ]
-    host, event = _fetch(torch.cat([sums[None], torch.cat(each, dim=1)]))
+    host, event = fetch(torch.cat([sums[None], torch.cat(each, dim=1)]))
     parts = host.split([state.blocks for state, _ in states], dim=1)
     return [
         (r, Measurement(part, event, None if averaged else ~r.skipped)) for (r, averaged), part in zip(states, parts)
     ]
 
 
-def _fetch(sums: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+def fetch(sums: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
     """A copy on the host, and what tells that it is complete."""
     if sums.device.type != "cuda":
         return sums.cpu(), None

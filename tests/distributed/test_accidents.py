@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn, optim
 from torch import distributed as dist
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -114,3 +117,34 @@ def test_all_ranks_go_on_alike(ranks: Callable[..., list[Any]], wrap: str, accid
     first, second = ranks(train, wrap, accident)
     assert first[:2] == second[:2] and all(weight == weight for weight in first[1])
     assert min(first[2], second[2]) > 0.05
+
+
+def leaves_out(rank: int, out: int, wrap: str) -> list[str]:
+    """What is said where rank 1 leaves a step of its optimizer out; on all ranks."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("cacompile").addHandler(handler)
+    model = Net()
+    wrapper = DistributedDataParallel(torch.compile(model, backend="convaware", options=OPTIONS))
+    make = functools.partial(ZeroRedundancyOptimizer, optimizer_class=optim.AdamW) if wrap == "zero" else optim.AdamW
+    optimizer = make(wrapper.parameters(), lr=1e-3)
+    for i in range(STEPS):
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(10 * i + rank))
+        F.cross_entropy(wrapper(x), x.argmax(-1)).backward()
+        if i != out or rank != 1:
+            optimizer.step()
+        optimizer.zero_grad()
+    logging.getLogger("cacompile").removeHandler(handler)
+    return said
+
+
+@pytest.mark.parametrize("out", [7, STEPS])
+def test_a_step_that_one_rank_leaves_out_is_told_of(ranks: Callable[..., list[Any]], out: int) -> None:
+    found, other = ranks(leaves_out, out, "ddp")
+    assert not other and len(found) == (out < STEPS)
+    assert all("ranks 0 and 1" in text and "the same steps" in text for text in found)
+
+
+def test_weights_are_compared_once_owners_have_told_theirs(ranks: Callable[..., list[Any]]) -> None:
+    assert ranks(leaves_out, STEPS, "zero") == [[], []]
