@@ -10,9 +10,12 @@ from cacompile.config import Config
 
 from .spikes import EARLY, JUMP, totals, was_spike
 
+FEWER = 1.0 / 3.0
+"""Share of its descent that a group gives up of which nothing is computed: so much, as skipping a share of all groups
+alike cost what a shorter run does that saves as much, and dW is a third of a step (`docs/policy.md`)."""
+
 NOISE = 0.01
-"""Share of its expected descent that a group gives up when it is computed in every second step, however slowly it
-moves: half as many gradients tell half as much."""
+"""What a group gives up beside that when it is computed in every second step, however slowly it moves."""
 
 FAST = 0.012
 """Movement in one step, as a share of a group's own size, at which skipping every second step gives up all descent."""
@@ -20,14 +23,17 @@ FAST = 0.012
 STALENESS = 4
 """Power of the way since a group was last computed, over FAST, which is the share of its descent that is given up."""
 
-ALIKE = 4.0
+ALIKE = 2.0
 """Groups whose descent per FLOP is within this factor of the median share one distance from turn to turn."""
 
 STEP = 3.0
 """FLOPs of a whole step for each of dW where they have not been counted: forward pass, dX and dW cost the same."""
 
 MARGIN = 2.0
-"""How many times its price in descent a saved FLOP must be worth: all this is measured roughly (`docs/policy.md`)."""
+"""How many times its price in descent a saved FLOP must be worth at the default `tolerance`: all this is measured
+roughly (`docs/policy.md`). Less where the option is higher, in proportion."""
+
+USUAL_TOLERANCE = Config().tolerance
 
 USUAL = 2.0
 """The n-th measurement counts n - 1 times in what a step usually wins, for which it has this over n as its weight."""
@@ -69,14 +75,15 @@ def keep_probabilities(
     """How often each group is computed, float [G] in 0..1: 1/k for every k-th step.
 
     A group computed in every k-th step saves (1 - 1/k) * flops and gives up `loss(k, ratio)` of its descent. A shorter
-    run would give up the descent of a step for the FLOPs of a whole step, forward pass and dX too. That is the
-    price which a skipped FLOP has to beat, MARGIN times; it is beaten up to some k. Groups that score alike share
-    it, and move as their mean does: what one of them misses in a step the others learn from the same samples. What is
-    dearer than that is computed in every step and left out of the price, what is cheaper has a k of its own. A jump
-    of the descent counts as what is usual. Where all of them together would give up more than `tolerance` of what a
-    step wins, the price rises until they do not. 1 - 1/k is never above max_skip, and k never above `turns`: in every
-    step one of a group's role is computed, so what has none like it is never skipped. With a `budget` the price is the
-    one, the same for all, at which it is saved; it ends neither by the price nor by `tolerance`, only by a jump.
+    run would give up the descent of a step for the FLOPs of a whole step, forward pass and dX too. That is the price
+    which a skipped FLOP has to beat, MARGIN times; it is beaten up to some k, and by no k where a group wins about as
+    much for its FLOPs as others do. Groups that score alike share it, and move as their mean does: what one of them
+    misses in a step the others learn from the same samples. What is dearer than that is computed in every step and left
+    out of the price, what is cheaper has a k of its own. A jump of the descent counts as what is usual. Where all of
+    them together would give up more than `tolerance` of what a step wins, the price rises until they do not. 1 - 1/k is
+    never above max_skip, and k never above `turns`: in every step one of a group's role is computed, so what has none
+    like it is never skipped. With a `budget` the price is the one, the same for all, at which it is saved; it ends
+    neither by the price nor by `tolerance`, only by a jump.
 
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
     ratio: float [G], movement in a step over its size, NaN where not known yet (never skipped);
@@ -104,7 +111,7 @@ def keep_probabilities(
         descent = np.where(alike, flops * (descent[alike].sum() / flops[alike].sum()), descent)
         ratio = np.where(alike, _mean_ratio(ratio[alike], flops[alike]), ratio)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        worth = np.where(dear, 0.0, step * flops / (of_step * MARGIN * flops[~dear].sum() * descent))
+        worth = np.where(dear, 0.0, step * flops / (of_step * margin(config) * flops[~dear].sum() * descent))
 
     def every(price: float) -> np.ndarray:
         return _distance(worth / price, ratio, longest[known])
@@ -123,6 +130,11 @@ def keep_probabilities(
     return keep
 
 
+def margin(config: Config) -> float:
+    """How many times its price a saved FLOP must be worth to who has set these options."""
+    return MARGIN * min(1.0, USUAL_TOLERANCE / max(config.tolerance, 1e-9))
+
+
 def _dear_enough(fits: Callable[[float], bool], low: float) -> float:
     """The lowest price that fits, about: the higher the better. low: binary logarithm of the lowest to be asked for."""
     if fits(2.0**low):
@@ -137,12 +149,12 @@ def _dear_enough(fits: Callable[[float], bool], low: float) -> float:
 def loss(k: np.ndarray, ratio: np.ndarray) -> np.ndarray:
     """Share of its descent that a group gives up when it is computed in every k-th step, float [G].
 
-    k (k - 1) / 2 times NOISE, and what the weights have moved in the k - 1 steps for which an estimate stands in, over
-    FAST, to the power STALENESS. Below k = 2 fewer estimates are used, each of them one step old.
+    FEWER times the share of its gradients that is not computed, k (k - 1) / 2 times NOISE, and what the weights have
+    moved in the k - 1 steps for which an estimate stands in, over FAST, to the power STALENESS. Below k = 2 fewer
+    estimates are used, each of them one step old.
     """
-    return NOISE * k * (k - 1.0) / 2.0 + (ratio / FAST) ** STALENESS * np.where(
-        k < 2.0, k - 1.0, (k - 1.0) ** STALENESS
-    )
+    older = np.where(k < 2.0, k - 1.0, (k - 1.0) ** STALENESS)
+    return FEWER * (1.0 - 1.0 / k) + NOISE * k * (k - 1.0) / 2.0 + (ratio / FAST) ** STALENESS * older
 
 
 def _over_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -169,7 +181,7 @@ def _distance(worth: np.ndarray, ratio: np.ndarray, longest: np.ndarray) -> np.n
 
         def pays(k: np.ndarray) -> np.ndarray:
             older = np.where(k < 2.0, 1.0, STALENESS * (k - 1.0) ** (STALENESS - 1))
-            return worth > k * k * (NOISE * (2.0 * k - 1.0) / 2.0 + speed * older)
+            return worth > FEWER + k * k * (NOISE * (2.0 * k - 1.0) / 2.0 + speed * older)
 
         for _ in range(40):
             middle = (low + high) / 2.0

@@ -12,7 +12,7 @@ from cacompile.config import Config
 from cacompile.state.groups import GroupIndex
 from cacompile.state.params import ParamState
 
-from .policy import keep_probabilities
+from .policy import USUAL_TOLERANCE, keep_probabilities
 from .spikes import JUMP
 
 UNREAD = "no score yet"
@@ -23,7 +23,7 @@ NO_ROOM = "the option tolerance leaves no room for it"
 FAST = "still moves fast"
 SMALL_PART = "dW is too small a part of a step"
 ALONE = "no other group does the same in this layer or in others, to learn what it would miss"
-DEAR = "too dear, wins too much for its FLOPs"
+DEAR = "wins as much for its FLOPs as others, or more"
 
 SELDOM = 0.99
 """What is computed in more of the steps than that counts as never skipped."""
@@ -86,14 +86,14 @@ def weigh(
 def why_dense(weighed: Weighed, config: Config) -> list[str]:
     """Why each group is computed in every step, by what the policy would do otherwise; empty where it is not, [groups].
 
-    It is asked again with a tolerance of 1, without movement, with what steps usually win, and with dW as a usual part.
+    It is asked again with the default tolerance, without movement, with what steps usually win, and with dW as a usual part.
     """
     descent, ratio, flops, usual, turns, _ = weighed
     known = np.isfinite(descent) & np.isfinite(ratio)
     won = float(descent[known].sum())
     jumped = won > JUMP * float(usual[known].sum()) > 0.0
     otherwise: list[tuple[str, Weighed, Config]] = [
-        (NO_ROOM, weighed, replace(config, tolerance=1.0)),
+        (NO_ROOM, weighed, replace(config, tolerance=max(config.tolerance, USUAL_TOLERANCE))),
         (JUMPED, weighed._replace(descent=np.where(known & jumped, usual, descent)), config),
         (FAST, still := weighed._replace(ratio=np.where(known, 0.0, ratio)), config),
         (SMALL_PART, still._replace(step_flops=None), config),

@@ -106,7 +106,7 @@ def test_the_gradients_shrink_and_groups_are_skipped_without_any_help(make: Any,
         on.append(state.on.copy())
         backward(state, scale=2.0**-i)
         optimizer.step()
-    assert state.column("keep").max() < 0.8 and not np.all(on[2:])
+    assert state.column("keep").mean() < 0.5 and not np.all(on[2:])
     assert np.all(on[1::2]), "without a mean of gradients, a measurement needs those of its own step"
 
 
