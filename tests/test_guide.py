@@ -116,5 +116,5 @@ def test_it_does_and_prints_what_it_says(tmp_path: Path) -> None:
         head = [row for row in csv.DictReader(lines) if row["family"] == "lm_head.tokens"]
     keep = {int(row["step"]): float(row["keep"]) for row in head}
     assert {*keep.values()} == {1.0}, "lm_head is left alone: no other group does the same"
-    default, turned_down = saved
-    assert default > turned_down > 0.0
+    default, turned_up, further = saved
+    assert further > turned_up > default == 0.0
