@@ -42,7 +42,7 @@ class Config:
 
     tolerance: float = _option(
         0.05,
-        "Share of a step's expected loss decrease that may be given up in it; 0 never skips, above the default more pays.",
+        "Share of a step's expected loss decrease that may be given up; 0 never skips, above the default more pays.",
         low=0.0,
         high=1.0,
     )

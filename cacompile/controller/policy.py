@@ -33,6 +33,10 @@ MARGIN = 2.0
 """How many times its price in descent a saved FLOP must be worth at the default `tolerance`: all this is measured
 roughly (`docs/policy.md`). Less where the option is higher, in proportion."""
 
+LEAST = 0.1
+"""Share of all dW that must be worth skipping for any of it to be: a masked backward that leaves out less takes as long
+as the dense one."""
+
 USUAL_TOLERANCE = Config().tolerance
 
 USUAL = 2.0
@@ -71,6 +75,7 @@ def keep_probabilities(
     config: Config,
     turns: np.ndarray | None = None,
     step_flops: float | None = None,
+    least: float = LEAST,
 ) -> np.ndarray:
     """How often each group is computed, float [G] in 0..1: 1/k for every k-th step.
 
@@ -90,7 +95,8 @@ def keep_probabilities(
     flops: float [G], of dW (0: never skipped, it saves nothing);
     mean_descents: float [G], expected loss decrease that steps have had so far, see `mean_descent`;
     turns: int [G], of its role, see `GroupIndex.turns`; None: as many as one likes;
-    step_flops: of a whole step, much more than of dW where a frozen base makes that a small part; None: STEP times it.
+    step_flops: of a whole step, much more than of dW where a frozen base makes that a small part; None: STEP times it;
+    least: share of dW FLOPs below which nothing is skipped, unless a `budget` is given.
     """
     keep = np.ones(len(descent))
     whole = STEP * flops.sum() if step_flops is None else step_flops
@@ -126,7 +132,9 @@ def keep_probabilities(
     if config.budget and won > JUMP * usual.sum():
         return keep
     price = _dear_enough(fits, -64.0 if config.budget else 0.0)
-    keep[known] = 1.0 / every(price)
+    k = every(price)
+    if config.budget or (flops * (1.0 - 1.0 / k)).sum() >= least * whole / of_step:
+        keep[known] = 1.0 / k
     return keep
 
 

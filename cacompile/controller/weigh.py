@@ -12,7 +12,7 @@ from cacompile.config import Config
 from cacompile.state.groups import GroupIndex
 from cacompile.state.params import ParamState
 
-from .policy import USUAL_TOLERANCE, keep_probabilities
+from .policy import LEAST, USUAL_TOLERANCE, keep_probabilities
 from .spikes import JUMP
 
 UNREAD = "no score yet"
@@ -23,6 +23,7 @@ NO_ROOM = "the option tolerance leaves no room for it"
 FAST = "still moves fast"
 SMALL_PART = "dW is too small a part of a step"
 ALONE = "no other group does the same in this layer or in others, to learn what it would miss"
+LITTLE = "too little in all is worth skipping for a masked backward to pay"
 DEAR = "wins as much for its FLOPs as others, or more"
 
 SELDOM = 0.99
@@ -45,9 +46,9 @@ class Weighed(NamedTuple):
     step_flops: float | None = None
     """FLOPs of a whole step; None where they have not been counted."""
 
-    def keep(self, config: Config) -> np.ndarray:
+    def keep(self, config: Config, least: float = LEAST) -> np.ndarray:
         """How often the policy has each group computed, float [groups]."""
-        return keep_probabilities(*self[:4], config, self.turns, self.step_flops)
+        return keep_probabilities(*self[:4], config, self.turns, self.step_flops, least)
 
 
 def step_flops(params: Sequence[ParamState]) -> float | None:
@@ -86,7 +87,8 @@ def weigh(
 def why_dense(weighed: Weighed, config: Config) -> list[str]:
     """Why each group is computed in every step, by what the policy would do otherwise; empty where it is not, [groups].
 
-    It is asked again with the default tolerance, without movement, with what steps usually win, and with dW as a usual part.
+    It is asked again however little it comes to, with the default tolerance, without movement, with what steps usually
+    win, and with dW as a usual part.
     """
     descent, ratio, flops, usual, turns, _ = weighed
     known = np.isfinite(descent) & np.isfinite(ratio)
@@ -101,6 +103,7 @@ def why_dense(weighed: Weighed, config: Config) -> list[str]:
     reasons = np.full(len(descent), DEAR, object)
     for text, values, asked in reversed(otherwise):
         reasons[values.keep(asked) < SELDOM] = text
+    reasons[weighed.keep(config, least=0.0) < SELDOM] = LITTLE
     reasons[turns < 2] = ALONE
     reasons[~known] = UNREAD
     reasons[flops == 0.0] = SMALL

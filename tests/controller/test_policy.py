@@ -11,6 +11,7 @@ from cacompile.controller.policy import (
     ALIKE,
     FAST,
     FEWER,
+    LEAST,
     MARGIN,
     NOISE,
     STALENESS,
@@ -89,6 +90,18 @@ def test_what_wins_as_much_as_others_is_never_skipped():
     assert (keep_probabilities(descent, of(0.0, 4), flops, descent, Config(tolerance=0.5)) < 0.5).all(), "if wished"
 
 
+def test_too_little_is_not_worth_a_masked_backward():
+    """Unless a budget is given."""
+    descent, flops = cheap(8), np.ones(8)
+    for share in (0.4, 1.1):
+        flops[-2:] = flops[:-2].sum() * share * LEAST
+        keep = keep_probabilities(descent * flops, of(0.0, 8), flops, descent * flops, Config())
+        assert (keep[-1] == 1.0) == (share < 1.0)
+    flops[-2:] = 0.1
+    assert keep_probabilities(descent * flops, of(0.0, 8), flops, descent * flops, Config(budget=0.01)).min() < 1.0
+    assert keep_probabilities(descent * flops, of(0.0, 8), flops, descent * flops, Config()).min() == 1.0
+
+
 def cheap(groups: int) -> np.ndarray:
     """Descents of groups of which the last quarter wins little."""
     return np.repeat([1.0, 0.1], [groups - groups // 4, groups // 4])
@@ -108,8 +121,7 @@ def test_what_scores_alike_shares_a_turn_what_is_dear_is_kept_what_is_cheap_is_s
 
 def test_slower_and_less_needed_groups_are_skipped_more():
     speeds = [
-        keep_probabilities(cheap(4), of(v * FAST, 4), np.ones(4), cheap(4), Config())[-1]
-        for v in (0.1, 0.3, 0.5, 0.8)
+        keep_probabilities(cheap(4), of(v * FAST, 4), np.ones(4), cheap(4), Config())[-1] for v in (0.1, 0.3, 0.4, 0.5)
     ]
     assert (np.diff(speeds) > 0.0).all() and speeds[-1] < 1.0 and speeds[0] < 0.3, speeds
     apart = np.array([0.02, 0.2, 3.0])

@@ -18,13 +18,13 @@ GROUPS = 8
 
 
 def weighed(**values: Any) -> Weighed:
-    """Eight groups that hardly move, of which the first and the last win little; values: others of all, or (value,) of
+    """Eight groups that hardly move; the first and the last two win little. values: others of all, or (value,) of
     the first."""
     columns = {"descent": 1e-3, "ratio": FAST / 100, "flops": 1e6, "usual": 1e-3, "turns": 4}
     step_flops = values.pop("step_flops", None)
     made = {name: np.full(GROUPS, value) for name, value in columns.items()}
     for name in ("descent", "usual"):
-        made[name][[0, -1]] *= 0.1
+        made[name][[0, -2, -1]] *= 0.1
     for name, value in values.items():
         made[name][0 : len(value) if isinstance(value, tuple) else GROUPS] = value
     return Weighed(**made, step_flops=step_flops)
@@ -42,9 +42,15 @@ def weighed(**values: Any) -> Weighed:
         ({"step_flops": 1e9}, {}, reasons.SMALL_PART, reasons.SMALL_PART),
         ({"step_flops": 1e9, "ratio": FAST}, {}, reasons.SMALL_PART, reasons.SMALL_PART),
         ({"descent": 0.0}, {}, reasons.NOTHING_WON, reasons.NOTHING_WON),
-        ({"usual": (1e-7, *[1e-6] * 6, 1e-7)}, {}, reasons.JUMPED, reasons.JUMPED),
+        ({"usual": (1e-7, *[1e-6] * 5, 1e-7, 1e-7)}, {}, reasons.JUMPED, reasons.JUMPED),
         ({"ratio": FAST / 4}, {"tolerance": 1e-9}, reasons.NO_ROOM, reasons.NO_ROOM),
         ({"descent": 1e-3, "usual": 1e-3}, {}, reasons.DEAR, reasons.DEAR),
+        (
+            {"flops": (1e5, *[1e6] * 5, 1e5, 1e5), "descent": (1e-5, *[1e-3] * 5, 1e-5, 1e-5)},
+            {},
+            reasons.LITTLE,
+            reasons.LITTLE,
+        ),
         ({"descent": 1e-3, "usual": 1e-3}, {"tolerance": 0.5}, "", ""),
     ],
 )
