@@ -211,6 +211,34 @@ def test_what_is_not_certain_is_sent(ranks: Callable[..., list[Any]]) -> None:
     assert (weights, dense, sent) == other and dense == sent
 
 
+def other_optimizer(rank: int, sharded: bool) -> tuple[list[list[bool]], list[float]]:
+    """The masks of a second optimizer, which begins where the first one has skipped some, and the weights."""
+    torch.manual_seed(0)
+    model = Mlp(32, 96)
+    model.compile(backend="convaware", options=OPTIONS)
+    wrapper = fully_shard(model) if sharded else DistributedDataParallel(model)
+    cacompile.reduce_less(wrapper)
+    masks = []
+    for first in (True, False):
+        optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+        for i in range(8):
+            x = torch.randn(4, 32, generator=torch.Generator().manual_seed(10 * i + rank))
+            F.cross_entropy(wrapper(x), x.argmax(-1)).backward()
+            masks += [] if first else [cacompile.session(model).mask.tolist()]
+            optimizer.step()
+            optimizer.zero_grad()
+    whole = (param.full_tensor() if sharded else param for param in model.parameters())
+    return masks, torch.cat([param.detach().flatten() for param in whole]).tolist()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_optimizer_begins_with_all_on(ranks: Callable[..., list[Any]], sharded: bool) -> None:
+    """Ranks come to know of its agreement at different readings."""
+    (masks, weights), other = ranks(other_optimizer, sharded)
+    assert (masks, weights) == other
+    assert not all(masks[0]) and all(masks[1]) and not all(masks[-1])
+
+
 @pytest.mark.slow
 def test_under_join_everything_is_sent(ranks: Callable[..., list[Any]]) -> None:
     found = ranks(run_train, True, {"join": True})
