@@ -40,9 +40,12 @@ def train(
     view: bool = False,
     every: int = 1,
     clip: float = 0.0,
+    transposed: bool = False,
 ) -> tuple[list[float], float, float, float]:
     """(weights, how far apart the ranks are, share of bytes sent since step 12, share of the gradients that is on)."""
     model = Net()
+    if transposed:
+        model.up.weight = nn.Parameter(model.up.weight.detach().t().contiguous().t())
     run = torch.compile(model, backend="convaware", options=OPTIONS)
     wrapper = DistributedDataParallel(run, gradient_as_bucket_view=view)
     traffic = cacompile.reduce_less(wrapper) if less else None
@@ -82,8 +85,8 @@ def run_train(rank: int, less: bool, how: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"view": True, "every": 2, "clip": 0.05}, {"freeze": ("first.*", "up.neurons[32:48]")}],
-    ids=["plain", "accumulated and clipped", "frozen"],
+    [{}, {"view": True, "every": 2, "clip": 0.05}, {"freeze": ("first.*", "up.neurons[32:48]")}, {"transposed": True}],
+    ids=["plain", "accumulated and clipped", "frozen", "not contiguous"],
 )
 def test_less_is_sent_and_nothing_changes(ranks: Callable[..., list[Any]], how: dict[str, Any]) -> None:
     dense, less = ranks(run_train, False, how), ranks(run_train, True, how)
