@@ -67,7 +67,7 @@ class Agreement:
         self._digests: dict[int, dict[str, int]] = {}
         self._told: list[dict[str, Any]] | None = None
         self._readings = Readings()
-        self._copies = Copies()
+        self._copies = Copies(replicas)
         self._following = Following(self.members)
         self._loaded: tuple[int, list[dict[str, Any]]] | None = None
         """When a state was loaded, and what other ranks had told last in it; until they tell anew."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cacompile.state.params import ParamState
+from cacompile.state.replicas import Replicas
 
 from .monitor import fetch
 
@@ -41,16 +42,16 @@ class _Look(NamedTuple):
 class Copies:
     """What one rank knows of some of its weights; told at the reading after, so that no device is waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, replicas: Replicas) -> None:
         self._looks: list[_Look] = []
-        self._told_of = False
+        self._replicas = replicas
 
     def look(self, members: Sequence[ParamState], clock: int, every: int) -> None:
         """See where some weights are after the optimizer's step `clock`, at a reading. every: steps between two."""
         state = members[clock // every % len(members)]
         param = state.param
         # shards and shares lie on one rank alone
-        if param is None or type(param) is not torch.nn.Parameter or state.shard is not None or self._told_of:
+        if param is None or type(param) is not torch.nn.Parameter or state.shard is not None or self._replicas.apart:
             return
         if param.numel() and param.is_contiguous():
             flat = param.detach().view(-1)
@@ -69,9 +70,9 @@ class Copies:
             return
         (place, mine), (other, its) = ours.weights(), theirs[1]
         same = np.array_equal(np.frombuffer(mine, np.float32), np.frombuffer(its, np.float32), equal_nan=True)
-        if place != other or same or self._told_of:
+        if place != other or same or self._replicas.apart:
             return
-        self._told_of = True
+        self._replicas.apart = True
         log.warning(
             "%s does not have the same weights on ranks 0 and %d after step %d of the optimizer: each trains a model "
             "of its own now. Have all ranks begin with the same weights, and their optimizers take the same steps",

@@ -56,6 +56,8 @@ class Following:
     def __init__(self, members: Sequence[ParamState]) -> None:
         self.members = members
         self._followed: list[Followed] = []
+        self._begun = False
+        """Whether masks are of this agreement: another one, of an optimizer before, may have left its own."""
 
     @property
     def step(self) -> int:
@@ -74,6 +76,8 @@ class Following:
     def end_step(self) -> None:
         for param in self.members:
             param.step += 1
+        if not self._begun:
+            self.resume([])
         for followed in self._followed:
             followed.agreed.end_step()
 
@@ -84,7 +88,7 @@ class Following:
 
     def resume(self, parts: Sequence[Mapping[str, Any]]) -> None:
         """Be where others are, or where this rank was; masks too. parts: of `to_list`."""
-        self._adopt([Agreed.of(part) for part in parts])
+        self._adopt([Agreed.of(part) for part in parts], {param.place for param in self.members})
         for followed in self._followed:
             followed.follow()
 
@@ -94,15 +98,16 @@ class Following:
         before = {place: of for each in self._followed for place, of in each.agreed.by_place().items()}
         for part in agreed:
             part.carry(before)
-        self._adopt(agreed)
+        self._adopt(agreed, set(before))
 
-    def _adopt(self, parts: Sequence[Agreed]) -> None:
+    def _adopt(self, parts: Sequence[Agreed], before: set[int]) -> None:
+        """Follow these parts. before: places whose masks followed others, and are all on where they do no more."""
+        self._begun = True
         members = {param.place: param for param in self.members}
         self._followed = [Followed(part, members) for part in parts]
         for followed in self._followed:
             followed.show()
-        left = set(members) - {place for part in parts for place in part.places}
-        for place in left:
+        for place in before - {place for part in parts for place in part.places}:
             if members[place].blocks:
                 members[place].column("agreed")[:] = True
                 members[place].follow()

@@ -76,10 +76,21 @@ def _kept(bucket: Any) -> list[torch.Tensor] | None:
     views = [
         view
         for param, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
-        for view in _needed(registry.find(param), gradient)
+        for view in _needed(registry.find(param), _laid_out(gradient, param))
     ]
     whole = bucket.buffer().numel()
     return views if numel(views) <= (1.0 - LEAST) * whole else None
+
+
+def _laid_out(gradient: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """A gradient as its bucket has it: elements lie as the parameter's do, such as of convolutions in channels_last.
+
+    torch hands it over in the parameter's shape, but as if it were contiguous.
+    """
+    order = sorted(range(param.ndim), key=param.stride, reverse=True)
+    if param.is_contiguous() or not param.permute(order).is_contiguous():  # with gaps, it is contiguous in the bucket
+        return gradient
+    return gradient.as_strided(param.shape, param.stride())
 
 
 def _needed(state: ParamState | None, gradient: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -65,6 +65,8 @@ class Replicas:
         _alike[alike] += 1
         self.agreements: weakref.WeakSet[Any] = weakref.WeakSet()
         """What is agreed on for them, of each optimizer."""
+        self.apart = False
+        """Whether it was said, once for all optimizers, that weights differ."""
         self.names: Counter[str] = Counter()
         """How many agreements have been made under a name."""
 

@@ -128,20 +128,22 @@ def leaves_out(rank: int, out: int, wrap: str) -> list[str]:
     model = Net()
     wrapper = DistributedDataParallel(torch.compile(model, backend="convaware", options=OPTIONS))
     make = functools.partial(ZeroRedundancyOptimizer, optimizer_class=optim.AdamW) if wrap == "zero" else optim.AdamW
-    optimizer = make(wrapper.parameters(), lr=1e-3)
+    params = list(wrapper.parameters())
+    optimizers = [make(each, lr=1e-3) for each in ((params[:2], params[2:]) if wrap == "two" else (params,))]
     for i in range(STEPS):
         x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(10 * i + rank))
         F.cross_entropy(wrapper(x), x.argmax(-1)).backward()
-        if i != out or rank != 1:
+        for optimizer in optimizers if i != out or rank != 1 else ():
             optimizer.step()
-        optimizer.zero_grad()
+        wrapper.zero_grad()
     logging.getLogger("cacompile").removeHandler(handler)
     return said
 
 
-@pytest.mark.parametrize("out", [7, STEPS])
-def test_a_step_that_one_rank_leaves_out_is_told_of(ranks: Callable[..., list[Any]], out: int) -> None:
-    found, other = ranks(leaves_out, out, "ddp")
+@pytest.mark.parametrize(("out", "wrap"), [(7, "ddp"), (7, "two"), (STEPS, "ddp")])
+def test_a_step_that_one_rank_leaves_out_is_told_of(ranks: Callable[..., list[Any]], out: int, wrap: str) -> None:
+    """Once, also by two optimizers."""
+    found, other = ranks(leaves_out, out, wrap)
     assert not other and len(found) == (out < STEPS)
     assert all("ranks 0 and 1" in text and "the same steps" in text for text in found)
 

@@ -40,9 +40,12 @@ def train(
     view: bool = False,
     every: int = 1,
     clip: float = 0.0,
+    transposed: bool = False,
 ) -> tuple[list[float], float, float, float]:
     """(weights, how far apart the ranks are, share of bytes sent since step 12, share of the gradients that is on)."""
     model = Net()
+    if transposed:
+        model.up.weight = nn.Parameter(model.up.weight.detach().t().contiguous().t())
     run = torch.compile(model, backend="convaware", options=OPTIONS)
     wrapper = DistributedDataParallel(run, gradient_as_bucket_view=view)
     traffic = cacompile.reduce_less(wrapper) if less else None
@@ -82,8 +85,8 @@ def run_train(rank: int, less: bool, how: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"view": True, "every": 2, "clip": 0.05}, {"freeze": ("first.*", "up.neurons[32:48]")}],
-    ids=["plain", "accumulated and clipped", "frozen"],
+    [{}, {"view": True, "every": 2, "clip": 0.05}, {"freeze": ("first.*", "up.neurons[32:48]")}, {"transposed": True}],
+    ids=["plain", "accumulated and clipped", "frozen", "not contiguous"],
 )
 def test_less_is_sent_and_nothing_changes(ranks: Callable[..., list[Any]], how: dict[str, Any]) -> None:
     dense, less = ranks(run_train, False, how), ranks(run_train, True, how)
@@ -209,6 +212,34 @@ def unused(rank: int) -> tuple[list[float], int, int]:
 def test_what_is_not_certain_is_sent(ranks: Callable[..., list[Any]]) -> None:
     (weights, dense, sent), other = ranks(unused)
     assert (weights, dense, sent) == other and dense == sent
+
+
+def other_optimizer(rank: int, sharded: bool) -> tuple[list[list[bool]], list[float]]:
+    """The masks of a second optimizer, which begins where the first one has skipped some, and the weights."""
+    torch.manual_seed(0)
+    model = Mlp(32, 96)
+    model.compile(backend="convaware", options=OPTIONS)
+    wrapper = fully_shard(model) if sharded else DistributedDataParallel(model)
+    cacompile.reduce_less(wrapper)
+    masks = []
+    for first in (True, False):
+        optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+        for i in range(8):
+            x = torch.randn(4, 32, generator=torch.Generator().manual_seed(10 * i + rank))
+            F.cross_entropy(wrapper(x), x.argmax(-1)).backward()
+            masks += [] if first else [cacompile.session(model).mask.tolist()]
+            optimizer.step()
+            optimizer.zero_grad()
+    whole = (param.full_tensor() if sharded else param for param in model.parameters())
+    return masks, torch.cat([param.detach().flatten() for param in whole]).tolist()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_optimizer_begins_with_all_on(ranks: Callable[..., list[Any]], sharded: bool) -> None:
+    """Ranks come to know of its agreement at different readings."""
+    (masks, weights), other = ranks(other_optimizer, sharded)
+    assert (masks, weights) == other
+    assert not all(masks[0]) and all(masks[1]) and not all(masks[-1])
 
 
 @pytest.mark.slow
