@@ -69,6 +69,7 @@ class Agreement:
         self._readings = Readings()
         self._copies = Copies(replicas)
         self._following = Following(self.members)
+        self._grown = -1  # the step after which the optimizer got other parameters; what was told before is of the old
         self._loaded: tuple[int, list[dict[str, Any]]] | None = None
         """When a state was loaded, and what other ranks had told last in it; until they tell anew."""
 
@@ -79,6 +80,12 @@ class Agreement:
     @property
     def _leads(self) -> bool:
         return self.replicas.rank == 0
+
+    def take_members(self, members: Sequence[ParamState]) -> None:
+        """These are what the optimizer steps from now on."""
+        if len(members) != len(self.members):
+            self._grown = self._clock
+        self.members = self._following.members = list(members)
 
     def look(self, optimizer: Optimizer | None, count: int) -> None:
         """A step begins: see where the weights are, if it is to be measured here. count: of those that are done."""
@@ -124,13 +131,8 @@ class Agreement:
         if not can_agree():
             return
         if last:
-            mine = {
-                "clock": self._clock,
-                "every": self._every,
-                "steps": self._following.steps,
-                "parts": self._following.to_list(),
-            }
-            self._channel.leave(self._epoch, mine)
+            mine = {"every": self._every, "steps": self._following.steps, "parts": self._following.to_list()}
+            self._channel.leave(self._epoch, {"clock": self._clock, **mine})
         else:
             state = self._channel.joined(self._epoch)
             self._shift += state["clock"] - self._clock
@@ -235,19 +237,18 @@ class Agreement:
     def _decide(self, optimizer: Optimizer | None) -> None:
         told, ours = self._told or [], self._about()
         for rank, known in enumerate(told, start=1):
-            compare(ours, known, 0, rank)
+            compare(ours | {"grows": ours["grows"] or known["clock"] <= self._grown}, known, 0, rank)
             if known["clock"] in self._digests and known["digest"] is not None:
                 compare_states(self._digests[known["clock"]], known["digest"], 0, rank)
             self._copies.compare(self.members, known.get("weights"), rank)
         parts = [each.to_dict() for each in self._readings.decide(optimizer, told, self._clock)]
         if self._readings.fruitless == PATIENCE:
-            some = self.members[0].name
             warning_once(
                 log,
                 "%d readings of %s and more, and not all ranks have met them in a compiled graph and an optimizer that "
                 "steps the same parameters: until they have, all compute everything",
                 PATIENCE,
-                some,
+                self.members[0].name,
             )
         said = {"parts": parts, "step": self.step, "digest": self._digests[self._clock], **ours}
         self._say(self._clock, said)

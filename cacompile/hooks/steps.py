@@ -80,7 +80,7 @@ class Controllers:
         for replicas, each in members.items():
             each.sort(key=lambda state: state.place)
             found[replicas] = self._agreements.get(replicas) or Agreement(replicas, each)
-            found[replicas].members = each
+            found[replicas].take_members(each)
         self._agreements = found
 
     def look(self, optimizer: Optimizer | None) -> None:

@@ -196,6 +196,27 @@ def test_steps_within_the_backward_pass_are_left_alone(ranks: Callable[..., list
     assert ranks(both_overlapped) == [(True, 0.0)] * 2
 
 
+def grown(rank: int) -> tuple[float, float]:
+    """Blocks that the optimizer gets one by one, as in gradual unfreezing."""
+    model = Net()
+    wrapper = DistributedDataParallel(torch.compile(model, backend="convaware", options=OPTIONS))
+    optimizer = optim.AdamW([*model.pool.parameters(), *model.b.parameters()], lr=1e-3)
+    off = []
+    for i in range(30):
+        if i == 9:
+            optimizer.add_param_group({"params": model.a.parameters()})
+        x = torch.randn(4, 8, WIDTH, generator=torch.Generator().manual_seed(10 * i + rank))
+        F.cross_entropy(wrapper(x, "ab"), x[:, 0].argmax(-1)).backward()
+        optimizer.step()
+        wrapper.zero_grad()
+        off.append(1.0 - cacompile.session(model).params["a.up.weight"].on.mean())
+    return apart(model), float(np.mean(off[9:]))
+
+
+def test_an_optimizer_gets_more_parameters(ranks: Callable[..., list[Any]]) -> None:
+    assert_together(ranks(grown))
+
+
 def same_masks(rank: int) -> list[bool]:
     """Of what one rank steps, the other skips the same."""
     torch.manual_seed(0)
