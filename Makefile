@@ -46,8 +46,9 @@ versions: setup
 docs: setup
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
+# At the default nothing of this model is skipped: no part of it converges much further than the rest.
 demo: setup
-	$(BIN)/python examples/train_gpt.py
+	$(BIN)/python examples/train_gpt.py --tolerance 0.3
 
 demo-vision: setup
 	$(BIN)/python examples/train_vision.py

@@ -14,7 +14,7 @@ from scripts import read_rows, run_module
 from benchmarks.quality.arms import ARMS, CHOSEN, random_groups, rated
 from benchmarks.quality.curve import Arms, Worth, frontier, mean_worth, resampled, seed_worths, standard_error, worth
 from benchmarks.quality.plan import Part, Settings, Turn, next_part, plan
-from benchmarks.quality.report import against_goal, report, summarize, times, verdicts, within_error
+from benchmarks.quality.report import Found, against_goal, report, summarize, times, verdicts, within_error
 from benchmarks.quality.rows import COLUMNS, LOOK_COLUMNS, append, keys, read, read_looks, write_profile
 from benchmarks.quality.run import Run, train
 from benchmarks.quality.target import of_looks, to_target
@@ -92,10 +92,19 @@ def test_verdicts():
     assert against_goal(Worth(1.08), 1.2) == "falls short by 10.0% (1.080)"
     assert against_goal(Worth(1.3, "below"), 1.2).startswith("falls short")
     assert against_goal(Worth(1.1, "at least"), 1.2).startswith("not shown")
-    dense = np.array([1.0, 2.0, 3.0])  # standard error 0.577
-    assert ", within" in within_error(dense - 0.5, dense)
-    assert ", not within" in within_error(dense - 0.6, dense)
-    assert "above" in within_error(dense + 0.1, dense)
+
+
+def test_final_quality_is_compared_on_the_same_seeds():
+    def found(worse_by: float, seeds: list[int]) -> Found:
+        quality = np.array([1.0, 2.0, 3.0])[seeds] - worse_by  # standard error of all 0.577
+        return Found("", seeds, quality, quality, quality, 0.0)
+
+    dense = found(0.0, [0, 1, 2])
+    for seeds in ([0], [2, 1], [0, 1, 2]):
+        assert ", within" in within_error(found(0.5, sorted(seeds)), dense)
+        assert ", not within" in within_error(found(0.6, sorted(seeds)), dense)
+        assert "above" in within_error(found(-0.1, sorted(seeds)), dense)
+        assert "to the bit" in within_error(found(0.0, sorted(seeds)), dense)
 
 
 def test_random_groups_come_near_what_is_wanted():

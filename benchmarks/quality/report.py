@@ -119,7 +119,7 @@ def verdicts(goal: str, found: Sequence[Found]) -> Iterator[str]:
             yield f"Ahead of {', '.join(ahead)}."
         if behind:
             yield f"Not ahead of {', '.join(behind)}."
-    yield f"Final quality: {within_error(ours.quality, dense.quality)}."
+    yield f"Final quality: {within_error(ours, dense)}."
 
 
 def against_goal(worth: Worth, goal: float) -> str:
@@ -130,10 +130,13 @@ def against_goal(worth: Worth, goal: float) -> str:
     return f"falls short by {1 - worth.ratio / goal:.1%} ({worth})"
 
 
-def within_error(ours: np.ndarray, dense: np.ndarray) -> str:
-    """Of the mean of the full dense runs; better is within."""
-    short, error = dense.mean() - ours.mean(), standard_error(dense)
-    if short <= 0:
+def within_error(ours: Found, dense: Found) -> str:
+    """On the seeds that both were run from, against the standard error of all full dense runs; better is within."""
+    short = dense.quality[np.isin(dense.seeds, ours.seeds)].mean() - ours.quality.mean()
+    error = standard_error(dense.quality)
+    if short == 0:
+        return "full dense's, to the bit"
+    if short < 0:
         return f"{abs(short):.4f} above full dense's"
     if np.isnan(error):
         return f"{short:.4f} below full dense's; one seed has no standard error"

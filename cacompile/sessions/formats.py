@@ -57,7 +57,7 @@ def _of_7(state: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(about, Mapping) and about:
         about = {"run": {}, "why": {"weights": "", "nothing": "", "families": {}}, **about}
     if isinstance(history, Mapping) and isinstance(history.get("total"), torch.Tensor):
-        history = {"step_flops": torch.full_like(history["total"], torch.nan), **history}
+        history = {"step_flops": _filled(history["total"], torch.nan), **history}
     return {
         "forward_flops": None,
         "losses": Losses.nothing(),
@@ -69,6 +69,11 @@ def _of_7(state: Mapping[str, Any]) -> dict[str, Any]:
         "history": history,
         "parameters": _each(state, _entry_of_7),
     }
+
+
+def _filled(like: torch.Tensor, value: float) -> torch.Tensor:
+    """float64 or int64, whatever the saved one is, which is checked afterwards."""
+    return torch.full(like.shape, value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 
 def _each(state: Mapping[str, Any], upgrade: Callable[[Any], Any]) -> Any:
@@ -109,7 +114,7 @@ def _entry_of_7(entry: Any) -> Any:
     are taken to cost the same."""
     blocks, counted = (entry.get(name) if isinstance(entry, Mapping) else None for name in ("blocks", "counted"))
     if isinstance(blocks, Mapping) and isinstance(blocks.get("score"), torch.Tensor):
-        entry = {**entry, "blocks": {"descent": torch.full_like(blocks["score"], torch.nan), **blocks}}
+        entry = {**entry, "blocks": {"descent": _filled(blocks["score"], torch.nan), **blocks}}
     if isinstance(counted, torch.Tensor) and counted.dtype == torch.int64 and not counted.is_meta:
         entry = {"step_counted": 3 * int(counted.sum()), **entry}
     return {"shard": None, **entry} if isinstance(entry, Mapping) else entry
@@ -120,7 +125,7 @@ def _entry_of_6(entry: Any) -> Any:
     blocks = entry.get("blocks") if isinstance(entry, Mapping) else None
     if not isinstance(blocks, Mapping) or not isinstance(blocks.get("age"), torch.Tensor):
         return entry
-    return {**entry, "frozen": None, "blocks": {**blocks, "frozen": torch.full_like(blocks["age"], -1)}}
+    return {**entry, "frozen": None, "blocks": {**blocks, "frozen": _filled(blocks["age"], -1)}}
 
 
 def _entry_of_5(entry: Any) -> Any:
