@@ -48,7 +48,7 @@ docs: setup
 
 # At the default nothing of this model is skipped: no part of it converges much further than the rest.
 demo: setup
-	$(BIN)/python examples/train_gpt.py --tolerance 0.3
+	$(BIN)/python examples/train_gpt.py --tolerance 0.15
 
 demo-vision: setup
 	$(BIN)/python examples/train_vision.py
