@@ -99,14 +99,14 @@ def test_a_hand_written_optimizer_steps_through_the_session():
 
 
 def test_the_gradients_shrink_and_groups_are_skipped_without_any_help(make: Any, backward: Any, followed: None):
-    param, state = make(64, 4, monitor_every=2, max_age=4, tolerance=1.0)
+    param, state = make(64, 64, monitor_every=2, max_age=4, tolerance=1.0)
     optimizer, on = optim.SGD([param], lr=0.1), []
     for i in range(30):
         optimizer.zero_grad()
         on.append(state.on.copy())
         backward(state, scale=2.0**-i)
         optimizer.step()
-    assert state.column("keep").mean() < 0.5 and not np.all(on[2:])
+    assert state.column("keep").max() < 0.8 and not np.all(on[2:])
     assert np.all(on[1::2]), "without a mean of gradients, a measurement needs those of its own step"
 
 

@@ -131,6 +131,9 @@ def test_what_cannot_be_read_says_so(saved: tuple[tuple[Any, ...], list[Tensor]]
         {"format": 5, "parameters": {"weight": {"pin": 3}}},
         {"format": 5, "parameters": {"weight": {"pin": (None, [], 0)}, "bias": {"pin": ([], [], [])}}},
         {"format": 5, "parameters": {"weight": {"pin": (None, torch.ones(2), 0)}, "bias": {"pin": (None, 1.0, 0)}}},
+        {"format": 6, "parameters": {"weight": {"blocks": {"age": torch.ones(2).to_sparse()}}}},
+        {"format": 7, "parameters": {"weight": {"blocks": {"score": torch.ones(2, dtype=torch.uint8)}}}},
+        {"format": 7, "history": {"total": torch.ones(2, dtype=torch.uint8)}},
     ],
 )
 def test_a_broken_old_state_is_refused_as_a_new_one_is(broken: dict[str, Any]):

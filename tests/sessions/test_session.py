@@ -20,7 +20,7 @@ OPTIONS = {
     "block_rows": 16,
     "warmup_steps": 5,
     "monitor_every": 2,
-    "tolerance": 0.5,
+    "tolerance": 0.3,
     "max_age": 6,
     "inner": "aot_eager",
 }
@@ -107,7 +107,7 @@ def test_resuming_is_bit_exact(optimizer: str, late: bool):
     whole.train(0, 15)
     file, state = whole.save(), whole.session.state_dict()
     whole.train(15, 30)
-    assert whole.session.flops[1] > 0 and len({m.numpy().tobytes() for m in whole.masks[15:]}) > 2
+    assert whole.session.flops[1] > 0 and len({m.numpy().tobytes() for m in whole.masks[15:]}) > 3
     second = Run(optimizer)
     if late:
         second.train(90, 97)
