@@ -26,7 +26,7 @@ from cacompile.state.replicas import Replicas, can_agree
 from cacompile.torch_internals import is_zero1, warning_once
 
 from .controller import capturing
-from .copies import Copies
+from .copies import KEPT, Copies
 from .decider import Parts, flops_told
 from .divergence import about, compare, compare_states
 from .following import Following
@@ -83,7 +83,7 @@ class Agreement:
 
     def take_members(self, members: Sequence[ParamState]) -> None:
         """These are what the optimizer steps from now on."""
-        if len(members) != len(self.members):
+        if list(members) != self.members:
             self._grown = self._clock
         self.members = self._following.members = list(members)
 
@@ -227,7 +227,7 @@ class Agreement:
 
     def _read(self, optimizer: Optimizer | None) -> None:
         self._due = self._clock
-        self._digests = dict([*self._digests.items(), (self._clock, self._following.digest())][-4:])
+        self._digests = dict([*self._digests.items(), (self._clock, self._following.digest())][-KEPT:])
         self._copies.look(self.members, self._clock, self._every or 1)
         if not self._leads:
             self._tell(*self._readings.measure(optimizer))

@@ -20,7 +20,7 @@ SAMPLES = 64
 """Weights of the parameter whose turn it is: a step that one rank leaves out moves nearly all of them."""
 
 KEPT = 4
-"""Readings that rank 0 remembers: what others tell is older."""
+"""Readings that are remembered: what others tell is older."""
 
 Weights = tuple[int, bytes]
 """The place of a parameter, and some of its weights, float32."""
@@ -65,12 +65,14 @@ class Copies:
 
     def compare(self, members: Sequence[ParamState], theirs: tuple[int, Weights] | None, rank: int) -> None:
         """Warn where another rank has seen other weights at the same reading. theirs: as it has told."""
-        ours = next((look for look in self._looks if theirs is not None and look.clock == theirs[0]), None)
-        if ours is None or theirs is None:
+        if theirs is None or self._replicas.apart:
             return
-        (place, mine), (other, its) = ours.weights(), theirs[1]
-        same = np.array_equal(np.frombuffer(mine, np.float32), np.frombuffer(its, np.float32), equal_nan=True)
-        if place != other or same or self._replicas.apart:
+        clock, (place, its) = theirs
+        ours = next((look for look in self._looks if (look.clock, look.place) == (clock, place)), None)
+        if ours is None:
+            return
+        _, mine = ours.weights()
+        if np.array_equal(np.frombuffer(mine, np.float32), np.frombuffer(its, np.float32), equal_nan=True):
             return
         self._replicas.apart = True
         log.warning(
@@ -78,7 +80,7 @@ class Copies:
             "of its own now. Have all ranks begin with the same weights, and their optimizers take the same steps",
             next(param.name for param in members if param.place == place),
             rank,
-            ours.clock,
+            clock,
         )
 
     def forget(self) -> None:

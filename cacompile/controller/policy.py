@@ -99,8 +99,9 @@ def keep_probabilities(
     least: share of dW FLOPs below which nothing is skipped, unless a `budget` is given.
     """
     keep = np.ones(len(descent))
+    dw = max(1.0, flops.sum())
     whole = STEP * flops.sum() if step_flops is None else step_flops
-    of_step = whole / max(1.0, flops.sum())
+    of_step = whole / dw
     longest = np.full(len(descent), 1.0 / (1.0 - min(config.max_skip, 1.0 - 1e-6)))
     if turns is not None:
         longest = np.minimum(longest, turns)
@@ -122,10 +123,13 @@ def keep_probabilities(
     def every(price: float) -> np.ndarray:
         return _distance(worth / price, ratio, longest[known])
 
+    def saved(k: np.ndarray) -> float:
+        return float((flops * (1.0 - 1.0 / k)).sum())
+
     def fits(price: float) -> bool:
         k = every(price)
         if config.budget:
-            return bool((flops * (1.0 - 1.0 / k)).sum() <= config.budget * whole)
+            return saved(k) <= config.budget * whole
         lost = np.where(k > 1.0, descent * loss(k, ratio), 0.0)
         return bool(lost.sum() <= config.tolerance * step)
 
@@ -133,7 +137,7 @@ def keep_probabilities(
         return keep
     price = _dear_enough(fits, -64.0 if config.budget else 0.0)
     k = every(price)
-    if config.budget or (flops * (1.0 - 1.0 / k)).sum() >= least * whole / of_step:
+    if config.budget or saved(k) >= least * dw:
         keep[known] = 1.0 / k
     return keep
 

@@ -17,7 +17,7 @@ from cacompile.state.registry import registry
 from cacompile.torch_internals import joins
 
 from .scattering import scatter_less
-from .traffic import LEAST, Traffic, numel, unpack
+from .traffic import LEAST, Traffic, numel, pack, slices_on, unpack
 
 
 def reduce_less(wrapper: nn.Module) -> Traffic:
@@ -47,7 +47,10 @@ def reduce_less(wrapper: nn.Module) -> Traffic:
 def _reduce(ddp: DistributedDataParallel | None, traffic: Traffic, bucket: Any) -> torch.futures.Future[torch.Tensor]:
     buffer = bucket.buffer()
     kept = None if ddp is None or joins(ddp) else _kept(bucket)
-    packed = buffer if kept is None else _pack(kept, buffer)
+    packed = buffer
+    if kept is not None:
+        packed = buffer.new_empty(numel(kept))
+        pack(kept, packed)
     traffic.dense += buffer.nbytes
     traffic.sent += packed.nbytes
     group = None if ddp is None else ddp.process_group
@@ -65,10 +68,6 @@ def _reduce(ddp: DistributedDataParallel | None, traffic: Traffic, bucket: Any) 
         done.set_result(buffer.zero_())
         return done
     return dist.all_reduce(packed, group=group, async_op=True).get_future().then(put_back)
-
-
-def _pack(views: list[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
-    return torch.cat([view.reshape(-1) for view in views]) if views else buffer.new_empty(0)
 
 
 def _kept(bucket: Any) -> list[torch.Tensor] | None:
@@ -102,6 +101,4 @@ def _needed(state: ParamState | None, gradient: torch.Tensor) -> Iterator[torch.
     elif state.partition is None:
         yield gradient
     else:
-        on = state.column("agreed") & ~state.frozen_blocks
-        for start, length in state.partition.spans(on):
-            yield gradient.narrow(state.partition.dim, start, length)
+        yield from slices_on(state, gradient)

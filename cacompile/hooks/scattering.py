@@ -23,7 +23,7 @@ from cacompile.torch_internals import (
     wrap_reduce_scatters,
 )
 
-from .traffic import LEAST, Traffic, numel, unpack
+from .traffic import LEAST, Traffic, numel, pack, slices_on, unpack
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +60,14 @@ class _ScatterLess:
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
     ) -> Any:
         ranks = group.size()
-        present = None if async_op else self._present(input_tensor.numel(), ranks)
-        kept = (
-            None if present is None else [_kept(present, part, r) for r, part in enumerate(input_tensor.chunk(ranks))]
-        )
-        size = 0 if kept is None else max(map(numel, kept))
+        present = [] if async_op else self._present(input_tensor.numel(), ranks)
+        kept = [_kept(present, shard, rank) for rank, shard in enumerate(input_tensor.chunk(ranks)) if present]
+        size = max(map(numel, kept), default=output_tensor.numel())
         self._traffic.dense += input_tensor.nbytes
-        if kept is None or size > (1.0 - LEAST) * output_tensor.numel():
+        if size > (1.0 - LEAST) * output_tensor.numel():
             self._traffic.sent += input_tensor.nbytes
             return self._scatter(output_tensor, input_tensor, group, op, async_op)
         self._traffic.sent += ranks * size * input_tensor.itemsize
-        assert present is not None
         output_tensor.zero_()  # a rank may have computed more than it had to
         if not size:
             return None
@@ -79,23 +76,21 @@ class _ScatterLess:
             for count in (ranks * size, size)
         )
         for views, part in zip(kept, packed.chunk(ranks)):
-            filled = numel(views)
-            if views:
-                torch.cat([view.reshape(-1) for view in views], out=part[:filled])
-            part[filled:] = 0.0
+            pack(views, part)
+            part[numel(views) :] = 0.0
         self._scatter(mine, packed, group, op, False)
         unpack(mine, _kept(present, output_tensor, group.rank()))
         return None
 
-    def _present(self, total: int, ranks: int) -> list[ShardedParam] | None:
-        """The parameters that have gradients, of `total` elements together; None where that is not certain."""
+    def _present(self, total: int, ranks: int) -> list[ShardedParam]:
+        """The parameters that have gradients, of `total` elements together; none where that is not certain."""
         sizes = [ranks * math.prod(param.piece) for param in self._params]
         if total == sum(sizes):
             return list(self._params)
         trained = [param.param.requires_grad and not _is_frozen(registry.find(param.param)) for param in self._params]
         absent = sum(size for size, has in zip(sizes, trained) if not has)
         if total != sum(sizes) - absent or not _only_one_way(sizes, absent):
-            return None
+            return []
         return [param for param, has in zip(self._params, trained) if has]
 
 
@@ -124,8 +119,7 @@ def _needed(param: ShardedParam, piece: torch.Tensor, rank: int) -> Iterator[tor
     if state is None or state.replicas is None or state.partition is None or state.shard is None or state.is_frozen:
         yield piece
         return
-    partition, dim = state.partition, state.shard.dim
+    dim, rows = state.shard.dim, state.partition.rows
     first = rank * param.piece[dim]
-    within = (first, min(first + param.piece[dim], partition.rows)) if partition.dim == dim else None
-    for start, length in partition.spans(state.column("agreed") & ~state.frozen_blocks, within):
-        yield piece.narrow(partition.dim, start, length)
+    within = (first, min(first + param.piece[dim], rows)) if state.partition.dim == dim else None
+    yield from slices_on(state, piece, within)

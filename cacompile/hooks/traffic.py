@@ -1,12 +1,14 @@
-"""What of gradients is sent, and whether it is worth copying that together."""
+"""What of gradients is sent: which slices, packed together, and how many bytes that is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from cacompile.state.params import ParamState
 
 LEAST = 0.125
 """Share of a buffer that must be off for it to be worth copying the rest together."""
@@ -30,8 +32,21 @@ def numel(views: Sequence[torch.Tensor]) -> int:
     return sum(math.prod(view.shape) for view in views)
 
 
+def slices_on(state: ParamState, tensor: torch.Tensor, within: tuple[int, int] | None = None) -> Iterator[torch.Tensor]:
+    """Views of what is on, on all ranks, of a parted parameter's gradient. within: its rows, if not all."""
+    assert state.partition is not None
+    for start, length in state.partition.spans(state.column("agreed") & ~state.frozen_blocks, within):
+        yield tensor.narrow(state.partition.dim, start, length)
+
+
+def pack(views: Sequence[torch.Tensor], packed: torch.Tensor) -> None:
+    """Write the views one after the other to the beginning of a flat tensor."""
+    if views:
+        torch.cat([view.reshape(-1) for view in views], out=packed[: numel(views)])
+
+
 def unpack(packed: torch.Tensor, views: Sequence[torch.Tensor]) -> None:
-    """Write what `torch.cat` would make of the flat views, and maybe more, back to them."""
+    """Write the beginning of a flat tensor back to the views that `pack` would have it from."""
     sizes = [view.numel() for view in views]
     for view, part in zip(views, packed[: sum(sizes)].split(sizes)):
         view.copy_(part.view(view.shape))

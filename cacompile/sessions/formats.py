@@ -72,7 +72,8 @@ def _of_7(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _filled(like: torch.Tensor, value: float) -> torch.Tensor:
-    """float64 or int64, whatever the saved one is, which is checked afterwards."""
+    """A column of one value, float64 or int64 as the value is: of what the saved one is, which is checked later, it has
+    the shape alone."""
     return torch.full(like.shape, value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 
