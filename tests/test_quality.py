@@ -11,18 +11,20 @@ import pytest
 import torch
 from scripts import read_rows, run_module
 
-from benchmarks.quality.arms import ARMS, CHOSEN, random_groups, rated
+from benchmarks.quality.arms import ARMS, CHOSEN, LOWER, random_groups, rated
 from benchmarks.quality.curve import Arms, Worth, frontier, mean_worth, resampled, seed_worths, standard_error, worth
 from benchmarks.quality.plan import Part, Settings, Turn, next_part, plan
 from benchmarks.quality.report import Found, against_goal, report, summarize, times, verdicts, within_error
 from benchmarks.quality.rows import COLUMNS, LOOK_COLUMNS, append, keys, read, read_looks, write_profile
-from benchmarks.quality.run import Run, train
+from benchmarks.quality.run import Run, train, trainable_flops
+from benchmarks.quality.signal import attainable, foreseen
 from benchmarks.quality.target import of_looks, to_target
 from benchmarks.quality.task import constant, decaying
 from benchmarks.quality.task import quality as measure_quality
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tuned import tuned
 from benchmarks.quality.worker import spread
+from cacompile.controller.optimizers import descent, statistic_of
 
 RUNGS = ["dense", "dense-95", "dense-90", "dense-85", "dense-80", "dense-75"]
 
@@ -214,6 +216,48 @@ def test_a_smaller_batch_and_another_rate_change_what_they_say_and_nothing_else(
     assert seen == [("dense", step) for step in (12, 14, 16, 17, 18, 19)]
 
 
+@pytest.mark.parametrize("arm", ["lower", "lower-later"])
+def test_a_lower_part_is_frozen_that_takes_a_third_of_a_step(arm, tmp_path):
+    here = settings(tmp_path)
+    run = Run(TASKS["transfer"], replace(here.arm(arm), backend=None), 0, steps=4)
+    batch = next(run.task.batches(0))
+    full, start = trainable_flops(run.model, batch), run.control.start * run.steps
+    trained = []
+    while not run.done:
+        run.step()
+        trained.append([param.requires_grad for param in run.model.parameters()])
+    assert all(map(all, trained[: int(start)])) and not any(map(all, trained[int(start) :]))
+    assert trained[-1] == sorted(trained[-1]), "what is frozen lies below all that is trained"
+    assert 0.25 < 1.0 - trainable_flops(run.model, batch) / full <= LOWER
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_signal_is_the_part_of_the_expected_descent_that_the_next_gradient_confirms(name):
+    param = torch.nn.Parameter(torch.zeros(64, 64))
+    settings = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(torch.optim, name)([param], lr=0.0, **settings)
+    torch.manual_seed(0)
+    constant, found, read = torch.randn(64, 64), 0.0, 0.0
+    for step in range(300):
+        param.grad = constant + 3.0 * torch.randn(64, 64)
+        if step > 100:
+            kept = statistic_of(optimizer, optimizer.param_groups[0], param, step)
+            found += float(foreseen(param.grad, kept).sum())
+            read += float(descent(kept).sum())
+        optimizer.step()
+    # a mean over beta1 has (1 - beta1) / (1 + beta1) of the variance, which is 9 times the signal's square
+    assert found / read == pytest.approx(1.0 / (1.0 + 9.0 * 0.1 / 1.9), rel=0.1)
+
+
+def test_what_a_choice_is_worth_is_said_by_steps_that_did_not_choose_it():
+    flops, one = np.array([10.0, 10.0, 10.0]), np.array([0.0, 1.0, 1.0])
+    best = attainable(one, one, flops, 100.0)
+    assert (best.figure, best.left_out) == (pytest.approx(1 / 0.9), pytest.approx(1 / 3))
+    assert attainable(one, np.array([1.0, 0.0, 1.0]), flops, 100.0).figure == pytest.approx(0.5 / 0.9)
+    assert attainable(np.ones(3), np.ones(3), flops, 100.0).figure == 1.0, "alike: nothing is left out"
+    assert attainable(np.array([-0.1, 1.0, 1.0]), one, np.array([0.0, 10.0, 10.0]), 100.0).left_out == 0.0
+
+
 def test_schedules():
     assert constant(5, 100) == pytest.approx(6 / 11) == decaying(5, 100)
     assert constant(99, 100) == 1.0 and decaying(99, 100) < 0.06
@@ -279,7 +323,7 @@ def test_whole_command_then_nothing_left_to_do(tmp_path):
     out = run(*call)
     rows = read_rows(tmp_path / "quality.csv")
     peers = [task for task, package in (("gpt", "grades"), ("resnet", "cac")) if find_spec(package)]
-    usual = {*CHOSEN, "convaware", "random", "static"}
+    usual = {*CHOSEN, "convaware", "random", "static", "lower", "lower-later"}
     assert {row["arm"] for row in rows} - {"grades", "grades-on", "gradskip"} == usual
     assert Counter(row["task"] for row in rows) == {
         t: len(usual) + (t in peers) * (2 if t == "gpt" else 1) for t in ("gpt", "resnet")

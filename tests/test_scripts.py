@@ -18,6 +18,7 @@ COMMANDS = (
     "benchmarks.pages",
     "benchmarks.quality.__main__",
     "benchmarks.quality.policies",
+    "benchmarks.quality.signal",
     "benchmarks.speed.alive",
     "benchmarks.speed.controller",
     "benchmarks.speed.fine_tuning",
@@ -137,6 +138,18 @@ def test_policies_are_compared_at_the_same_skipped_share(tmp_path):
     assert all(0.1 < float(row["skipped_share"]) < 0.45 for row in rows), rows
     assert len({row["quality"] for row in rows}) > 8
     assert run_module(*call) == out, "nothing is run again"
+
+
+@pytest.mark.slow
+def test_signal_is_measured_once_for_each_run(tmp_path):
+    call = ("benchmarks.quality.signal", "--smoke", "--tasks", "transfer,gpt", "--out", str(tmp_path))
+    run_module(*call)
+    rows = read_rows(tmp_path / "signal.csv")
+    assert [row["task"] for row in rows] == ["transfer", "gpt"]
+    assert all(0.0 < float(row["signal 1"]) < 2.0 and 0.5 < float(row["attainable"]) < 2.0 for row in rows), rows
+    before = (tmp_path / "signal.csv").read_bytes()
+    run_module(*call)
+    assert (tmp_path / "signal.csv").read_bytes() == before, "nothing is run again"
 
 
 @pytest.mark.slow

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import numpy as np
+from torch import nn
 
 from benchmarks.quality.peers import CAC_OPTIONS, GRADES_OPTIONS, Grades, GradesToTheEnd, GradSkip, gradskip_sgd
-from benchmarks.quality.run import Arm, Control, Run
+from benchmarks.quality.run import Arm, Control, Run, trainable_flops
 from benchmarks.quality.task import Task
 
 LADDER = (95, 90, 85, 80, 75, 70, 60)
@@ -105,6 +108,45 @@ class Static(_Drawn):
             self.skip(min(1.0, profile.sum() / (self.run.steps - start)), tries=100)
 
 
+LOWER = 1 / 3
+"""Share of a step's FLOPs that is saved by what `Lower` freezes, about: forward passes and the upper part are left."""
+
+
+class Lower(Control):
+    """Freezes the lower part of the network from some step on, by hand: `requires_grad`, dX ends above it too."""
+
+    start = 0.0
+    """Share of the steps that train all of it."""
+
+    def before_step(self) -> None:
+        if self.run.step_number == round(self.start * self.run.steps):
+            params = list(self.run.model.parameters())
+            for param in params[: self._count(params)]:
+                param.requires_grad_(False)
+                param.grad = None
+
+    def _count(self, params: Sequence[nn.Parameter]) -> int:
+        """How many parameters, in the order of the modules, save LOWER of a step or just less."""
+        run = self.run
+        batch = next(run.task.batches(run.seed))
+        full = trainable_flops(run.model, batch)
+        trained = [param for param in params if param.requires_grad]
+
+        def saves(count: int) -> float:
+            lower = {id(param) for param in params[:count]}
+            for param in trained:
+                param.requires_grad_(id(param) not in lower)
+            return 1.0 - trainable_flops(run.model, batch) / full
+
+        count = bisect.bisect_right(range(len(params)), LOWER, key=saves) - 1
+        saves(0)
+        return count
+
+
+class LowerLater(Lower):
+    start = 0.5
+
+
 ARMS = {
     arm.name: arm
     for arm in (
@@ -118,6 +160,11 @@ ARMS = {
             # the seed only draws masks that the pin replaces; one for all, so that all share what is compiled
             name="static", title="random groups frozen once, convaware's share in all", backend="convaware",
             options={"estimate": "zeros", "seed": 0}, control=Static, needs_profile=True,
+        ),
+        Arm(name="lower", title=f"lower part frozen that takes {LOWER:.0%} of a step", control=Lower),
+        Arm(
+            name="lower-later", title=f"lower part frozen that takes {LOWER:.0%} of a step, second half",
+            control=LowerLater,
         ),
         Arm(
             name="grades", title="GradES 1.0.6", backend=None,  # every freeze would compile anew

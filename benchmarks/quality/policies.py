@@ -24,6 +24,7 @@ from tabulate import tabulate
 from benchmarks.lib.rows import RESULTS
 from benchmarks.quality.plan import Settings
 from benchmarks.quality.run import Arm, Control, Run, train
+from benchmarks.quality.signal import Watch
 from benchmarks.quality.task import Task
 from cacompile.controller import estimate
 from cacompile.controller.monitor import sum_groups
@@ -56,6 +57,7 @@ RULES: dict[str, Callable[[Sums, np.ndarray], np.ndarray]] = {
     "signal to noise": lambda sums, flops: flops * sums["mean"] / sums["square"],
     "variance": lambda sums, flops: np.maximum(sums["square"] - sums["mean"], 0.0),
     "descent": lambda sums, flops: sums["descent"],
+    "signal": lambda sums, flops: np.maximum(sums["signal"], 0.0),
 }
 """How much a group's gradient is worth, which its FLOPs are held against."""
 
@@ -87,6 +89,7 @@ class Variant:
 VARIANTS = (
     *(Variant(name=f"choice by {rule}", rule=rule) for rule in RULES),
     Variant(name="the best half by descent, no draw", draw="best"),
+    Variant(name="the best half by signal, no draw", rule="signal", draw="best"),
     Variant(name="uniform, independent draws", rule="uniform", draw="independent"),
     Variant(name="uniform, weight 1", rule="uniform", power=0.0),
     Variant(name="uniform, weight k (control variate)", rule="uniform", power=1.0),
@@ -103,6 +106,7 @@ class Chosen(Control):
         self.variant, self.random = variant, np.random.default_rng(run.seed)
         self.keep = self.phase = self.age = np.zeros(0)
         self.times = np.zeros(0)
+        self.watch = Watch(run) if variant.rule == "signal" else None
         if variant.unbiased:
             run.optimizer.register_step_pre_hook(lambda *_: self._multiply())
 
@@ -125,7 +129,15 @@ class Chosen(Control):
         index = run.session.index
         flops = index.sum(np.concatenate([state.flops for state in index.params]))
         if (step - start) % 10 == 0:
-            worth = RULES[self.variant.rule](statistics(run), flops)
+            sums = statistics(run)
+            if self.watch is not None and step == start:
+                signal = self.watch.found.sum((0, 1)) / flops
+                family = index.family
+                mean = np.bincount(family, signal * flops) / np.bincount(family, flops)
+                self.signal = flops * (signal + mean[family]) / 2
+            if self.watch is not None:
+                sums["signal"] = np.maximum(self.signal, self.signal[self.signal > 0].min())
+            worth = RULES[self.variant.rule](sums, flops)
             self.keep = keep_for(worth, flops)
             if self.variant.draw == "best":
                 order = np.argsort(worth / flops)

@@ -153,12 +153,17 @@ def _fill(
             continue
         for start, length in state.partition.spans(of_groups == weight, state.held):
             rows = grad.narrow(dim, start, length)
-            estimate = rows if weight == 0.0 else torch.empty_like(rows)
-            _write(estimate, ((t.narrow(dim, start, length), factor) for t, factor in terms))
-            if scale is not None and terms:
-                estimate.mul_(scale.to(rows.device))
+            parts = [(t.narrow(dim, start, length), factor) for t, factor in terms]
+            alone, factor = parts[0] if len(parts) == 1 and scale is None else (None, 0.0)
+            if weight > 0.0 and alone is not None and factor == 1.0 and alone.dtype == rows.dtype:
+                estimate = alone  # as it is, which saves a pass and what it writes to
+            else:
+                estimate = rows if weight == 0.0 else torch.empty_like(rows)
+                _write(estimate, parts)
+                if scale is not None and terms:
+                    estimate.mul_(scale.to(rows.device))
             if weight > 0.0:
-                rows.copy_(torch.lerp(estimate, rows, weight))
+                torch.lerp(estimate, rows, weight, out=rows)
 
 
 def _write(estimate: torch.Tensor, terms: Iterable[Term]) -> None:
