@@ -57,7 +57,7 @@ RULES: dict[str, Callable[[Sums, np.ndarray], np.ndarray]] = {
     "signal to noise": lambda sums, flops: flops * sums["mean"] / sums["square"],
     "variance": lambda sums, flops: np.maximum(sums["square"] - sums["mean"], 0.0),
     "descent": lambda sums, flops: sums["descent"],
-    "signal": lambda sums, flops: np.maximum(sums["signal"], 0.0),
+    "signal": lambda sums, flops: sums["signal"],
 }
 """How much a group's gradient is worth, which its FLOPs are held against."""
 
@@ -79,6 +79,8 @@ class Variant:
     rule: str = "descent"
     draw: str = "turns"
     """turns: at equal distances; independent: a coin for each step; best: the most worthy ones, always."""
+    shared: bool = False
+    """Whether groups of one family share what they are worth per FLOP, as scores of single groups are noisy."""
     power: float = 0.5
     """A group computed after k steps has its gradient's distance from the estimate weighted by k to this power."""
     estimate: str = "momentum"
@@ -89,7 +91,8 @@ class Variant:
 VARIANTS = (
     *(Variant(name=f"choice by {rule}", rule=rule) for rule in RULES),
     Variant(name="the best half by descent, no draw", draw="best"),
-    Variant(name="the best half by signal, no draw", rule="signal", draw="best"),
+    Variant(name="choice by descent, shared in families", shared=True),
+    Variant(name="choice by signal, shared in families", rule="signal", shared=True),
     Variant(name="uniform, independent draws", rule="uniform", draw="independent"),
     Variant(name="uniform, weight 1", rule="uniform", power=0.0),
     Variant(name="uniform, weight k (control variate)", rule="uniform", power=1.0),
@@ -130,14 +133,12 @@ class Chosen(Control):
         flops = index.sum(np.concatenate([state.flops for state in index.params]))
         if (step - start) % 10 == 0:
             sums = statistics(run)
-            if self.watch is not None and step == start:
-                signal = self.watch.found.sum((0, 1)) / flops
-                family = index.family
-                mean = np.bincount(family, signal * flops) / np.bincount(family, flops)
-                self.signal = flops * (signal + mean[family]) / 2
             if self.watch is not None:
-                sums["signal"] = np.maximum(self.signal, self.signal[self.signal > 0].min())
+                sums["signal"] = self.watch.found.sum((0, 1))
             worth = RULES[self.variant.rule](sums, flops)
+            if self.variant.shared:
+                worth = flops * (np.bincount(index.family, worth) / np.bincount(index.family, flops))[index.family]
+            worth = np.maximum(worth, 1e-6 * worth.max())  # noise may make a sum of signals negative
             self.keep = keep_for(worth, flops)
             if self.variant.draw == "best":
                 order = np.argsort(worth / flops)

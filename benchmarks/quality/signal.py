@@ -54,7 +54,7 @@ def foreseen(gradient: Tensor, statistic: Statistic) -> Tensor:
 
 
 class Watch(Control):
-    """Adds up what each group wins, before every step of the optimizer."""
+    """Adds up what each group wins while it is computed, before every step of the optimizer."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -78,7 +78,7 @@ class Watch(Control):
                 read.append(np.zeros(state.blocks))
                 continue
             for values, sums in ((foreseen(state.param.grad, kept), found), (descent(kept), read)):
-                sums.append(sum_groups(values, state).numpy() * mine["lr"])
+                sums.append(np.where(state.skipped, 0.0, sum_groups(values, state).numpy() * mine["lr"]))
         if step and found:
             if not self.found.shape[-1]:
                 self.found, self.read = (np.zeros((*a.shape[:-1], len(index.all))) for a in (self.found, self.read))
