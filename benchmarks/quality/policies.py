@@ -1,8 +1,11 @@
 """Ways to choose the groups, to spread them over steps and to fill in what is missing, at the same skipped share.
 
     python -m benchmarks.quality.policies [--tasks vit,gpt] [--seeds 100,101] [--smoke]
+    python -m benchmarks.quality.policies --tasks minilm-long --share 0.75 --start 0.1 \\
+        --variants "uniform, each group on its own;uniform, parts of families;uniform, whole families"
 
-Each variant skips half of the dW FLOPs from the middle of the run on and trains otherwise as `benchmarks.quality` does.
+Each variant skips half of the dW FLOPs (--share) from the middle of the run on (--start) and trains otherwise as
+`benchmarks.quality` does.
 Seeds and data (`split="valid"`) are not those that it reports on. Rows go to policies.csv; runs that are there already
 are not repeated.
 """
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from tabulate import tabulate
 
@@ -29,11 +33,11 @@ from benchmarks.quality.task import Task
 from cacompile.controller import estimate
 from cacompile.controller.monitor import sum_groups
 from cacompile.controller.optimizers import descent, statistic_of
-from cacompile.controller.turns import take_turns
+from cacompile.controller.turns import next_turns, take_turns
 
-COLUMNS = ("task", "variant", "seed", "steps", "quality", "accuracy", "skipped_share", "torch")
-START, SHARE, LONGEST = 0.5, 0.5, 5
-"""From which part of the run on how much is skipped, and most steps from one turn of a group to the next."""
+COLUMNS = ("task", "variant", "start", "share", "seed", "steps", "quality", "accuracy", "skipped_share", "torch")
+LONGEST, PARTS = 5, 4
+"""Most steps from one turn of a group to the next; neighbouring parts of a family that take turns of their own."""
 
 Sums = dict[str, np.ndarray]
 
@@ -62,15 +66,25 @@ RULES: dict[str, Callable[[Sums, np.ndarray], np.ndarray]] = {
 """How much a group's gradient is worth, which its FLOPs are held against."""
 
 
-def keep_for(worth: np.ndarray, flops: np.ndarray) -> np.ndarray:
-    """Probabilities like the root of worth per FLOP, between 1 / LONGEST and 1, that skip SHARE of the FLOPs."""
+def keep_for(worth: np.ndarray, flops: np.ndarray, share: float) -> np.ndarray:
+    """Probabilities like the root of worth per FLOP, between 1 / LONGEST and 1, that skip this share of the FLOPs."""
     root = np.sqrt(worth / flops)
     low, high = 0.0, 1e6 / root[root > 0].min()
     for _ in range(100):
         middle = (low + high) / 2
         keep = np.clip(middle * root, 1 / LONGEST, 1.0)
-        low, high = (middle, high) if ((1 - keep) * flops).sum() > SHARE * flops.sum() else (low, middle)
+        low, high = (middle, high) if ((1 - keep) * flops).sum() > share * flops.sum() else (low, middle)
     return np.clip(high * root, 1 / LONGEST, 1.0)
+
+
+def parts_of(family: np.ndarray) -> np.ndarray:
+    """int [groups]: equal for those of one part, numbered in the order of the families. family: int [groups]."""
+    sizes = np.bincount(family)
+    parts = np.minimum(sizes, PARTS)
+    order = np.argsort(family, kind="stable")
+    place = np.empty(len(order), int)
+    place[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return (np.cumsum(parts) - parts)[family] + place * parts[family] // sizes[family]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +92,8 @@ class Variant:
     name: str
     rule: str = "descent"
     draw: str = "turns"
-    """turns: at equal distances; independent: a coin for each step; best: the most worthy ones, always."""
+    """turns: at equal distances, each group on its own; families, parts: together, in PARTS parts of a family;
+    independent: a coin for each step; best: the most worthy ones, always."""
     shared: bool = False
     """Whether groups of one family share what they are worth per FLOP, as scores of single groups are noisy."""
     power: float = 0.5
@@ -89,10 +104,13 @@ class Variant:
 
 
 VARIANTS = (
-    *(Variant(name=f"choice by {rule}", rule=rule) for rule in RULES),
+    *(Variant(name=f"choice by {rule}", rule=rule) for rule in RULES if rule != "uniform"),
     Variant(name="the best half by descent, no draw", draw="best"),
     Variant(name="choice by descent, shared in families", shared=True),
     Variant(name="choice by signal, shared in families", rule="signal", shared=True),
+    Variant(name="uniform, each group on its own", rule="uniform"),
+    Variant(name="uniform, parts of families", rule="uniform", draw="parts"),
+    Variant(name="uniform, whole families", rule="uniform", draw="families"),
     Variant(name="uniform, independent draws", rule="uniform", draw="independent"),
     Variant(name="uniform, weight 1", rule="uniform", power=0.0),
     Variant(name="uniform, weight k (control variate)", rule="uniform", power=1.0),
@@ -104,8 +122,9 @@ VARIANTS = (
 class Chosen(Control):
     """Pins the mask of one variant before each step."""
 
-    def __init__(self, run: Run, variant: Variant) -> None:
+    def __init__(self, run: Run, variant: Variant, share: float, start: float) -> None:
         super().__init__(run)
+        self.share, self.start = share, start
         self.variant, self.random = variant, np.random.default_rng(run.seed)
         self.keep = self.phase = self.age = np.zeros(0)
         self.times = np.zeros(0)
@@ -124,7 +143,7 @@ class Chosen(Control):
 
     def before_step(self) -> None:
         run, step = self.run, self.run.step_number
-        start = round(START * run.steps)
+        start = round(self.start * run.steps)
         if step < start:
             if step == 1:
                 run.session.pin(keep=1.0)
@@ -139,15 +158,20 @@ class Chosen(Control):
             if self.variant.shared:
                 worth = flops * (np.bincount(index.family, worth) / np.bincount(index.family, flops))[index.family]
             worth = np.maximum(worth, 1e-6 * worth.max())  # noise may make a sum of signals negative
-            self.keep = keep_for(worth, flops)
+            self.keep = keep_for(worth, flops, self.share)
             if self.variant.draw == "best":
                 order = np.argsort(worth / flops)
                 self.keep = np.ones(len(flops))
-                short = np.abs(np.cumsum([0.0, *flops[order]]) - SHARE * flops.sum())
+                short = np.abs(np.cumsum([0.0, *flops[order]]) - self.share * flops.sum())
                 self.keep[order[: int(short.argmin())]] = 0.0
         if len(self.phase) == 0:
             self.phase, self.age = self.random.permutation(len(flops)) / len(flops), np.zeros(len(flops))
-        if self.variant.draw == "independent":
+            if self.variant.draw in ("families", "parts"):
+                self.phase = np.full(len(flops), -1.0)
+        if self.variant.draw in ("families", "parts"):
+            turn = parts_of(index.family) if self.variant.draw == "parts" else index.family
+            on, self.phase = next_turns(self.keep, self.phase, turn, index.role, (run.seed, step))
+        elif self.variant.draw == "independent":
             on = (self.random.random(len(flops)) < self.keep) | (self.keep >= 1.0)
         else:
             on, self.phase = take_turns(self.keep, self.phase)
@@ -165,27 +189,30 @@ def weighted(power: float) -> Callable[..., np.ndarray]:
     return weights
 
 
-def measure(task: Task, variant: Variant, seed: int) -> dict[str, Any]:
+def measure(task: Task, variant: Variant, seed: int, share: float = 0.5, start: float = 0.5) -> dict[str, Any]:
     """One run; a row of policies.csv."""
     plain = estimate.weights
     estimate.weights = weighted(variant.power)
     try:
         arm = Arm(name=variant.name, title=variant.name, backend="convaware",
                   options={"seed": 0, "estimate": variant.estimate},
-                  control=lambda run: Chosen(run, variant))  # fmt: skip
+                  control=lambda run: Chosen(run, variant, share, start))  # fmt: skip
         run = Run(task, arm, seed)
         train([run])
     finally:
         estimate.weights = plain
     found = run.result("valid")
-    return {"task": task.name, "variant": variant.name, "seed": seed, "torch": torch.__version__,
-            **{name: found[name] for name in COLUMNS if name in found}}  # fmt: skip
+    return {"task": task.name, "variant": variant.name, "start": start, "share": share, "seed": seed,
+            "torch": torch.__version__, **{name: found[name] for name in COLUMNS if name in found}}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="vit")
     parser.add_argument("--seeds", default="100,101")
+    parser.add_argument("--share", type=float, default=0.5, help="of dW FLOPs that is skipped (default: %(default)s)")
+    parser.add_argument("--start", type=float, default=0.5, help="from which part of the run on (default: %(default)s)")
+    parser.add_argument("--variants", help="names, separated by ; (default: all)")
     parser.add_argument("--steps-scale", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; shows that it runs, no more")
@@ -198,13 +225,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         with open(file, newline="") as lines:
             rows = list(csv.DictReader(lines))
     settings = Settings(out=args.out, split="valid", scale=args.steps_scale, smoke=args.smoke)
+    wanted = args.variants.split(";") if args.variants else [variant.name for variant in VARIANTS]
+    if wrong := set(wanted) - {variant.name for variant in VARIANTS}:
+        parser.error(f"unknown variants: {', '.join(sorted(wrong))}")
     for task in map(settings.task, args.tasks.split(",")):
-        for variant in VARIANTS:
+        for variant in (variant for variant in VARIANTS if variant.name in wanted):
             for seed in map(int, args.seeds.split(",")):
-                here = (task.name, variant.name, str(seed), str(task.steps))
-                if any((row["task"], row["variant"], row["seed"], row["steps"]) == here for row in rows):
+                here = tuple(map(str, (task.name, variant.name, args.start, args.share, seed, task.steps)))
+                if any(tuple(row[name] for name in COLUMNS[:6]) == here for row in rows):
                     continue
-                row = measure(task, variant, seed)
+                row = measure(task, variant, seed, args.share, args.start)
                 rows.append({name: str(row[name]) for name in COLUMNS})
                 with open(file, "w", newline="") as lines:
                     out = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
@@ -216,16 +246,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Markdown: a row for each variant of each task, best first; the mean over seeds and its standard error."""
-    found = []
-    for task, variant in dict.fromkeys((row["task"], row["variant"]) for row in rows):
-        mine = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
-        scores = np.array([float(row["quality"]) for row in mine])
-        error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else np.nan
-        skipped = np.mean([float(row["skipped_share"]) for row in mine])
-        found.append((task, variant, float(scores.mean()), float(error), f"{skipped:.1%}", len(scores)))
-    found.sort(key=lambda line: (line[0], -line[2]))
-    names = ["task", "variant", "quality", "standard error", "dW skipped", "seeds"]
-    return tabulate(found, names, tablefmt="github", floatfmt=".4f")
+    frame = pd.DataFrame(rows).astype({"quality": float, "skipped_share": float, "start": float})
+    names = ["task", "start", "share", "variant"]
+    found = frame.groupby(names, sort=False).agg(
+        quality=("quality", "mean"), error=("quality", "sem"), skipped=("skipped_share", "mean"), seeds=("seed", "size")
+    )
+    found = found.reset_index().sort_values(["task", "start", "share", "quality"], ascending=[True, True, True, False])
+    lines = found[["task", "start", "variant", "quality", "error", "skipped", "seeds"]].to_numpy().tolist()
+    heads = ["task", "from", "variant", "quality", "standard error", "dW skipped", "seeds"]
+    return tabulate(lines, heads, tablefmt="github", floatfmt=("", ".0%", "", ".4f", ".4f", ".1%", ""))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def _fill(
     """scale: set while GradScaler leaves unscaling to a fused step."""
     assert state.partition is not None
     dim = state.partition.dim
-    for weight in map(float, np.unique(of_groups)):
+    for weight in sorted(set(of_groups.tolist())):
         if weight == 1.0 or (weight > 0.0 and not terms):
             continue
         for start, length in state.partition.spans(of_groups == weight, state.held):
