@@ -34,7 +34,7 @@ class Partition:
         """
         low, high = within or (0, self.rows)
         last = 0
-        for on, run in itertools.groupby(chosen.tolist()):  # there are a few, which numpy takes longer for
+        for on, run in itertools.groupby(chosen.tolist()):  # of a few blocks, for which numpy takes longer
             first, last = last, last + sum(1 for _ in run)
             start, stop = max(first * self.block, low), min(last * self.block, high)
             if on and start < stop:

@@ -14,7 +14,7 @@ from scripts import read_rows, run_module
 from benchmarks.quality.arms import ARMS, CHOSEN, LOWER, random_groups, rated
 from benchmarks.quality.curve import Arms, Worth, frontier, mean_worth, resampled, seed_worths, standard_error, worth
 from benchmarks.quality.plan import Part, Settings, Turn, next_part, plan
-from benchmarks.quality.policies import parts_of
+from benchmarks.quality.policies import quarters
 from benchmarks.quality.report import Found, against_goal, report, summarize, times, verdicts, within_error
 from benchmarks.quality.rows import COLUMNS, LOOK_COLUMNS, append, keys, read, read_looks, write_profile
 from benchmarks.quality.run import Run, train, trainable_flops
@@ -260,7 +260,7 @@ def test_what_a_choice_is_worth_is_said_by_steps_that_did_not_choose_it():
 
 
 def test_parts_are_of_neighbours_of_one_family():
-    assert parts_of(np.array([0] * 8 + [1] * 2 + [2] * 6)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8, 9]
+    assert quarters(np.array([0] * 8 + [1] * 2 + [2] * 6)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8, 9]
 
 
 def test_schedules():

@@ -34,6 +34,7 @@ from cacompile.controller import estimate
 from cacompile.controller.monitor import sum_groups
 from cacompile.controller.optimizers import descent, statistic_of
 from cacompile.controller.turns import next_turns, take_turns
+from cacompile.state.groups import in_parts
 
 COLUMNS = ("task", "variant", "start", "share", "seed", "steps", "quality", "accuracy", "skipped_share", "torch")
 LONGEST, PARTS = 5, 4
@@ -77,14 +78,13 @@ def keep_for(worth: np.ndarray, flops: np.ndarray, share: float) -> np.ndarray:
     return np.clip(high * root, 1 / LONGEST, 1.0)
 
 
-def parts_of(family: np.ndarray) -> np.ndarray:
-    """int [groups]: equal for those of one part, numbered in the order of the families. family: int [groups]."""
-    sizes = np.bincount(family)
-    parts = np.minimum(sizes, PARTS)
-    order = np.argsort(family, kind="stable")
-    place = np.empty(len(order), int)
-    place[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return (np.cumsum(parts) - parts)[family] + place * parts[family] // sizes[family]
+def quarters(family: np.ndarray) -> np.ndarray:
+    """int [groups]: equal for those of one of PARTS parts of a family. family: int [groups]."""
+    return in_parts(family, np.minimum(np.bincount(family), PARTS))
+
+
+TOGETHER: dict[str, Callable[[np.ndarray], np.ndarray]] = {"families": lambda family: family, "parts": quarters}
+"""Draws in which groups take their turn together -> equal numbers for those that do, of their families' numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,13 +164,12 @@ class Chosen(Control):
                 self.keep = np.ones(len(flops))
                 short = np.abs(np.cumsum([0.0, *flops[order]]) - self.share * flops.sum())
                 self.keep[order[: int(short.argmin())]] = 0.0
+        together = TOGETHER.get(self.variant.draw)
         if len(self.phase) == 0:
-            self.phase, self.age = self.random.permutation(len(flops)) / len(flops), np.zeros(len(flops))
-            if self.variant.draw in ("families", "parts"):
-                self.phase = np.full(len(flops), -1.0)
-        if self.variant.draw in ("families", "parts"):
-            turn = parts_of(index.family) if self.variant.draw == "parts" else index.family
-            on, self.phase = next_turns(self.keep, self.phase, turn, index.role, (run.seed, step))
+            self.age = np.zeros(len(flops))
+            self.phase = self.random.permutation(len(flops)) / len(flops) if together is None else self.age - 1.0
+        if together is not None:
+            on, self.phase = next_turns(self.keep, self.phase, together(index.family), index.role, (run.seed, step))
         elif self.variant.draw == "independent":
             on = (self.random.random(len(flops)) < self.keep) | (self.keep >= 1.0)
         else:
@@ -189,7 +188,7 @@ def weighted(power: float) -> Callable[..., np.ndarray]:
     return weights
 
 
-def measure(task: Task, variant: Variant, seed: int, share: float = 0.5, start: float = 0.5) -> dict[str, Any]:
+def measure(task: Task, variant: Variant, seed: int, share: float, start: float) -> dict[str, Any]:
     """One run; a row of policies.csv."""
     plain = estimate.weights
     estimate.weights = weighted(variant.power)

@@ -92,7 +92,10 @@ class Attainable:
     """What leaving out the dW of a fixed choice of groups could be worth."""
 
     figure: float
-    """Share of descent that is kept over the share of FLOPs that is spent; at least 1, as nothing need be chosen."""
+    """Share of descent that is kept over the share of FLOPs that is spent.
+
+    Below 1 where what one half of the steps chose loses by the other.
+    """
     left_out: float
     """Share of dW FLOPs."""
 

@@ -154,9 +154,9 @@ def _fill(
         for start, length in state.partition.spans(of_groups == weight, state.held):
             rows = grad.narrow(dim, start, length)
             parts = [(t.narrow(dim, start, length), factor) for t, factor in terms]
-            alone, factor = parts[0] if len(parts) == 1 and scale is None else (None, 0.0)
-            if weight > 0.0 and alone is not None and factor == 1.0 and alone.dtype == rows.dtype:
-                estimate = alone  # as it is, which saves a pass and what it writes to
+            as_it_is = scale is None and [(t.dtype, factor) for t, factor in parts] == [(rows.dtype, 1.0)]
+            if weight > 0.0 and as_it_is:  # which saves a pass and what it writes to
+                estimate = parts[0][0]
             else:
                 estimate = rows if weight == 0.0 else torch.empty_like(rows)
                 _write(estimate, parts)

@@ -131,6 +131,18 @@ def _are_so(table: BlockTable, kind: str, role_hash: str, before: Sequence[Mappi
     return all(family is families[0] and (family.kind, family.role_hash) == (kind, role_hash) for family in families)
 
 
+def in_parts(family: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """int [groups]: equal for neighbours of one part, numbered in the order of the families.
+
+    family: int [groups]; parts: int [families], into how many each is cut, no more than it has groups.
+    """
+    sizes = np.bincount(family, minlength=len(parts))
+    order = np.argsort(family, kind="stable")
+    place = np.empty(len(order), int)
+    place[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return (np.cumsum(parts) - parts)[family] + place * parts[family] // sizes[family]
+
+
 class Numbering:
     """Which group each of some blocks belongs to."""
 
@@ -192,11 +204,7 @@ class GroupIndex(Numbering):
         role[self.family] = self.role
         fewest = -(-FEWEST // np.bincount(role)[role])
         parts = np.clip(np.maximum(np.ceil(share / LARGEST).astype(int), fewest), 1, sizes)
-        order = np.argsort(self.family, kind="stable")
-        place = np.empty(len(order), int)
-        place[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        before = np.cumsum(parts) - parts
-        return before[self.family] + place * parts[self.family] // sizes[self.family]
+        return in_parts(self.family, parts)
 
     @cached_property
     def turns(self) -> np.ndarray:
