@@ -57,7 +57,7 @@ def vectors(step: int) -> Batch:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch]]] = {
     "gpt": (lambda: GPT(17, width=32, depth=1, heads=2, context=8), characters),
-    "resnet": (lambda: ResNet8(width=0.5), images),
+    "resnet": (ResNet8, images),
     "mlp": (lambda: MLP(16, 48, 40, 10), vectors),
 }
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {

@@ -53,7 +53,7 @@ INNERS: dict[str, tuple[Any, Any]] = {  # option -> the backend that it must equ
 }
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
     "block": (Block, lambda: [torch.randn(8, 32)]),
-    "resnet": (lambda: ResNet8(width=0.5), lambda: [torch.randn(4, 1, 8, 8)]),
+    "resnet": (ResNet8, lambda: [torch.randn(4, 1, 8, 8)]),
     "gpt": (lambda: GPT(17, width=32, depth=1, heads=2, context=8), lambda: [torch.randint(17, (4, 8))]),
 }
 

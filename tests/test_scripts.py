@@ -9,6 +9,11 @@ from importlib.metadata import version
 
 import pytest
 from scripts import ROOT, read_rows, run_module, run_script
+from torch import nn
+
+from benchmarks.gpu import tasks as gpu_tasks
+from benchmarks.gpu.models import PRESETS
+from benchmarks.quality import tasks as quality_tasks
 
 COMMANDS = (
     "benchmarks.gpu.__main__",
@@ -73,6 +78,21 @@ def test_example_says_how_it_is_called(name, capsys, monkeypatch):
         runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     assert end.value.code == 0
     assert "--" in capsys.readouterr().out
+
+
+TINY = [
+    *(pytest.param(task.tiny, id=task.name) for task in quality_tasks.TASKS.values()),
+    *(pytest.param(task.tiny, id=f"gpu {task.name}") for task in gpu_tasks.TASKS.values()),
+    *(pytest.param(preset.tiny, id=f"gpu {name}") for name, preset in PRESETS.items()),
+]
+
+
+@pytest.mark.parametrize("make", TINY)
+def test_tiny_models_keep_clear_of_what_onednn_writes_past_its_memory(make):
+    """See docs/faq.md."""
+    convs = [module for module in make().modules() if isinstance(module, nn.Conv2d)]
+    strided = [conv for conv in convs if set(conv.kernel_size) == {1} and conv.stride != (1, 1)]
+    assert all(conv.in_channels >= 16 for conv in strided), strided
 
 
 def run(script: str, *arguments: str) -> str:

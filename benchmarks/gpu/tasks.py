@@ -109,7 +109,7 @@ TASKS = {
     for task in (
         Task(
             name="resnet18", title="ResNet-18 from scratch on Fashion-MNIST, flips and crops, 10 epochs", steps=1070,
-            goal="from scratch", build=lambda: _resnet(64), tiny=lambda: _resnet(4), batches=_image_batches,
+            goal="from scratch", build=lambda: _resnet(64), tiny=lambda: _resnet(16), batches=_image_batches,
             optimizer=_sgd, held_out=_held_out_images, autocast=True,
         ),
         Task(

@@ -37,9 +37,7 @@ _gpt = functools.partial(
     Task, build=language.SmallLlama, tiny=lambda: language.SmallLlama(width=32, depth=1, heads=2),
     optimizer=adamw(2e-3, beta2=0.99), held_out=language.held_out,
 )  # fmt: skip
-_resnet = functools.partial(
-    Task, build=ResNet8, tiny=lambda: ResNet8(width=0.5), optimizer=_sgd(0.1), held_out=vision.held_out
-)
+_resnet = functools.partial(Task, build=ResNet8, tiny=ResNet8, optimizer=_sgd(0.1), held_out=vision.held_out)
 _vit = functools.partial(
     Task, build=vision.ViT, tiny=lambda: vision.ViT(width=32, depth=1, heads=2), held_out=vision.held_out
 )
@@ -65,7 +63,7 @@ TASKS = {
         ),
         Task(
             name="transfer", title="ResNet-8 fine-tuned on five classes of Fashion-MNIST after the other five",
-            steps=300, goal="fine-tuning", build=vision.pretrained, tiny=lambda: ResNet8(5, width=0.5),
+            steps=300, goal="fine-tuning", build=vision.pretrained, tiny=lambda: ResNet8(5),
             batches=vision.new_batches, optimizer=adamw(4e-3), held_out=vision.new_held_out,
         ),
         _vit(
