@@ -10,18 +10,11 @@ from cacompile.config import Config
 
 from .spikes import EARLY, JUMP, totals, was_spike
 
-FEWER = 1.0 / 3.0
-"""Share of its descent that a group gives up of which nothing is computed: so much, as skipping a share of all groups
-alike cost what a shorter run does that saves as much, and dW is a third of a step (`docs/policy.md`)."""
-
 NOISE = 0.01
-"""What a group gives up beside that when it is computed in every second step, however slowly it moves."""
+"""Share of its descent that a group gives up when it is computed in every second step, however slowly it moves."""
 
-FAST = 0.012
+FAST = 0.006
 """Movement in one step, as a share of a group's own size, at which skipping every second step gives up all descent."""
-
-STALENESS = 4
-"""Power of the way since a group was last computed, over FAST, which is the share of its descent that is given up."""
 
 ALIKE = 2.0
 """Groups whose descent per FLOP is within this factor of the median share one distance from turn to turn."""
@@ -29,11 +22,11 @@ ALIKE = 2.0
 STEP = 3.0
 """FLOPs of a whole step for each of dW where they have not been counted: forward pass, dX and dW cost the same."""
 
-MARGIN = 2.0
+MARGIN = 6.0
 """How many times its price in descent a saved FLOP must be worth at the default `tolerance`: all this is measured
 roughly (`docs/policy.md`). Less where the option is higher, in proportion."""
 
-LEAST = 0.1
+LEAST = 0.2
 """Share of all dW that must be worth skipping for any of it to be: a masked backward that leaves out less takes as long
 as the dense one."""
 
@@ -81,14 +74,14 @@ def keep_probabilities(
 
     A group computed in every k-th step saves (1 - 1/k) * flops and gives up `loss(k, ratio)` of its descent. A shorter
     run would give up the descent of a step for the FLOPs of a whole step, forward pass and dX too. That is the price
-    which a skipped FLOP has to beat, MARGIN times; it is beaten up to some k, and by no k where a group wins about as
-    much for its FLOPs as others do. Groups that score alike share it, and move as their mean does: what one of them
-    misses in a step the others learn from the same samples. What is dearer than that is computed in every step and left
-    out of the price, what is cheaper has a k of its own. A jump of the descent counts as what is usual. Where all of
-    them together would give up more than `tolerance` of what a step wins, the price rises until they do not. 1 - 1/k is
-    never above max_skip, and k never above `turns`: in every step one of a group's role is computed, so what has none
-    like it is never skipped. With a `budget` the price is the one, the same for all, at which it is saved; it ends
-    neither by the price nor by `tolerance`, only by a jump.
+    which a skipped FLOP has to beat, MARGIN times; it is beaten up to some k, and by no k where a group moves fast.
+    Groups that score alike share it, and move as their mean does: what one of them misses in a step the others learn
+    from the same samples. What is dearer than that is computed in every step and left out of the price, what is cheaper
+    has a k of its own. A jump of the descent counts as what is usual. Where all of them together would give up more
+    than `tolerance` of what a step wins, the price rises until they do not. 1 - 1/k is never above max_skip, and k
+    never above `turns`: in every step one of a group's role is computed, so what has none like it is never skipped.
+    With a `budget` the price is the one, the same for all, at which it is saved; it ends neither by the price nor by
+    `tolerance`, only by a jump.
 
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
     ratio: float [G], movement in a step over its size, NaN where not known yet (never skipped);
@@ -114,10 +107,10 @@ def keep_probabilities(
     dearness = _over_median(descent / flops, flops)
     dear, alike = dearness > ALIKE, (dearness <= ALIKE) & (dearness >= 1.0 / ALIKE)
     step = min(usual[~dear].sum(), descent[~dear].sum())
-    if alike.any():
-        descent = np.where(alike, flops * (descent[alike].sum() / flops[alike].sum()), descent)
-        ratio = np.where(alike, _mean_ratio(ratio[alike], flops[alike]), ratio)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        if alike.any():
+            descent = np.where(alike, flops * (descent[alike].sum() / flops[alike].sum()), descent)
+            ratio = np.where(alike, np.average(ratio[alike], weights=flops[alike]), ratio)
         worth = np.where(dear, 0.0, step * flops / (of_step * margin(config) * flops[~dear].sum() * descent))
 
     def every(price: float) -> np.ndarray:
@@ -161,12 +154,10 @@ def _dear_enough(fits: Callable[[float], bool], low: float) -> float:
 def loss(k: np.ndarray, ratio: np.ndarray) -> np.ndarray:
     """Share of its descent that a group gives up when it is computed in every k-th step, float [G].
 
-    FEWER times the share of its gradients that is not computed, k (k - 1) / 2 times NOISE, and what the weights have
-    moved in the k - 1 steps for which an estimate stands in, over FAST, to the power STALENESS. Below k = 2 fewer
-    estimates are used, each of them one step old.
+    k (k - 1) / 2 times NOISE, and what the weights have moved in the k - 1 steps for which an estimate stands in, over
+    FAST.
     """
-    older = np.where(k < 2.0, k - 1.0, (k - 1.0) ** STALENESS)
-    return FEWER * (1.0 - 1.0 / k) + NOISE * k * (k - 1.0) / 2.0 + (ratio / FAST) ** STALENESS * older
+    return NOISE * k * (k - 1.0) / 2.0 + (k - 1.0) * ratio / FAST
 
 
 def _over_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -177,23 +168,13 @@ def _over_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return values / values[some][order][np.searchsorted(passed, passed[-1] / 2.0)]
 
 
-def _mean_ratio(ratio: np.ndarray, flops: np.ndarray) -> float:
-    """The update ratio at which all groups together would give up what they do at their own."""
-    largest = ratio.max()
-    if largest == 0.0 or not np.isfinite(largest):
-        return float(largest)
-    return float(largest * np.average((ratio / largest) ** STALENESS, weights=flops) ** (1.0 / STALENESS))
-
-
 def _distance(worth: np.ndarray, ratio: np.ndarray, longest: np.ndarray) -> np.ndarray:
     """1 <= k <= longest where one more FLOP saved costs just its worth: worth / k^2 is the slope of `loss`."""
     low, high = np.ones(len(worth)), longest
     with np.errstate(over="ignore", invalid="ignore"):
-        speed = (ratio / FAST) ** STALENESS
 
         def pays(k: np.ndarray) -> np.ndarray:
-            older = np.where(k < 2.0, 1.0, STALENESS * (k - 1.0) ** (STALENESS - 1))
-            return worth > FEWER + k * k * (NOISE * (2.0 * k - 1.0) / 2.0 + speed * older)
+            return worth > k * k * (NOISE * (2.0 * k - 1.0) / 2.0 + ratio / FAST)
 
         for _ in range(40):
             middle = (low + high) / 2.0

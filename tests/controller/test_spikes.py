@@ -23,10 +23,10 @@ pytestmark = pytest.mark.usefixtures("followed")
 EVERY = 10
 
 MAKE: dict[str, Callable[..., optim.Optimizer]] = {
-    "adamw": lambda params: optim.AdamW(params, lr=2e-3),
-    "momentum": lambda params: optim.SGD(params, lr=2e-4, momentum=0.9),
-    "sgd": lambda params: optim.SGD(params, lr=2e-3),
-    "adagrad": lambda params: optim.Adagrad(params, lr=1e-2),
+    "adamw": lambda params: optim.AdamW(params, lr=5e-4),
+    "momentum": lambda params: optim.SGD(params, lr=5e-5, momentum=0.9),
+    "sgd": lambda params: optim.SGD(params, lr=5e-4),
+    "adagrad": lambda params: optim.Adagrad(params, lr=2.5e-3),
 }
 
 

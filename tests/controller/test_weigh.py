@@ -43,15 +43,14 @@ def weighed(**values: Any) -> Weighed:
         ({"step_flops": 1e9, "ratio": FAST}, {}, reasons.SMALL_PART, reasons.SMALL_PART),
         ({"descent": 0.0}, {}, reasons.NOTHING_WON, reasons.NOTHING_WON),
         ({"usual": (1e-7, *[1e-6] * 5, 1e-7, 1e-7)}, {}, reasons.JUMPED, reasons.JUMPED),
-        ({"ratio": FAST / 4}, {"tolerance": 1e-9}, reasons.NO_ROOM, reasons.NO_ROOM),
-        ({"descent": 1e-3, "usual": 1e-3}, {}, reasons.DEAR, reasons.DEAR),
+        ({}, {"tolerance": 1e-9}, reasons.NO_ROOM, reasons.NO_ROOM),
         (
-            {"flops": (1e5, *[1e6] * 5, 1e5, 1e5), "descent": (1e-5, *[1e-3] * 5, 1e-5, 1e-5)},
+            {"flops": (1e5, *[1e6] * 5, 1e5, 1e5), "descent": (1e-5, *[1e-3] * 5, 1e-5, 1e-5), "ratio": FAST / 9},
             {},
             reasons.LITTLE,
             reasons.LITTLE,
         ),
-        ({"descent": 1e-3, "usual": 1e-3}, {"tolerance": 0.5}, "", ""),
+        ({"ratio": FAST / 9}, {"tolerance": 0.5}, "", ""),
     ],
 )
 def test_what_holds_a_group_on(values: dict[str, Any], options: dict[str, float], first: str, last: str):
