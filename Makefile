@@ -46,7 +46,7 @@ versions: setup
 docs: setup
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
-# At the default nothing of this model is skipped: no part of it converges much further than the rest.
+# At the default nothing of this model is skipped: it moves fast to the end.
 demo: setup
 	$(BIN)/python examples/train_gpt.py --tolerance 0.15
 

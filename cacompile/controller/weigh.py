@@ -24,7 +24,7 @@ FAST = "still moves fast"
 SMALL_PART = "dW is too small a part of a step"
 ALONE = "no other group does the same in this layer or in others, to learn what it would miss"
 LITTLE = "too little in all is worth skipping for a masked backward to pay"
-DEAR = "wins as much for its FLOPs as others, or more"
+DEAR = "wins more for its FLOPs than others"
 
 SELDOM = 0.99
 """What is computed in more of the steps than that counts as never skipped."""

@@ -84,6 +84,7 @@ def load(rank: int, folder: str, again: str = "") -> tuple[dict[str, Any], float
     return there, saved / total, session.mask.tolist()
 
 
+@pytest.mark.usefixtures("however_fast")  # as on the other ranks
 @pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_session_is_loaded_by_other_numbers_of_ranks(
     ranks: Callable[..., list[Any]], count: int, tmp_path: Path
@@ -101,6 +102,7 @@ def test_a_session_is_loaded_by_other_numbers_of_ranks(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("however_fast")
 def test_from_two_ranks_to_one_and_back(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     ranks(save, str(tmp_path / "two"))
     (there, skipped, _) = load(0, str(tmp_path / "two"), str(tmp_path / "one"))
