@@ -45,7 +45,7 @@ def line_of(beginning: str) -> str:
 
 
 def figures(text: str) -> list[str]:
-    return re.findall(r"\d\.\d{3}", text)
+    return re.findall(r"(?:[<≥] )?\d\.\d{3}", text)
 
 
 def ratio(rows: list[dict[str, str]], **wanted: str) -> str:
