@@ -46,9 +46,9 @@ versions: setup
 docs: setup
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
-# At the default nothing of this model is skipped: it moves fast to the end.
+# At the default nothing of this model is skipped: it moves fast to the end. With the dial turned up it is late in the run.
 demo: setup
-	$(BIN)/python examples/train_gpt.py --tolerance 0.15
+	$(BIN)/python examples/train_gpt.py --tolerance 1
 
 demo-vision: setup
 	$(BIN)/python examples/train_vision.py
