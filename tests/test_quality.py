@@ -257,6 +257,8 @@ def test_what_a_choice_is_worth_is_said_by_steps_that_did_not_choose_it():
     assert attainable(one, np.array([1.0, 0.0, 1.0]), flops, 100.0).figure == pytest.approx(0.5 / 0.9)
     assert attainable(np.ones(3), np.ones(3), flops, 100.0).figure == 1.0, "alike: nothing is left out"
     assert attainable(np.array([-0.1, 1.0, 1.0]), one, np.array([0.0, 10.0, 10.0]), 100.0).left_out == 0.0
+    assert attainable(-one, one, flops, 100.0).left_out == 0.0
+    assert np.isnan(attainable(one, -one, flops, 100.0).figure), "where nothing is won no share of it is anything"
 
 
 def test_parts_are_of_neighbours_of_one_family():

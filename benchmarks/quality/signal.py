@@ -103,14 +103,16 @@ class Attainable:
 def attainable(chosen_by: np.ndarray, valued_by: np.ndarray, flops: np.ndarray, whole: float) -> Attainable:
     """The choice of groups that is best by one measurement of their descents, valued by another.
 
-    chosen_by, valued_by: float [groups]; flops: float [groups], of dW; whole: of a step.
+    chosen_by, valued_by: float [groups]; flops: float [groups], of dW; whole: of a step. Where the first have no
+    descent in all nothing is left out, where the second have none the figure is NaN.
     """
     some = flops > 0.0
     order = np.flatnonzero(some)[np.argsort(chosen_by[some] / flops[some], kind="stable")]
     saved = np.cumsum(np.r_[0.0, flops[order]])
 
     def figures(descents: np.ndarray) -> np.ndarray:
-        return (1.0 - np.cumsum(np.r_[0.0, descents[order]]) / descents.sum()) / (1.0 - saved / whole)
+        won = descents.sum() if descents.sum() > 0.0 else np.nan
+        return (1.0 - np.cumsum(np.r_[0.0, descents[order]]) / won) / (1.0 - saved / whole)
 
     best = int(np.argmax(figures(chosen_by)))
     return Attainable(float(figures(valued_by)[best]), float(saved[best] / flops.sum()))
