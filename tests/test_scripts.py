@@ -162,12 +162,11 @@ def test_policies_are_compared_at_the_same_skipped_share(tmp_path):
 
 @pytest.mark.slow
 def test_signal_is_measured_once_for_each_run(tmp_path):
-    call = ("benchmarks.quality.signal", "--smoke", "--tasks", "transfer,gpt", "--out", str(tmp_path))
+    call = ("benchmarks.quality.signal", "--smoke", "--tasks", "vit,gpt", "--out", str(tmp_path))
     run_module(*call)
     rows = read_rows(tmp_path / "signal.csv")
-    assert [row["task"] for row in rows] == ["transfer", "gpt"]
-    # of the small ResNet's 20 steps so little is signal that the share of it is any number
-    assert 0.0 < float(rows[1]["signal 1"]) < 2.0 and 0.5 < float(rows[1]["attainable"]) < 2.0, rows
+    assert [row["task"] for row in rows] == ["vit", "gpt"]
+    assert all(0.0 < float(row["signal 1"]) < 2.0 and 0.5 < float(row["attainable"]) < 2.0 for row in rows), rows
     before = (tmp_path / "signal.csv").read_bytes()
     run_module(*call)
     assert (tmp_path / "signal.csv").read_bytes() == before, "nothing is run again"

@@ -143,9 +143,9 @@ def test_what_moves_fast_is_not_skipped_even_if_all_may_be_given_up():
 
 def test_late_in_a_schedule_no_more_is_skipped_for_it_and_nothing_when_the_loss_jumps():
     """A small step at the end of a schedule is worth as much as it wins: fresh gradients average its noise out."""
-    usual, speed, flops = cheap(4), of(0.01 * FAST, 4), np.ones(4)
+    usual, speed, flops = cheap(4), of(0.0, 4), np.ones(4)
     keep = [keep_probabilities(now * usual, speed, flops, usual, Config())[-1] for now in (0.01, 0.5, 1.0, 2.0, 99.0)]
-    assert keep[0] == keep[1] == keep[2] < 0.35 and (np.diff(keep[2:]) > 0.0).all() and keep[-1] > 0.98
+    assert keep[0] == keep[1] == keep[2] < 0.3 and (np.diff(keep[2:]) > 0.0).all() and keep[-1] > 0.98
 
 
 def test_usual_descent_by_hand():
@@ -179,8 +179,8 @@ def test_groups_that_are_not_known_or_save_nothing_are_kept_and_change_nothing_f
 
 
 def test_groups_that_win_nothing_are_skipped_to_their_cap():
-    keep = keep_probabilities(np.array([0.0, 1.0]), of(0.0, 2), np.ones(2), np.ones(2), Config(max_skip=0.7))
-    assert keep[0] == pytest.approx(0.3) and keep[1] > 0.6
+    keep = keep_probabilities(np.array([0.0, 1.0]), of(SLOW, 2), np.ones(2), np.ones(2), Config(max_skip=0.7))
+    assert keep[0] == pytest.approx(0.3) and keep[1] == 1.0
     # at a learning rate of zero nothing is won by anybody: that tells nothing
     assert (keep_probabilities(np.zeros(2), np.zeros(2), np.ones(2), np.ones(2), Config(max_skip=1.0)) == 1.0).all()
 
