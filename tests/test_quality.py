@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scripts import read_rows, run_module
@@ -150,6 +151,18 @@ def test_report_of_rows_made_by_hand(tmp_path):
         "Goal 1.25 in FLOPs: falls short by 10.0% (1.125)."
     ]
     assert list(report(settings(tmp_path), ["resnet"], [7])) == [f"no rows in {tmp_path / 'quality.csv'} to report"]
+
+
+def test_a_control_is_compared_on_the_seeds_that_both_were_made_from(tmp_path):
+    """Random groups from seed 1 alone, where convaware does worse than on the mean."""
+    write_rows(tmp_path)
+    rows = read(tmp_path / "quality.csv")
+    ours = rows["arm"] == "convaware"
+    rows.loc[ours & (rows["seed"] == 1), "quality"] -= 0.12
+    rows = pd.concat([rows, rows[ours & (rows["seed"] == 1)].assign(arm="random", quality=1.8)])
+    assert "Not ahead of random on the 1 seed of both: 0.975 and 1.000." in list(verdicts("early", summarize(rows)))
+    apart = summarize(rows[(rows["arm"] != "convaware") | (rows["seed"] == 0)])
+    assert "Not compared with random: they have no seed in common." in list(verdicts("early", apart))
 
 
 def test_of_a_run_made_twice_the_later_row_counts(tmp_path):

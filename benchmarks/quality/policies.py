@@ -83,7 +83,9 @@ def quarters(family: np.ndarray) -> np.ndarray:
     return in_parts(family, np.minimum(np.bincount(family), PARTS))
 
 
-TOGETHER: dict[str, Callable[[np.ndarray], np.ndarray]] = {"families": lambda family: family, "parts": quarters}
+TOGETHER: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "families": lambda family: family, "parts": quarters, "all": np.zeros_like,
+}  # fmt: skip
 """Draws in which groups take their turn together -> equal numbers for those that do, of their families' numbers."""
 
 
@@ -92,8 +94,8 @@ class Variant:
     name: str
     rule: str = "descent"
     draw: str = "turns"
-    """turns: at equal distances, each group on its own; families, parts: together, in PARTS parts of a family;
-    independent: a coin for each step; best: the most worthy ones, always."""
+    """turns: at equal distances, each group on its own; families, parts: together, in PARTS parts of a family; all: all
+    groups in the same steps; independent: a coin for each step; best: the most worthy ones, always."""
     shared: bool = False
     """Whether groups of one family share what they are worth per FLOP, as scores of single groups are noisy."""
     power: float = 0.5
@@ -111,6 +113,7 @@ VARIANTS = (
     Variant(name="uniform, each group on its own", rule="uniform"),
     Variant(name="uniform, parts of families", rule="uniform", draw="parts"),
     Variant(name="uniform, whole families", rule="uniform", draw="families"),
+    Variant(name="uniform, all in the same steps", rule="uniform", draw="all"),
     Variant(name="uniform, independent draws", rule="uniform", draw="independent"),
     Variant(name="uniform, weight 1", rule="uniform", power=0.0),
     Variant(name="uniform, weight k (control variate)", rule="uniform", power=1.0),

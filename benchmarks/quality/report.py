@@ -38,6 +38,14 @@ class Found:
     """The same, if a dense FLOP takes as long in all dense runs as in the full one beside it."""
     interval: tuple[float, float] = (float("nan"), float("nan"))
     by_seed: tuple[Worth, ...] = ()
+    compared: tuple[list[int], Arms] | None = None
+    """The seeds that `worth` is of, and what was made from them."""
+
+    def worth_on(self, seeds: Sequence[int]) -> Worth:
+        """Of some of the seeds that it was compared on."""
+        assert self.compared is not None
+        known, arms = self.compared
+        return mean_worth(arms.of([known.index(seed) for seed in seeds]))
 
 
 def rows_of(rows: pd.DataFrame, settings: Settings, task: str, seeds: Sequence[int]) -> pd.DataFrame:
@@ -78,7 +86,8 @@ def summarize(rows: pd.DataFrame, looks: pd.DataFrame | None = None) -> list[Fou
         price = (full["cost_seconds"] / full["cost_flops"]).loc[compared].to_numpy()
         timed = arms._replace(costs=costs * price[:, None], cost=own["cost_seconds"].to_numpy())
         seconds = mean_worth(timed) if (own["beside"] == "dense").all() else None
-        found.append(Found(arm, seeds, *columns, mean_worth(arms), seconds, resampled(arms), tuple(seed_worths(arms))))
+        figures = mean_worth(arms), seconds, resampled(arms), tuple(seed_worths(arms)), (compared, arms)
+        found.append(Found(arm, seeds, *columns, *figures))
     return found
 
 
@@ -112,14 +121,20 @@ def verdicts(goal: str, found: Sequence[Found]) -> Iterator[str]:
                 yield f"Goal {wanted:.2f} in {what}: {against_goal(worth, wanted)}."
         if ours.worth.ratio < 1 or ours.worth.bound == "below":
             yield f"Loses against the dense runs ({ours.worth})."
-        others = [f for f in found if f.worth is not None and f is not ours]
-        ahead = [f.arm for f in others if f.worth < ours.worth]
-        behind = [f.arm for f in others if f.arm not in ahead]
-        if ahead:
-            yield f"Ahead of {', '.join(ahead)}."
-        if behind:
-            yield f"Not ahead of {', '.join(behind)}."
+        yield from (against(ours, f) for f in found if f.worth is not None and f is not ours)
     yield f"Final quality: {within_error(ours, dense)}."
+
+
+def against(ours: Found, other: Found) -> str:
+    """Which is worth more, on the seeds that both were made from."""
+    assert ours.compared is not None and other.compared is not None
+    seeds = [seed for seed in ours.compared[0] if seed in other.compared[0]]
+    if not seeds:
+        return f"Not compared with {other.arm}: they have no seed in common."
+    mine, theirs = ours.worth_on(seeds), other.worth_on(seeds)
+    which = "Ahead of" if mine > theirs else "Not ahead of"
+    each = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    return f"{which} {other.arm} on the {each} of both: {mine} and {theirs}."
 
 
 def against_goal(worth: Worth, goal: float) -> str:
