@@ -4,8 +4,10 @@
     python -m benchmarks.quality.policies --tasks minilm-long --share 0.75 --start 0.1 \\
         --variants "uniform, each group on its own;uniform, parts of families;uniform, whole families"
 
-Each variant skips half of the dW FLOPs (--share) from the middle of the run on (--start) and trains otherwise as
-`benchmarks.quality` does.
+    python -m benchmarks.quality.policies --tasks vit64 --start 0.1 --stop 0.6 --variants "uniform, whole families"
+
+Each variant skips half of the dW FLOPs (--share) from the middle of the run on (--start) to its end (--stop) and trains
+otherwise as `benchmarks.quality` does.
 Seeds and data (`split="valid"`) are not those that it reports on. Rows go to policies.csv; runs that are there already
 are not repeated.
 """
@@ -36,7 +38,8 @@ from cacompile.controller.optimizers import descent, statistic_of
 from cacompile.controller.turns import next_turns, take_turns
 from cacompile.state.groups import in_parts
 
-COLUMNS = ("task", "variant", "start", "share", "seed", "steps", "quality", "accuracy", "skipped_share", "torch")
+RUN = ("task", "variant", "start", "stop", "share", "seed", "steps")
+COLUMNS = (*RUN, "quality", "accuracy", "skipped_share", "torch")
 LONGEST, PARTS = 5, 4
 """Most steps from one turn of a group to the next; neighbouring parts of a family that take turns of their own."""
 
@@ -125,9 +128,9 @@ VARIANTS = (
 class Chosen(Control):
     """Pins the mask of one variant before each step."""
 
-    def __init__(self, run: Run, variant: Variant, share: float, start: float) -> None:
+    def __init__(self, run: Run, variant: Variant, share: float, start: float, stop: float) -> None:
         super().__init__(run)
-        self.share, self.start = share, start
+        self.share, self.start, self.stop = share, round(start * run.steps), round(stop * run.steps)
         self.variant, self.random = variant, np.random.default_rng(run.seed)
         self.keep = self.phase = self.age = np.zeros(0)
         self.times = np.zeros(0)
@@ -146,15 +149,15 @@ class Chosen(Control):
 
     def before_step(self) -> None:
         run, step = self.run, self.run.step_number
-        start = round(self.start * run.steps)
-        if step < start:
-            if step == 1:
+        if not self.start <= step < self.stop:
+            if step in (1, self.stop):
                 run.session.pin(keep=1.0)
+                self.times = np.zeros(0)
             return
         index = run.session.index
         flops = index.sum(np.concatenate([state.flops for state in index.params]))
-        if (step - start) % 10 == 0:
-            sums = statistics(run)
+        if (step - self.start) % 10 == 0:
+            sums = {} if self.variant.rule == "uniform" else statistics(run)
             if self.watch is not None:
                 sums["signal"] = self.watch.found.sum((0, 1))
             worth = RULES[self.variant.rule](sums, flops)
@@ -191,20 +194,20 @@ def weighted(power: float) -> Callable[..., np.ndarray]:
     return weights
 
 
-def measure(task: Task, variant: Variant, seed: int, share: float, start: float) -> dict[str, Any]:
+def measure(task: Task, variant: Variant, seed: int, share: float, start: float, stop: float) -> dict[str, Any]:
     """One run; a row of policies.csv."""
     plain = estimate.weights
     estimate.weights = weighted(variant.power)
     try:
         arm = Arm(name=variant.name, title=variant.name, backend="convaware",
                   options={"seed": 0, "estimate": variant.estimate},
-                  control=lambda run: Chosen(run, variant, share, start))  # fmt: skip
+                  control=lambda run: Chosen(run, variant, share, start, stop))  # fmt: skip
         run = Run(task, arm, seed)
         train([run])
     finally:
         estimate.weights = plain
     found = run.result("valid")
-    return {"task": task.name, "variant": variant.name, "start": start, "share": share, "seed": seed,
+    return {"task": task.name, "variant": variant.name, "start": start, "stop": stop, "share": share, "seed": seed,
             "torch": torch.__version__, **{name: found[name] for name in COLUMNS if name in found}}  # fmt: skip
 
 
@@ -214,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="100,101")
     parser.add_argument("--share", type=float, default=0.5, help="of dW FLOPs that is skipped (default: %(default)s)")
     parser.add_argument("--start", type=float, default=0.5, help="from which part of the run on (default: %(default)s)")
+    parser.add_argument("--stop", type=float, default=1.0, help="up to which (default: %(default)s)")
     parser.add_argument("--variants", help="names, separated by ; (default: all)")
     parser.add_argument("--steps-scale", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -233,10 +237,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task in map(settings.task, args.tasks.split(",")):
         for variant in (variant for variant in VARIANTS if variant.name in wanted):
             for seed in map(int, args.seeds.split(",")):
-                here = tuple(map(str, (task.name, variant.name, args.start, args.share, seed, task.steps)))
-                if any(tuple(row[name] for name in COLUMNS[:6]) == here for row in rows):
+                here = tuple(map(str, (task.name, variant.name, args.start, args.stop, args.share, seed, task.steps)))
+                if any(tuple(row[name] for name in RUN) == here for row in rows):
                     continue
-                row = measure(task, variant, seed, args.share, args.start)
+                row = measure(task, variant, seed, args.share, args.start, args.stop)
                 rows.append({name: str(row[name]) for name in COLUMNS})
                 with open(file, "w", newline="") as lines:
                     out = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
@@ -248,15 +252,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Markdown: a row for each variant of each task, best first; the mean over seeds and its standard error."""
-    frame = pd.DataFrame(rows).astype({"quality": float, "skipped_share": float, "start": float})
-    names = ["task", "start", "share", "variant"]
+    frame = pd.DataFrame(rows).astype({"quality": float, "skipped_share": float, "start": float, "stop": float})
+    names = ["task", "start", "stop", "share", "variant"]
     found = frame.groupby(names, sort=False).agg(
         quality=("quality", "mean"), error=("quality", "sem"), skipped=("skipped_share", "mean"), seeds=("seed", "size")
     )
-    found = found.reset_index().sort_values(["task", "start", "share", "quality"], ascending=[True, True, True, False])
-    lines = found[["task", "start", "variant", "quality", "error", "skipped", "seeds"]].to_numpy().tolist()
-    heads = ["task", "from", "variant", "quality", "standard error", "dW skipped", "seeds"]
-    return tabulate(lines, heads, tablefmt="github", floatfmt=("", ".0%", "", ".4f", ".4f", ".1%", ""))
+    found = found.reset_index().sort_values([*names[:4], "quality"], ascending=[True] * 4 + [False])
+    lines = found[["task", "start", "stop", "variant", "quality", "error", "skipped", "seeds"]].to_numpy().tolist()
+    heads = ["task", "from", "to", "variant", "quality", "standard error", "dW skipped", "seeds"]
+    return tabulate(lines, heads, tablefmt="github", floatfmt=("", ".0%", ".0%", "", ".4f", ".4f", ".1%", ""))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,10 @@ NOISE = 0.01
 
 FAST = 0.006
 """Movement in one step, as a share of a group's own size, at which skipping every second step gives up all descent."""
+
+CALM = 0.03
+"""Share of its descent that a group gives up at most in every second step, however fast it moves, where steps win half
+of what is usual."""
 
 ALIKE = 2.0
 """Groups whose descent per FLOP is within this factor of the median share one distance from turn to turn."""
@@ -107,6 +112,7 @@ def keep_probabilities(
     dearness = _over_median(descent / flops, flops)
     dear, alike = dearness > ALIKE, (dearness <= ALIKE) & (dearness >= 1.0 / ALIKE)
     step = min(usual[~dear].sum(), descent[~dear].sum())
+    ratio = np.minimum(ratio, FAST * calm(step / usual[~dear].sum()))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         if alike.any():
             descent = np.where(alike, flops * (descent[alike].sum() / flops[alike].sum()), descent)
@@ -158,6 +164,14 @@ def loss(k: np.ndarray, ratio: np.ndarray) -> np.ndarray:
     FAST.
     """
     return NOISE * k * (k - 1.0) / 2.0 + (k - 1.0) * ratio / FAST
+
+
+def calm(share: float) -> float:
+    """Share of its descent that a group gives up at most in every second step, however fast it moves: CALM at half.
+
+    share: 0..1, of what is usual that a step wins.
+    """
+    return CALM * share / (1.0 - share) if share < 1.0 else math.inf
 
 
 def _over_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -178,7 +178,7 @@ def test_the_session_is_the_same_for_the_model_and_what_was_compiled_of_it(run: 
     ],
 )
 def test_pin(mask: Any, expected: list[int], early: bool):
-    run = Run()
+    run = Run(tolerance=0.0)
     if not early:
         run.backward(0)
     elif not isinstance(mask, dict) or any("neurons" in name for name in mask):
