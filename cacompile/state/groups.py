@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -183,17 +182,10 @@ class GroupIndex(Numbering):
         self.families = list({id(group.family): group.family for group in self.all}.values())
         place = {id(family): i for i, family in enumerate(self.families)}
         super().__init__(of_block, np.array([place[id(group.family)] for group in self.all], int))
-        by_family = self._roles()
+        by_family = [(family.kind, family.role_hash) for family in self.families]
         roles = {role: i for i, role in enumerate(dict.fromkeys(by_family))}
         self.role = np.array([roles[role] for role in by_family], int)[self.family]
-        """int [groups]: equal for families of one kind that do the same in other layers, and for those of one kind that
-        are one group and have none that does the same."""
-
-    def _roles(self) -> list[tuple[str, str | None]]:
-        """Of each family."""
-        named = [(family.kind, family.role_hash) for family in self.families]
-        often, sizes = Counter(named), np.bincount(self.family)
-        return [(role[0], None) if often[role] == size == 1 else role for role, size in zip(named, sizes)]
+        """int [groups]: equal for families of one kind that do the same in other layers."""
 
     @cached_property
     def turn(self) -> np.ndarray:

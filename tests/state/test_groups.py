@@ -145,15 +145,3 @@ def test_layers_of_one_role_take_their_turns_whole(make: Callable[..., tuple[obj
         )
     index = GroupIndex(states)
     assert index.turn.tolist() == np.repeat(range(6), 4).tolist() and set(index.turns) == {6}
-
-
-def test_layers_of_one_kind_that_are_one_group_and_alone_take_turns_with_each_other(
-    make: Callable[..., tuple[object, ParamState]],
-):
-    kinds = [("filters", "first"), ("filters", "second"), ("neurons", "up"), ("filters", "third"), ("rows", "head")]
-    pairs = [make(8, 8, name=f"layers.{i}.weight") for i in range(len(kinds))]
-    states = [state for _, state in pairs]
-    for state, (kind, role) in zip(states, kinds):
-        tie(BlockTable.of(states), kind, role, [state], [state], [GroupMembers(0, 8, [(state, i) for i in range(4)])])
-    index = GroupIndex(states)
-    assert index.turns.tolist() == [3, 3, 1, 3, 1] and len(set(index.role[[0, 1, 3]])) == 1
