@@ -82,11 +82,11 @@ def keep_probabilities(
     which a skipped FLOP has to beat, MARGIN times; it is beaten up to some k, and by no k where a group moves fast.
     Groups that score alike share it, and move as their mean does: what one of them misses in a step the others learn
     from the same samples. What is dearer than that is computed in every step and left out of the price, what is cheaper
-    has a k of its own. A jump of the descent counts as what is usual. Where all of them together would give up more
-    than `tolerance` of what a step wins, the price rises until they do not. 1 - 1/k is never above max_skip, and k
-    never above `turns`: in every step one of a group's role is computed, so what has none like it is never skipped.
-    With a `budget` the price is the one, the same for all, at which it is saved; it ends neither by the price nor by
-    `tolerance`, only by a jump.
+    has a k of its own. Where steps win less than is usual, moving fast counts less, see `calm`. A jump of the descent
+    counts as what is usual. Where all of them together would give up more than `tolerance` of what a step wins, the
+    price rises until they do not. 1 - 1/k is never above max_skip, and k never above `turns`: in every step one of a
+    group's role is computed, so what has none like it is never skipped. With a `budget` the price is the one, the same
+    for all, at which it is saved; it ends neither by the price nor by `tolerance`, only by a jump.
 
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
     ratio: float [G], movement in a step over its size, NaN where not known yet (never skipped);
@@ -112,8 +112,8 @@ def keep_probabilities(
     dearness = _over_median(descent / flops, flops)
     dear, alike = dearness > ALIKE, (dearness <= ALIKE) & (dearness >= 1.0 / ALIKE)
     step = min(usual[~dear].sum(), descent[~dear].sum())
-    ratio = np.minimum(ratio, FAST * calm(step / usual[~dear].sum()))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        ratio = np.minimum(ratio, FAST * calm(step / usual[~dear].sum()))
         if alike.any():
             descent = np.where(alike, flops * (descent[alike].sum() / flops[alike].sum()), descent)
             ratio = np.where(alike, np.average(ratio[alike], weights=flops[alike]), ratio)

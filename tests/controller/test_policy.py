@@ -101,6 +101,9 @@ def test_what_moves_fast_is_skipped_where_steps_win_less_than_usual():
         for share in (1.2, 1.0, 0.6, 0.4, 0.2, 0.05)
     ]
     assert keep[:3] == [1.0, 1.0, 1.0] and (np.diff(keep[2:]) < 0.0).all() and keep[-1] > 0.5
+    new = np.array([*np.zeros(7), 1.0])  # of the others nothing is known of before
+    with np.errstate(all="raise"):
+        assert (keep_probabilities(np.array([*usual[:7], 9.0]), of(FAST, 8), flops, new, Config()) == 1.0).all()
     assert calm(0.5) == pytest.approx(CALM) and calm(1.0) == np.inf
     still = keep_probabilities(0.2 * usual, of(0.0, 8), flops, usual, Config())
     assert still[0] < keep[4], "what does not move at all is skipped more"
