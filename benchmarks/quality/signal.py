@@ -9,7 +9,8 @@ read and not found so is noise, or a way there and back.
 
 From it follows what leaving out the dW of some groups for good could be worth at best, if all that a run wins were what
 its steps win to first order: the share of descent that is kept over the share of the step's FLOPs. The groups that make
-it most are chosen by the even steps and valued by the odd ones, so that noise does not look like a choice.
+it most are chosen by the even steps and valued by the odd ones, so that noise does not look like a choice. As far as
+the ranks of the two agree ("of even and odd") a run could tell by itself which groups have more to win.
 """
 
 from __future__ import annotations
@@ -132,12 +133,13 @@ def measure(task: Task, seed: int) -> dict[str, Any]:
     even, odd = watch.found.sum(0)
     both = attainable(even, odd, flops, whole), attainable(odd, even, flops, whole)
     some = flops > 0.0
-    order = pd.DataFrame({"found": (even + odd)[some], "read": watch.read.sum(0)[some]}).div(flops[some], axis=0)
+    columns = {"found": even + odd, "read": watch.read.sum(0), "even": even, "odd": odd}
+    order = pd.DataFrame(columns)[some].div(flops[some], axis=0).corr("spearman")
     parts = watch.found.sum((1, 2)) / watch.read.sum(1)
     return {
         "task": task.name, "seed": seed, "steps": task.steps, "groups": int(some.sum()),
         **{f"signal {fifth + 1}": part for fifth, part in enumerate(parts)},
-        "rank correlation": order.corr("spearman").loc["found", "read"],
+        "rank correlation": order.loc["found", "read"], "of even and odd": order.loc["even", "odd"],
         "attainable": np.mean([each.figure for each in both]), "left out": np.mean([each.left_out for each in both]),
         **stamp(),
     }  # fmt: skip
