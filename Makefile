@@ -46,7 +46,7 @@ versions: setup
 docs: setup
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
-# At the default nothing of this model is skipped: it moves fast to the end. With the dial turned up it is late in the run.
+# With the dial turned up: at the default little of what learns from scratch is skipped, and late.
 demo: setup
 	$(BIN)/python examples/train_gpt.py --tolerance 1
 
