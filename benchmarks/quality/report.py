@@ -32,20 +32,26 @@ class Found:
     cost: np.ndarray
     """Over that of the full dense run of the same seed."""
     skipped: float
-    worth: Worth | None = None
-    """In FLOPs. None for dense runs, and where these are not complete."""
+    compared_on: tuple[int, ...] = ()
+    """The seeds from which all dense runs were made too."""
+    arms: Arms | None = None
+    """Of those seeds, beside the dense runs. None for dense runs, and where these are not complete."""
     in_seconds: Worth | None = None
-    """The same, if a dense FLOP takes as long in all dense runs as in the full one beside it."""
-    interval: tuple[float, float] = (float("nan"), float("nan"))
-    by_seed: tuple[Worth, ...] = ()
-    compared: tuple[list[int], Arms] | None = None
-    """The seeds that `worth` is of, and what was made from them."""
+    """`worth`, if a dense FLOP takes as long in all dense runs as in the full one beside it."""
+
+    @property
+    def worth(self) -> Worth | None:
+        """In FLOPs."""
+        return None if self.arms is None else mean_worth(self.arms)
+
+    @property
+    def by_seed(self) -> list[Worth]:
+        return [] if self.arms is None else seed_worths(self.arms)
 
     def worth_on(self, seeds: Sequence[int]) -> Worth:
-        """Of some of the seeds that it was compared on."""
-        assert self.compared is not None
-        known, arms = self.compared
-        return mean_worth(arms.of([known.index(seed) for seed in seeds]))
+        """In FLOPs, of some of the seeds that it was compared on."""
+        assert self.arms is not None
+        return mean_worth(self.arms.of([self.compared_on.index(seed) for seed in seeds]))
 
 
 def rows_of(rows: pd.DataFrame, settings: Settings, task: str, seeds: Sequence[int]) -> pd.DataFrame:
@@ -86,8 +92,7 @@ def summarize(rows: pd.DataFrame, looks: pd.DataFrame | None = None) -> list[Fou
         price = (full["cost_seconds"] / full["cost_flops"]).loc[compared].to_numpy()
         timed = arms._replace(costs=costs * price[:, None], cost=own["cost_seconds"].to_numpy())
         seconds = mean_worth(timed) if (own["beside"] == "dense").all() else None
-        figures = mean_worth(arms), seconds, resampled(arms), tuple(seed_worths(arms)), (compared, arms)
-        found.append(Found(arm, seeds, *columns, *figures))
+        found.append(Found(arm, seeds, *columns, tuple(compared), arms, seconds))
     return found
 
 
@@ -99,7 +104,7 @@ def table(found: Sequence[Found]) -> str:
             mean_and_error(100 * f.accuracy, "{:.2f}"),
             f"{f.cost.mean():.3f}", "" if f.arm in DENSE or np.isnan(f.skipped) else f"{f.skipped:.1%}",
             str(f.worth or ""), str(f.in_seconds or ""),
-            "" if f.worth is None or len(f.by_seed) < 2 else "{:.3f} to {:.3f}".format(*f.interval),
+            "" if f.arms is None or len(f.compared_on) < 2 else "{:.3f} to {:.3f}".format(*resampled(f.arms)),
             ", ".join(map(str, f.by_seed)),
         )
         for f in found
@@ -127,8 +132,7 @@ def verdicts(goal: str, found: Sequence[Found]) -> Iterator[str]:
 
 def against(ours: Found, other: Found) -> str:
     """Which is worth more, on the seeds that both were made from."""
-    assert ours.compared is not None and other.compared is not None
-    seeds = [seed for seed in ours.compared[0] if seed in other.compared[0]]
+    seeds = [seed for seed in ours.compared_on if seed in other.compared_on]
     if not seeds:
         return f"Not compared with {other.arm}: they have no seed in common."
     mine, theirs = ours.worth_on(seeds), other.worth_on(seeds)

@@ -159,7 +159,7 @@ def test_what_moves_fast_is_not_skipped_even_if_all_may_be_given_up():
     assert (keep_probabilities(cheap(4), of(np.inf, 4), np.ones(4), cheap(4), config) == 1.0).all()
 
 
-def test_late_in_a_schedule_no_more_is_skipped_for_it_and_nothing_when_the_loss_jumps():
+def test_late_in_a_schedule_no_more_is_skipped_of_what_stands_still_and_nothing_when_the_loss_jumps():
     """A small step at the end of a schedule is worth as much as it wins: fresh gradients average its noise out."""
     usual, speed, flops = cheap(4), of(0.0, 4), np.ones(4)
     keep = [keep_probabilities(now * usual, speed, flops, usual, Config())[-1] for now in (0.01, 0.5, 1.0, 2.0, 99.0)]
