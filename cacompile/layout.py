@@ -275,6 +275,14 @@ class MaskLayout:
         columns = zip(*(coefficients for _, coefficients in self.coefficients_by_param))
         return tuple(map(sum, columns)) or (0,) * len(self.monomials)
 
+    @cached_property
+    def coefficients_by_block(self) -> np.ndarray:
+        """How many dW FLOPs of each flag's block there are to one of each monomial: int64 [monomials, blocks]."""
+        found = np.zeros((len(self.monomials), self.blocks), np.int64)
+        for grad in self.grads:
+            found[:, grad.flags] = np.array(grad.coefficients, np.int64)[:, grad.here]
+        return found
+
     def sizes_in(self, args: Sequence[Any]) -> Sequence[int]:
         """What the monomials are in a call of the backward with these inputs."""
         if not self.sources:

@@ -155,7 +155,7 @@ class Controller:
     def _next_mask(self, optimizer: Optimizer | None, step: int) -> np.ndarray:
         """The mask of the next step, bool [blocks]."""
         index = self._index
-        if step < self.config.warmup_steps:
+        if step < self.config.warmup_steps or self._all_on:
             on = np.ones(len(index.of_block), bool)
         else:
             steps = np.array([param.step for param in self.params])
@@ -173,6 +173,11 @@ class Controller:
                     part[held] = param.pinned_mask()[held]
                     param.column("keep")[held] = param.pin.keep_of(param)[held]
         return on
+
+    @property
+    def _all_on(self) -> bool:
+        """Whether every group is computed in every step, and has had its first turn: then nothing need be drawn."""
+        return bool((self.column("keep") >= 1.0).all() and (self.column("phase") >= 0.0).all())
 
     @property
     def _pinned(self) -> bool:

@@ -124,9 +124,10 @@ def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamS
     param = state.param
     if param is None or param.grad is None or state.partition is None:
         return
-    age = state.age if rescale else np.zeros_like(state.age)
-    if ((of_groups := weights(state.skipped, age)) == 1.0).all():
+    skipped, age = state.skipped, state.age if rescale else np.zeros_like(state.age)
+    if not (skipped.any() or age.any()):
         return
+    of_groups = weights(skipped, age)
     if optimizer is not None and state.config.estimate == "momentum":
         try:
             terms = estimate_of(optimizer, settings, param)

@@ -62,13 +62,13 @@ def take_back(optimizer: Optimizer) -> None:
 
 def _moment(optimizer: Optimizer, settings: Mapping[int, Mapping[str, Any]], state: ParamState) -> torch.Tensor | None:
     """The tensor that is the whole estimate of the parameter's gradient, and may stand in its place; None if none."""
-    param, grad = state.param, None if state.param is None else state.param.grad
+    if not state.skipped.all() or state.config.estimate != "momentum":
+        return None
+    param, partition = state.param, state.partition
+    grad = None if param is None else param.grad
     if param is None or grad is None or state.shard is not None or type(param) is not torch.nn.Parameter:
         return None
-    partition = state.partition
-    if partition is None or partition.rows != state.shape[partition.dim] or not state.skipped.all():
-        return None
-    if state.config.estimate != "momentum":
+    if partition is None or partition.rows != state.shape[partition.dim]:
         return None
     of = settings.get(id(param), {})
     try:

@@ -16,7 +16,7 @@ from cacompile.layout import MaskLayout
 from cacompile.torch_internals import has_hooks, warning_once
 
 from .beginning import begin
-from .frozen import newest_freeze
+from .frozen import any_frozen, newest_freeze
 from .graph_counts import GraphCounts
 from .handles import Handles
 from .identity import Identity, identity_of
@@ -178,12 +178,9 @@ class GraphBinding(GraphCounts):
         for grad, param in self._pairs():
             if param is None or not self._masks(grad):
                 off[grad.flags] = False
-            else:  # what is frozen is not skipped, and has no estimate
+            elif any_frozen():  # what is frozen is not skipped, and has no estimate
                 off[grad.flags] &= ~param.frozen_blocks[grad.here]
-        coefficients = [0] * len(self._layout.monomials)
-        for grad in self._layout.grads:
-            for i, each in enumerate(grad.coefficients):
-                coefficients[i] += int(np.array(each, np.int64)[grad.here][off[grad.flags]].sum())
+        coefficients: list[int] = (self._layout.coefficients_by_block @ off).tolist()
         return self._rows[off[self._has_row]], coefficients
 
     def _gather(self, table: BlockTable) -> None:
@@ -193,7 +190,7 @@ class GraphBinding(GraphCounts):
         self._mask_version, self._left_out, self._whole = table.mask_version, None, None
         flags = np.ones(len(self._has_row), np.uint8)
         flags[self._has_row] = table.on[self._rows]
-        for grad, param in self._pairs():
+        for grad, param in self._pairs() if any_frozen() else ():
             if param is not None and param.is_frozen:  # nobody is to get that gradient
                 flags[grad.flags] = 1
         if np.array_equal(flags, self._host.numpy()):

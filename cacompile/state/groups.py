@@ -166,7 +166,7 @@ class Numbering:
     def every(self, blocks: np.ndarray) -> np.ndarray:
         """bool [groups]: whether it holds for all of a group's blocks."""
         found = np.ones(len(self.family), bool)
-        np.logical_and.at(found, self.of_block, blocks)
+        found[self.of_block[~blocks]] = False
         return found
 
 
