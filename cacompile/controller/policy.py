@@ -84,9 +84,9 @@ def keep_probabilities(
     from the same samples. What is dearer than that is computed in every step and left out of the price, what is cheaper
     has a k of its own. Where steps win less than is usual, moving fast counts less, see `calm`. A jump of the descent
     counts as what is usual. Where all of them together would give up more than `tolerance` of what a step wins, the
-    price rises until they do not. 1 - 1/k is never above max_skip, and k never above `turns`: in every step one of a
-    group's role is computed, so what has none like it is never skipped. With a `budget` the price is the one, the same
-    for all, at which it is saved; it ends neither by the price nor by `tolerance`, only by a jump.
+    price rises until they do not. 1 - 1/k is never above max_skip, and k never above `turns`: while a group is skipped
+    others of its role learn, so what has none like it never is. With a `budget` the price is the one, the same for all,
+    at which it is saved; it ends neither by the price nor by `tolerance`, only by a jump.
 
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
     ratio: float [G], movement in a step over its size, NaN where not known yet (never skipped);

@@ -18,8 +18,8 @@ PREFIX = "convaware/"
 """Of the names of numbers that are logged."""
 
 LOGGED = {
-    "skipped_step": "share of the step's FLOPs, forward and backward, that this step skips, 0 to 1",
-    "skipped_dw": "share of its dW FLOPs that this step skips, 0 to 1",
+    "skipped_step": "share of the step's FLOPs, forward and backward, that the next step skips, 0 to 1",
+    "skipped_dw": "share of its dW FLOPs that the next step skips, 0 to 1",
     "keep": "mean probability of being kept, over all groups, 0 to 1",
     "saved_step": "share of the steps' FLOPs, forward and backward, left out so far, 0 to 1",
     "saved_dw": "share of their dW FLOPs left out so far, 0 to 1",
@@ -77,9 +77,9 @@ class Status:
     keep: float
     """Mean probability of being kept, over all groups."""
     skipped_step: float
-    """Share of the step's FLOPs, forward and backward, that this step skips."""
+    """Share of the step's FLOPs, forward and backward, that the next step skips."""
     skipped_dw: float
-    """Share of its dW FLOPs that this step skips."""
+    """Share of its dW FLOPs that the next step skips."""
     saved_flops: float
     """FLOPs left out so far, all of them of dW."""
     dw_flops: float

@@ -28,7 +28,7 @@ Member = tuple["ParamState", int]
 
 @dataclass(eq=False, slots=True)
 class BlockFamily:
-    """Groups of one kind in one layer; draws are spread evenly over each."""
+    """Groups of one kind in one layer; those that are computed equally often take their turn together."""
 
     kind: str
     role_hash: str
