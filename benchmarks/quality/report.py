@@ -234,16 +234,16 @@ def report(settings: Settings, tasks: Sequence[str], seeds: Sequence[int]) -> It
 
 
 PREAMBLE = """\
-Quality is minus the cross-entropy in nats; ± is one standard error over seeds. FLOPs are those of forward and
-backward passes, counted. An arm's figure is the cost at which the frontier of all dense runs reaches its quality,
-over its own: above 1 it beats them. Dense runs are shorter ones with their schedules shrunk and ones with smaller
-batches, each at the best of three peak rates (chosen on validation data and other seeds), and the full run stopped
-early. The frontier joins the means of those that are better than all cheaper ones by straight lines. ≥: better than
-every dense run, <: worse than the cheapest; neither is extrapolated. In seconds: for what took turns with a full
-dense run, at that run's price of a FLOP. 95 %: bootstrap over seeds, 2,000 draws; with few seeds that is hardly more
-than their range. Seed by seed: each against its own dense runs. In the plot bars are one standard error, and the line
-is the frontier. Random and static skip what convaware skipped, in each step and in all. GradES and CAC Gradient-Skip
-run in eager mode and are charged for what is still trainable.
+Quality is minus the cross-entropy in nats; ± is one standard error over seeds. FLOPs are those of forward and backward
+passes, counted. An arm's figure is the cost at which the frontier of all dense runs reaches its quality, over its own:
+above 1 it beats them. Dense runs are shorter ones with their schedules shrunk and ones with smaller batches, each at
+the best of three peak rates where these were tried (on validation data and other seeds), else at the task's own, and
+the full run stopped early. The frontier joins the means of those that are better than all cheaper ones by straight
+lines. ≥: better than every dense run, <: worse than the cheapest; neither is extrapolated. In seconds: for what took
+turns with a full dense run, at that run's price of a FLOP. 95 %: bootstrap over seeds, 2,000 draws; with few seeds
+that is hardly more than their range. Seed by seed: each against its own dense runs. In the plot bars are one standard
+error, and the line is the frontier. Random and static skip what convaware skipped, in each step and in all. GradES and
+CAC Gradient-Skip run in eager mode and are charged for what is still trainable.
 """
 
 
