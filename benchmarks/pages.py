@@ -53,8 +53,8 @@ WORTH = "frontier / own, FLOPs"
 def quality_table() -> str:
     """A row for each task that convaware was run on."""
     heads = ("task", "seeds", "dW skipped", "FLOPs / dense", "test loss: dense", "convaware",
-             "**FLOPs of the dense run as good / own** (95 %)", "random groups", "frozen groups", "peers",
-             "made")  # fmt: skip
+             "**FLOPs of the dense run as good / own** (95 %)", "full dense run's", "random groups", "frozen groups",
+             "peers", "made")  # fmt: skip
     rows = []
     for task in read_tasks():
         if OURS not in task.arms:
@@ -64,7 +64,7 @@ def quality_table() -> str:
                  if row[WORTH] and name not in (OURS, *CONTROLS) and not name.startswith(DENSE)]  # fmt: skip
         worth = f"**{ours[WORTH]}**" + (f" ({ours['95 %']})" if ours["95 %"] else "")
         losses = (row["quality"].removeprefix("-") for row in (dense, ours))
-        controls = (task.arms.get(name, {}).get(WORTH, "") for name in CONTROLS)
+        controls = (task.arms.get(name, {}).get(WORTH, "") for name in (DENSE, *CONTROLS))
         rows.append((task.title, ours["seeds"], ours["dW skipped"], ours["FLOPs / dense"], *losses, worth,
                      *controls, ", ".join(peers), task.made))  # fmt: skip
     return markdown_table(heads, rows)

@@ -113,15 +113,35 @@ def test_example_compares_and_draws(script, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["step_time", "startup", "controller", "host_time", "alive", "truncated", "flipping", "fine_tuning"]
+    "command",
+    [
+        "step_time",
+        "step_time --model minilm",
+        "startup",
+        "controller",
+        f"host_time --against {ROOT}",
+        f"alive --against {ROOT}",
+        "truncated",
+        "flipping",
+        "fine_tuning",
+    ],
 )
-def test_benchmark_writes_its_rows(name, tmp_path):
-    against = ("--against", str(ROOT)) if name in ("host_time", "alive") else ()
-    out = run_module(f"benchmarks.speed.{name}", "--smoke", "--out", str(tmp_path / "rows.csv"), *against)
+def test_benchmark_writes_its_rows(command, tmp_path):
+    name, *more = command.split(" ", 2)
+    out = run_module(f"benchmarks.speed.{name}", "--smoke", "--out", str(tmp_path / "rows.csv"), *more)
     assert "median [quartiles]" in out
     rows = read_rows(tmp_path / "rows.csv")
     assert rows
     assert all(float(row["lower_quartile"]) <= float(row["median"]) <= float(row["upper_quartile"]) for row in rows)
+
+
+@pytest.mark.parametrize("flops, skipped", [(0.1, 0.5), (0.2, 1.0), (0.0, 0.0)])
+def test_what_a_clock_keeps_is_in_proportion_to_what_is_skipped(flops, skipped):
+    from benchmarks.speed import step_time
+
+    found = step_time.kept(time=1.0 - flops / 2, flops=flops, skipped=skipped, oracle=0.9)
+    expected = {step_time.FLOPS_KEPT: 0.5, step_time.ORACLE_KEPT: 1.0} if skipped else {}
+    assert found == pytest.approx(expected)
 
 
 def test_startup_goes_on_after_an_interruption(monkeypatch, tmp_path, capsys):

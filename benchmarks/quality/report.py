@@ -35,7 +35,7 @@ class Found:
     compared_on: tuple[int, ...] = ()
     """The seeds from which all dense runs were made too."""
     arms: Arms | None = None
-    """Of those seeds, beside the dense runs. None for dense runs, and where these are not complete."""
+    """Of those seeds, beside the dense runs. None for dense runs but the full one, and where these are not complete."""
     in_seconds: Worth | None = None
     """`worth`, if a dense FLOP takes as long in all dense runs as in the full one beside it."""
 
@@ -82,7 +82,7 @@ def summarize(rows: pd.DataFrame, looks: pd.DataFrame | None = None) -> list[Fou
         cost = each["cost_flops"].to_numpy() / full["cost_flops"].to_numpy()
         columns = (each["quality"].to_numpy(), each["accuracy"].to_numpy(), cost, float(each["skipped_share"].mean()))
         compared = [seed for seed in seeds if seed in with_all]
-        if arm in DENSE or len(compared_with) < 2 or not compared:
+        if (arm in DENSE and arm != "dense") or len(compared_with) < 2 or not compared:
             found.append(Found(arm, seeds, *columns))
             continue
         costs, qualities = (np.stack([rung[name].loc[compared] for rung in compared_with], 1)
