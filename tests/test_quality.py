@@ -230,6 +230,16 @@ def test_a_smaller_batch_and_another_rate_change_what_they_say_and_nothing_else(
     assert seen == [("dense", step) for step in (12, 14, 16, 17, 18, 19)]
 
 
+def test_turns_do_not_depend_on_runs_that_the_process_made_before(tmp_path):
+    here = settings(tmp_path)
+    found = []
+    for _ in range(2):
+        run = Run(here.task("resnet"), here.arm("convaware"), 0)
+        run.step()
+        found.append({name: state.key for name, state in run.session.params.items()})
+    assert found[0] == found[1] and any(found[0].values())
+
+
 @pytest.mark.parametrize("arm", ["lower", "lower-later"])
 def test_a_lower_part_is_frozen_that_takes_a_third_of_a_step(arm, tmp_path):
     here = settings(tmp_path)
