@@ -166,7 +166,7 @@ class Numbering:
     def every(self, blocks: np.ndarray) -> np.ndarray:
         """bool [groups]: whether it holds for all of a group's blocks."""
         found = np.ones(len(self.family), bool)
-        found[self.of_block[~blocks]] = False
+        found[self.of_block[np.logical_not(blocks)]] = False
         return found
 
 
