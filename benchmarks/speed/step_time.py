@@ -93,8 +93,7 @@ class Arm:
             self.phase = np.full(len(index.all), -1.0)
         keep = np.full(len(index.all), 1.0 / turns)
         on, self.phase = next_turns(keep, self.phase, index.turn, index.role, (0, step))
-        if len(on):
-            session.pin(mask=on)
+        session.pin(mask=on)
 
 
 def gpt(args: argparse.Namespace) -> Work:
@@ -139,16 +138,10 @@ def build(work: Work, keeps: Sequence[float], turns: Sequence[int]) -> dict[str,
     return arms
 
 
-def skipped_share(arm: Arm) -> float:
-    """Share of dW FLOPs that the timed backwards left out; counted."""
-    total, saved, _ = arm.spent - arm.spent_before
-    return saved / total if saved else 0.0
-
-
-def flops_saved(arm: Arm) -> float:
-    """Share of all FLOPs of the timed steps, forward passes too, that their backwards left out; counted."""
-    _, saved, steps = arm.spent - arm.spent_before
-    return saved / steps if saved else 0.0
+def left_out(arm: Arm) -> tuple[float, float]:
+    """What the timed backwards left out, counted: share of dW FLOPs, and of all of their steps, forward passes too."""
+    dw, saved, steps = arm.spent - arm.spent_before
+    return (saved / dw, saved / steps) if saved else (0.0, 0.0)
 
 
 def kept(time: float, flops: float, skipped: float, oracle: float) -> dict[str, float]:
@@ -205,9 +198,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
             against = {base: ratios(seconds[name], seconds[base]) for base in ("inductor", "oracle")}
             rows.append((case, name, measure, "s", Spread.of(seconds[name])))
             rows += [(case, name, measure, f"ratio to {base}", spread) for base, spread in against.items()]
-            saved = flops_saved(arm)
+            skipped, saved = left_out(arm)
             rows.append((case, name, measure, "share of a step's FLOPs saved", Spread.of([saved])))
-            skipped = skipped_share(arm)
             shares_kept = kept(against["inductor"].median, saved, skipped, oracle)
             rows += [(case, name, measure, unit, Spread.of([value])) for unit, value in shares_kept.items()]
             table.append((measure, name, f"{skipped:.0%}", *map(str, against.values()), f"{saved:.1%}",
