@@ -223,6 +223,20 @@ def test_who_asks_for_the_session_first_changes_no_draw(early: bool) -> None:
     assert len(set(keys[0])) == 6, "identical blocks draw differently"
 
 
+@pytest.mark.parametrize("stepped", [False, True], ids=["session", "optimizer"])
+def test_what_was_trained_before_changes_no_draw(stepped: bool) -> None:
+    """Two runs in one process are as those in processes of their own, in which turns start where names say."""
+    keys, models = [], []
+    for _ in range(2):
+        models.append(stack := compile_blocks(Stack(), "convaware"))
+        session, optimizer = cacompile.session(stack), torch.optim.AdamW(stack.parameters())
+        for _ in range(2):
+            stack(torch.randn(8, 32)).sum().backward()
+            optimizer.step() if stepped else session.step()
+        keys.append([state.key for state in session.params.values() if state.blocks])
+    assert keys[0] == keys[1] and len(set(keys[0])) == 6
+
+
 def test_counts_outlive_the_graphs() -> None:
     model = mlp()
     call, x = compile_all(model, "convaware"), [torch.randn(8, 32)]

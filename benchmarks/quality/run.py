@@ -84,9 +84,7 @@ class Run:
         options = dict(arm.options)
         if arm.backend == "convaware":
             import cacompile
-            from cacompile.state.keys import forget_keys
 
-            forget_keys()  # turns start by them, and are not to depend on the runs that this process made before
             self.session = cacompile.session(self.model)
             options.setdefault("seed", seed)
         if arm.backend is not None:

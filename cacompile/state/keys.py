@@ -6,7 +6,8 @@ import zlib
 from collections import Counter
 
 _names: Counter[str] = Counter()
-"""How many parameters graphs have called so."""
+"""How many parameters graphs have called so since the last optimizer step: what a process has trained before, which
+another has not, changes no key. Blocks of one model are met in one forward, before it is stepped."""
 
 
 def new_key(name: str) -> int:
@@ -21,5 +22,5 @@ def key_of(name: str, place: int) -> int:
 
 
 def forget_keys() -> None:
-    """Names count from zero again."""
+    """Names count from zero again. What is met later may get a key that another has: both draw alike, no more."""
     _names.clear()

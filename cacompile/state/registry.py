@@ -42,7 +42,7 @@ class _Registry:
         return self.track(param, name)
 
     def forget(self) -> None:
-        """Names count from zero again, as after `torch._dynamo.reset()`; live parameters keep their state."""
+        """Names count from zero again, as after a step or `torch._dynamo.reset()`; live parameters keep their state."""
         forget_keys()
 
 
