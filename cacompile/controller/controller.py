@@ -20,10 +20,10 @@ from cacompile.state.params import ParamState
 from cacompile.state.table import BlockTable
 from cacompile.torch_internals import warning_once
 
-from .estimate import fill, fill_together
+from .estimate import fill, fill_together, weights
 from .lending import lend
 from .monitor import Found, learn, measure, measure_together, settings_by_param
-from .movement import moved, moved_here, sample
+from .movement import movements, sample
 from .optimizers import adapter_of, statistic_of
 from .policy import mean_descent
 from .spikes import EARLY, believed_ratio, was_spike
@@ -47,6 +47,8 @@ class Controller:
         self.number = next(_numbers)
         """Its own in the process; parameters tell by it which one has weighed them, against which others."""
         self._blocks = [param.blocks for param in self.params]
+        self._starts = np.cumsum([0, *self._blocks[:-1]])
+        """Where in its rows each parameter's begin."""
         self._segments = Tables()
         self._index = GroupIndex(self.params)
         self._before: dict[int, torch.Tensor] = {}
@@ -73,10 +75,14 @@ class Controller:
         if not (rescale or skipped.any()):
             return
         settings = settings_by_param(optimizer)
+        of_blocks = weights(skipped, self.column("age") if rescale else np.zeros(len(skipped), np.int64))
+        changed = np.logical_or.reduceat(of_blocks != 1.0, self._starts)
+        left = [param for param, it in zip(self.params, changed) if it]
+        if not (traced or captured):
+            left = lend(optimizer, settings, left)
         # what is captured must not hold a copy from the host, whose memory is used for other things by then
-        left = self.params if traced or captured else lend(optimizer, settings, self.params)
-        near, far = ([], left) if captured else self._by_device(left)
-        for param in far + fill_together(near, optimizer, settings, self._segments):
+        near = [] if captured else self._by_device(self.params)[0]
+        for param in fill_together(near, left, optimizer, settings, self._segments):
             fill(optimizer, settings.get(id(param.param), {}), param, rescale=rescale)
         if rescale and adapter_of(optimizer).keeps_mean:
             # an optimizer within another one calls again, with the same gradients
@@ -139,17 +145,17 @@ class Controller:
         """
         before, self._before = self._before, {}
         held_back = getattr(optimizer, "found_inf", None)
-        ratios = {}
+        seen = []
         for state in self.params:
             param = state.param
             if id(state) not in before or (optimizer is not None and (param is None or param.grad is None)):
                 continue
-            if (now := sample(state)) is None or now.device != before[id(state)].device:
-                continue
-            ratio = (moved if state.shard is None else moved_here)(before[id(state)], now)
-            if isinstance(held_back, torch.Tensor):
-                ratio = torch.where(held_back.to(ratio.device) > 0.0, torch.nan, ratio)
-            ratios[id(state)] = ratio
+            if (now := sample(state)) is not None and now.device == before[id(state)].device:
+                seen.append((state, before[id(state)], now))
+        ratios = movements(seen)
+        if isinstance(held_back, torch.Tensor):
+            held = {device: held_back.to(device) > 0.0 for device in {ratio.device for ratio in ratios.values()}}
+            ratios = {name: torch.where(held[ratio.device], torch.nan, ratio) for name, ratio in ratios.items()}
         return ratios
 
     def _next_mask(self, optimizer: Optimizer | None, step: int) -> np.ndarray:

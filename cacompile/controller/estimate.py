@@ -52,25 +52,30 @@ Filling = tuple[StridedPartition, Tensors, tuple[float, float]]
 
 @torch.no_grad()
 def fill_together(
-    states: Sequence[ParamState], optimizer: Optimizer, settings: Mapping[int, Mapping[str, Any]], tables: Tables
+    near: Sequence[ParamState],
+    states: Sequence[ParamState],
+    optimizer: Optimizer,
+    settings: Mapping[int, Mapping[str, Any]],
+    tables: Tables,
 ) -> list[ParamState]:
-    """`fill` for all states by one launch a device and combination of dtypes. For CUDA tensors.
+    """`fill` for those of the states that are `near`, CUDA tensors, by one launch a device and combination of dtypes.
 
-    settings: by the parameter's id. Returns the states that are left to `fill`: where gradient or state have
-    other strides than the parameter, dtypes that no kernel takes, formats of their own, or are not as expected.
+    near: the same ones in every step, so that their tables stay; settings: by the parameter's id. Returns the states
+    that are left to `fill`: those that are not near, and where gradient or state have other strides than the
+    parameter, dtypes that no kernel takes, formats of their own, or are not as expected.
     Costs the host about 5 us a parameter, addresses and checks being 2 us a tensor of it (300 parameters, Adam, one
     core of a shared machine), whatever is skipped.
     """
     batches: dict[tuple[Any, ...], tuple[Batch, list[np.ndarray], list[np.ndarray]]] = {}
     scaler: torch.Tensor | None = getattr(optimizer, "grad_scale", None)  # while unscaling is left to a fused step
     scales: dict[torch.device, torch.Tensor] = {}
-    left = []
-    for state in states:
+    wanted, filled = set(states), set()
+    for state in near:
         if (param := state.param) is None:
             continue
         if (filling := _filling(state, param, optimizer, settings.get(id(param), {}))) is None:
-            left.append(state)
             continue
+        filled.add(state)
         partition, tensors, factors = filling
         grad, moment, decayed = tensors
         scale = None
@@ -86,16 +91,17 @@ def fill_together(
         if (held := batches.get(key)) is None:
             held = batches[key] = Batch(), [], []
         held[0].add(partition, (grad, moment, decayed, scale), factors)
-        # a parameter without a gradient keeps its place, so that the table stays
-        held[1].append(state.skipped if grad is not None else np.zeros_like(state.skipped))
-        held[2].append(state.age if grad is not None and moment is not None else np.zeros_like(state.age))
+        # a parameter that is not to be filled keeps its place, so that the table stays
+        here = state in wanted and grad is not None
+        held[1].append(state.skipped if here else np.zeros_like(state.skipped))
+        held[2].append(state.age if here and moment is not None else np.zeros_like(state.age))
     for (device, *dtypes), (batch, skipped, ages) in batches.items():
         if ((of_blocks := weights(np.concatenate(skipped), np.concatenate(ages))) != 1.0).any():
             from cacompile.kernels.triton_segments import fill_estimates  # torch for CPUs comes without triton
 
             table = tables.find(batch.partitions, device)
             fill_estimates(table, table.send(batch, of_blocks), dtypes)
-    return left
+    return [state for state in states if state not in filled]
 
 
 def _filling(
@@ -149,12 +155,15 @@ def _fill(
     """scale: set while GradScaler leaves unscaling to a fused step."""
     assert state.partition is not None
     dim = state.partition.dim
+    held = grad.shape[dim]
     for weight in sorted(set(of_groups.tolist())):
         if weight == 1.0 or (weight > 0.0 and not terms):
             continue
         for start, length in state.partition.spans(of_groups == weight, state.held):
-            rows = grad.narrow(dim, start, length)
-            parts = [(t.narrow(dim, start, length), factor) for t, factor in terms]
+            rows, parts = grad, terms
+            if length < held:
+                rows = grad.narrow(dim, start, length)
+                parts = [(t.narrow(dim, start, length), factor) for t, factor in terms]
             as_it_is = scale is None and [(t.dtype, factor) for t, factor in parts] == [(rows.dtype, 1.0)]
             if weight > 0.0 and as_it_is:  # which saves a pass and what it writes to
                 estimate = parts[0][0]

@@ -47,12 +47,27 @@ def sample(state: ParamState) -> torch.Tensor | None:
         if (shard := state.shard) is not None:
             here = np.flatnonzero((made[shard.dim] >= shard.start) & (made[shard.dim] < shard.stop))
             made = tuple(each[here] - (shard.start if d == shard.dim else 0) for d, each in enumerate(made))
-        state.sampled = tuple(torch.from_numpy(each).to(mine.device) for each in (*made, here))
-    *where, here = state.sampled
-    found = mine[tuple(where)].float()
+        flat = np.ravel_multi_index(made, tuple(mine.shape)) if len(here) else here
+        state.sampled = tuple(torch.from_numpy(each).to(mine.device) for each in (flat, here))
+    flat, here = state.sampled
+    found = mine.take(flat).float()
     if state.shard is not None:
         found = found.new_zeros(state.blocks * SAMPLES).index_copy_(0, here, found)
     return found.view(-1, SAMPLES)
+
+
+@torch.no_grad()
+def movements(seen: Sequence[tuple[ParamState, torch.Tensor, torch.Tensor]]) -> dict[int, torch.Tensor]:
+    """A state's id -> `moved` of its samples before and after a step, of a shard `moved_here`; each once for all."""
+    alike: dict[tuple[torch.device, bool], list[tuple[ParamState, torch.Tensor, torch.Tensor]]] = {}
+    for each in seen:
+        alike.setdefault((each[1].device, each[0].shard is None), []).append(each)
+    found: dict[int, torch.Tensor] = {}
+    for (_, whole), parts in alike.items():
+        states, before, now = zip(*parts)
+        together = (moved if whole else moved_here)(torch.cat(before), torch.cat(now))
+        found |= zip(map(id, states), together.split([state.blocks for state in states], dim=-1))
+    return found
 
 
 @torch.no_grad()

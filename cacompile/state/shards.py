@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 
 def local(value: Any) -> Any:
     """What this rank holds of a DTensor; anything else as it is. Not differentiated."""
+    if not hasattr(value, "to_local"):
+        return value
     with torch.no_grad():
-        return value.to_local() if hasattr(value, "to_local") else value
+        return value.to_local()
 
 
 def share_of(param: Any) -> Share | str:

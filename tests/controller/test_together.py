@@ -79,7 +79,7 @@ def check_fill(pairs: list[tuple[nn.Parameter, ParamState]], optimizer: optim.Op
     expected = [param.grad for param, _ in pairs]
     for (param, _), grad in zip(pairs, before, strict=True):
         param.grad = None if grad is None else grad.clone()
-    found = fill_together(states, optimizer, settings, Tables())
+    found = fill_together(states, states, optimizer, settings, Tables())
     assert found == [states[i] for i in left]
     for i, (param, _) in enumerate(pairs):
         if i not in left and param.grad is not None:
@@ -124,6 +124,26 @@ def odd_fill_case(device: str) -> None:
 
 def test_estimates_of_what_is_not_as_usual(launch: Any):
     launch(odd_fill_case)
+
+
+def lent_case(device: str) -> None:
+    """What has lent its moment is not written, and keeps its place: tables are not made anew as turns change."""
+    pairs, optimizer = trained(device, optim.AdamW, {})
+    tables, settings, states = Tables(), settings_by_param(optimizer), [state for _, state in pairs[:-1]]
+    kept = []
+    for lent in (0, 1, 4):
+        give_gradients(pairs)
+        before = [param.grad.clone() for param, _ in pairs]
+        rest = [state for i, state in enumerate(states) if i != lent]
+        assert fill_together(states, rest, optimizer, settings, tables) == []
+        same = [torch.equal(param.grad, grad) for (param, _), grad in zip(pairs[:-1], before)]
+        assert same == [i == lent for i in range(len(same))]
+        kept.append(list(tables._known))
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_tables_stay_while_turns_change(launch: Any):
+    launch(lent_case)
 
 
 def read_case(device: str, which: int) -> None:

@@ -13,6 +13,7 @@ How far a step really moves the weights, the update ratio, is measured on the we
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -127,9 +128,21 @@ def descent(statistic: Statistic) -> torch.Tensor:
     if len(statistic.tensors) == 1:
         return wide(statistic.tensors[0]).square() * statistic.factors[0]
     (mean, square), (beta1, beta2, eps), step = statistic.tensors, statistic.factors, statistic.step
-    mean, square = wide(mean), wide(square)
-    rms = (square / (1.0 - beta2**step)).sqrt()
-    return (mean / (1.0 - beta1**step)).square() / (rms + eps)
+    rms = (wide(square) / bias(beta2, step)).sqrt_()
+    return (wide(mean) / bias(beta1, step)).square_().div_(rms.add_(eps))
+
+
+def bias(beta: Any, step: Any) -> Any:
+    """What a mean that started at zero has seen of its weights, 1 - beta^step, as torch rounds it."""
+    if type(step) is torch.Tensor and step.device.type == "cpu" and step.numel() == 1 and isinstance(beta, float):
+        return _bias(beta, step.item(), step.dtype)
+    return 1.0 - beta**step
+
+
+@functools.lru_cache(64)
+def _bias(beta: float, step: float, dtype: torch.dtype) -> float:
+    """Of all parameters at once: four operations on single numbers take longer than those on a small parameter."""
+    return float(1.0 - beta ** torch.tensor(step, dtype=dtype, device="cpu"))
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
