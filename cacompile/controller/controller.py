@@ -20,7 +20,7 @@ from cacompile.state.params import ParamState
 from cacompile.state.table import BlockTable
 from cacompile.torch_internals import warning_once
 
-from .estimate import fill, fill_together, weights
+from .estimate import Weights, fill, fill_together, weights
 from .lending import lend
 from .monitor import Found, learn, measure, measure_together, settings_by_param
 from .movement import movements, sample
@@ -51,6 +51,7 @@ class Controller:
         """Where in its rows each parameter's begin."""
         self._segments = Tables()
         self._index = GroupIndex(self.params)
+        self._known_pins: tuple[Any, tuple[np.ndarray, ...]] = None, ()
         self._before: dict[int, torch.Tensor] = {}
         """A parameter's id -> what its weights were before this step, if the step is to be measured."""
 
@@ -77,13 +78,14 @@ class Controller:
         settings = settings_by_param(optimizer)
         of_blocks = weights(skipped, self.column("age") if rescale else np.zeros(len(skipped), np.int64))
         changed = np.logical_or.reduceat(of_blocks != 1.0, self._starts)
-        left = [param for param, it in zip(self.params, changed) if it]
+        parts = zip(self.params, self._starts, self._blocks, changed)
+        left: Weights = {param: of_blocks[start : start + count] for param, start, count, any_ in parts if any_}
         if not (traced or captured):
             left = lend(optimizer, settings, left)
         # what is captured must not hold a copy from the host, whose memory is used for other things by then
         near = [] if captured else self._by_device(self.params)[0]
-        for param in fill_together(near, left, optimizer, settings, self._segments):
-            fill(optimizer, settings.get(id(param.param), {}), param, rescale=rescale)
+        for param, part in fill_together(near, left, optimizer, settings, self._segments).items():
+            fill(optimizer, settings.get(id(param.param), {}), param, part)
         if rescale and adapter_of(optimizer).keeps_mean:
             # an optimizer within another one calls again, with the same gradients
             self.table.age[self.rows] = np.where(skipped, self.column("age"), 0)
@@ -172,12 +174,10 @@ class Controller:
                 chosen |= ~index.every(self.averaged(optimizer) | np.isnan(self.column("score")))
             chosen |= ~index.every(~self.column("kept"))
             on = chosen[index.of_block]
-        if self._pinned:
-            for param, part in zip(self.params, np.split(on, np.cumsum(self._blocks)[:-1])):
-                if param.pin is not None:
-                    held = param.pinned_blocks
-                    part[held] = param.pinned_mask()[held]
-                    param.column("keep")[held] = param.pin.keep_of(param)[held]
+        if (pinned := self._pins) is not None:
+            held, mask, keep = pinned
+            on = np.where(held, mask, on)
+            self.table.keep[self.rows] = np.where(held, keep, self.column("keep"))
         return on
 
     @property
@@ -186,8 +186,14 @@ class Controller:
         return bool((self.column("keep") >= 1.0).all() and (self.column("phase") >= 0.0).all())
 
     @property
-    def _pinned(self) -> bool:
-        return any(param.pin is not None for param in self.params)
+    def _pins(self) -> tuple[np.ndarray, ...] | None:
+        """What pins hold, their masks and the probabilities of these, each [blocks]; None where nothing is pinned."""
+        if not any(param.pin is not None for param in self.params):
+            return None
+        key = self.table.structure, [param.pin for param in self.params]
+        if self._known_pins[0] != key:
+            self._known_pins = key, tuple(map(np.concatenate, zip(*(param.pinned for param in self.params))))
+        return self._known_pins[1]
 
     def averaged(self, optimizer: Optimizer | None) -> np.ndarray:
         """bool [blocks]: those that can be judged though they are skipped, as the optimizer keeps a mean for them."""
@@ -209,8 +215,8 @@ class Controller:
         # with a parameter's key, so that the controllers of one model do not draw alike
         counters = self.config.seed, step, self.params[0].key or 0
         keep = self.column("keep")
-        if self._pinned:  # what a pin leaves of a group goes on as it was
-            keep = np.where(np.concatenate([param.pinned_blocks for param in self.params]), 1.0, keep)
+        if (pinned := self._pins) is not None:  # what a pin leaves of a group goes on as it was
+            keep = np.where(pinned[0], 1.0, keep)
         keep = index.least(keep)
         phase = index.least(self.column("phase"))
         on, phase = next_turns(keep, phase, index.turn, index.role, counters)

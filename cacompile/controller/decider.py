@@ -112,14 +112,9 @@ class Decider(Controller):
 
     def _agreed(self, keep: np.ndarray, readable: np.ndarray) -> Agreed:
         pinned = np.full(len(keep), FREE, np.int8)
-        start = 0
-        for param in self.params:
-            here = slice(start, start + param.blocks)
-            start += param.blocks
-            if param.pin is not None:
-                held = param.pinned_blocks
-                pinned[here] = np.where(held, param.pinned_mask(), FREE)
-                keep[here] = np.where(held, param.pin.keep_of(param), keep[here])
+        if (pins := self._pins) is not None:
+            held, mask, drawn_with = pins
+            pinned, keep = np.where(held, mask, pinned).astype(np.int8), np.where(held, drawn_with, keep)
         config, blocks = self.config, len(keep)
         return Agreed(
             places=[param.place for param in self.params],

@@ -38,6 +38,10 @@ def weights(skipped: np.ndarray, age: np.ndarray) -> np.ndarray:
     return np.where(skipped, 0.0, np.sqrt(age + 1.0)).astype(np.float32)
 
 
+Weights = Mapping[ParamState, np.ndarray]
+"""Of the blocks of each parameter that is to be filled, see `weights`."""
+
+
 def partition_of(state: ParamState, param: torch.Tensor) -> StridedPartition | None:
     """How a segment table sees the parameter and what lies in memory as it does; None if no table can hold it."""
     if state.partition is None or type(param) is not torch.nn.Parameter or param.layout is not torch.strided:
@@ -53,23 +57,25 @@ Filling = tuple[StridedPartition, Tensors, tuple[float, float]]
 @torch.no_grad()
 def fill_together(
     near: Sequence[ParamState],
-    states: Sequence[ParamState],
+    left: Weights,
     optimizer: Optimizer,
     settings: Mapping[int, Mapping[str, Any]],
     tables: Tables,
-) -> list[ParamState]:
-    """`fill` for those of the states that are `near`, CUDA tensors, by one launch a device and combination of dtypes.
+) -> Weights:
+    """`fill` for those of `left` that are near, CUDA tensors, by one launch a device and combination of dtypes.
 
-    near: the same ones in every step, so that their tables stay; settings: by the parameter's id. Returns the states
-    that are left to `fill`: those that are not near, and where gradient or state have other strides than the
-    parameter, dtypes that no kernel takes, formats of their own, or are not as expected.
+    near: the same ones in every step, so that their tables stay; settings: by the parameter's id. Returns what is left
+    to `fill`: those that are not near, and where gradient or state have other strides than the parameter, dtypes that
+    no kernel takes, formats of their own, or are not as expected.
     Costs the host about 5 us a parameter, addresses and checks being 2 us a tensor of it (300 parameters, Adam, one
     core of a shared machine), whatever is skipped.
     """
-    batches: dict[tuple[Any, ...], tuple[Batch, list[np.ndarray], list[np.ndarray]]] = {}
+    if not near:
+        return left
+    batches: dict[tuple[Any, ...], tuple[Batch, list[np.ndarray]]] = {}
     scaler: torch.Tensor | None = getattr(optimizer, "grad_scale", None)  # while unscaling is left to a fused step
     scales: dict[torch.device, torch.Tensor] = {}
-    wanted, filled = set(states), set()
+    filled = set()
     for state in near:
         if (param := state.param) is None:
             continue
@@ -89,19 +95,19 @@ def fill_together(
             dtype if decayed is None else decayed.dtype,
         )
         if (held := batches.get(key)) is None:
-            held = batches[key] = Batch(), [], []
+            held = batches[key] = Batch(), []
         held[0].add(partition, (grad, moment, decayed, scale), factors)
-        # a parameter that is not to be filled keeps its place, so that the table stays
-        here = state in wanted and grad is not None
-        held[1].append(state.skipped if here else np.zeros_like(state.skipped))
-        held[2].append(state.age if here and moment is not None else np.zeros_like(state.age))
-    for (device, *dtypes), (batch, skipped, ages) in batches.items():
-        if ((of_blocks := weights(np.concatenate(skipped), np.concatenate(ages))) != 1.0).any():
+        of_state = left.get(state)
+        if of_state is None or grad is None:  # it keeps its place, so that the table stays
+            of_state = np.ones(state.blocks, np.float32)
+        held[1].append(of_state if moment is not None else np.minimum(of_state, 1.0))
+    for (device, *dtypes), (batch, parts) in batches.items():
+        if ((of_blocks := np.concatenate(parts)) != 1.0).any():
             from cacompile.kernels.triton_segments import fill_estimates  # torch for CPUs comes without triton
 
             table = tables.find(batch.partitions, device)
             fill_estimates(table, table.send(batch, of_blocks), dtypes)
-    return [state for state in states if state not in filled]
+    return {state: of_blocks for state, of_blocks in left.items() if state not in filled}
 
 
 def _filling(
@@ -122,18 +128,18 @@ def _filling(
 
 
 @torch.no_grad()
-def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamState, *, rescale: bool = True) -> None:
+def fill(
+    optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamState, of_groups: np.ndarray | None = None
+) -> None:
     """Write the estimate into the slices of `param.grad` that were skipped since the last step.
 
-    rescale: blocks that are computed again count sqrt(age + 1) times around their estimate.
+    of_groups: `weights` of its blocks; None: by what it has skipped, and how long.
     """
     param = state.param
     if param is None or param.grad is None or state.partition is None:
         return
-    skipped, age = state.skipped, state.age if rescale else np.zeros_like(state.age)
-    if not (skipped.any() or age.any()):
-        return
-    of_groups = weights(skipped, age)
+    if of_groups is None:
+        of_groups = weights(state.skipped, state.age)
     if optimizer is not None and state.config.estimate == "momentum":
         try:
             terms = estimate_of(optimizer, settings, param)

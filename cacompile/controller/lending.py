@@ -8,9 +8,10 @@ As the estimate is m, this is what filling it in gives, to the last bit, without
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Adam, AdamW, Optimizer
 
@@ -29,22 +30,22 @@ _lent: weakref.WeakKeyDictionary[Optimizer, list[Loan]] = weakref.WeakKeyDiction
 
 
 def lend(
-    optimizer: Optimizer, settings: Mapping[int, Mapping[str, Any]], states: Iterable[ParamState]
-) -> list[ParamState]:
-    """Give the optimizer, for its step, the moments of what was skipped whole; returns the states that are left.
+    optimizer: Optimizer, settings: Mapping[int, Mapping[str, Any]], states: Mapping[ParamState, np.ndarray]
+) -> Mapping[ParamState, np.ndarray]:
+    """Give the optimizer, for its step, the moments of what was skipped whole; returns what is left to be filled.
 
-    settings: by the parameter's id. For a step that neither Dynamo traces nor a CUDA graph records: both hold on to
-    what they see. With a scale that the step takes from the gradients it would write them.
+    settings: by the parameter's id; states: with `estimate.weights`. For a step that neither Dynamo traces nor a CUDA
+    graph records: both hold on to what they see. With a scale that the step takes from the gradients it would write
+    them.
     """
     take_back(optimizer)  # of a step that has raised
-    states = list(states)
     if type(optimizer) not in LENDERS or getattr(optimizer, "grad_scale", None) is not None:
         return states
-    lent, left = _lent.setdefault(optimizer, []), []
-    for state in states:
-        moment = _moment(optimizer, settings, state)
+    lent, left = _lent.setdefault(optimizer, []), {}
+    for state, of_blocks in states.items():
+        moment = None if of_blocks.any() else _moment(optimizer, settings, state)
         if moment is None:
-            left.append(state)
+            left[state] = of_blocks
             continue
         param = state.param
         assert param is not None and param.grad is not None
@@ -62,7 +63,7 @@ def take_back(optimizer: Optimizer) -> None:
 
 def _moment(optimizer: Optimizer, settings: Mapping[int, Mapping[str, Any]], state: ParamState) -> torch.Tensor | None:
     """The tensor that is the whole estimate of the parameter's gradient, and may stand in its place; None if none."""
-    if not state.skipped.all() or state.config.estimate != "momentum":
+    if state.config.estimate != "momentum":
         return None
     param, partition = state.param, state.partition
     grad = None if param is None else param.grad

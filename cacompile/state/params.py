@@ -189,6 +189,13 @@ class ParamState(Freezable, ParamCounts):
         keep = 1.0 if self.pin is None else self.pin.keep_of(self)
         self.column("keep")[:] = np.where(touched, keep, self.column("keep"))
 
+    @property
+    def pinned(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What its pin holds, the mask, and the probabilities that this was drawn with, each [blocks]."""
+        if self.pin is None:
+            return np.zeros(self.blocks, bool), np.ones(self.blocks, bool), np.ones(self.blocks)
+        return self.pinned_blocks, self.pinned_mask(), self.pin.keep_of(self)
+
     def pinned_mask(self) -> np.ndarray:
         """The pin's mask, bool [blocks], drawn once as long as pin and groups stay."""
         assert self.pin is not None

@@ -15,7 +15,7 @@ from torch import nn, optim
 
 from cacompile.config import Config
 from cacompile.controller.controller import Controller
-from cacompile.controller.estimate import fill, fill_together
+from cacompile.controller.estimate import fill, fill_together, weights
 from cacompile.controller.monitor import measure, measure_together, settings_by_param
 from cacompile.kernels.segments import Tables
 from cacompile.layout import Partition
@@ -70,6 +70,10 @@ def trained(device: str, kind: Any, settings: dict[str, Any], **options: object)
     return pairs, optimizer
 
 
+def wanted(states: list[ParamState]) -> dict[ParamState, np.ndarray]:
+    return {state: weights(state.skipped, state.age) for state in states}
+
+
 def check_fill(pairs: list[tuple[nn.Parameter, ParamState]], optimizer: optim.Optimizer, left: list[int]) -> None:
     """`left`: which of the parameters are left to be filled one by one."""
     settings, states = settings_by_param(optimizer), [state for _, state in pairs]
@@ -79,8 +83,8 @@ def check_fill(pairs: list[tuple[nn.Parameter, ParamState]], optimizer: optim.Op
     expected = [param.grad for param, _ in pairs]
     for (param, _), grad in zip(pairs, before, strict=True):
         param.grad = None if grad is None else grad.clone()
-    found = fill_together(states, states, optimizer, settings, Tables())
-    assert found == [states[i] for i in left]
+    found = fill_together(states, wanted(states), optimizer, settings, Tables())
+    assert list(found) == [states[i] for i in left]
     for i, (param, _) in enumerate(pairs):
         if i not in left and param.grad is not None:
             # torch rounds between operations, and the interpreter cuts bfloat16 off
@@ -134,8 +138,8 @@ def lent_case(device: str) -> None:
     for lent in (0, 1, 4):
         give_gradients(pairs)
         before = [param.grad.clone() for param, _ in pairs]
-        rest = [state for i, state in enumerate(states) if i != lent]
-        assert fill_together(states, rest, optimizer, settings, tables) == []
+        rest = wanted([state for i, state in enumerate(states) if i != lent])
+        assert fill_together(states, rest, optimizer, settings, tables) == {}
         same = [torch.equal(param.grad, grad) for (param, _), grad in zip(pairs[:-1], before)]
         assert same == [i == lent for i in range(len(same))]
         kept.append(list(tables._known))
