@@ -353,7 +353,7 @@ def test_whole_command_then_nothing_left_to_do(tmp_path):
     out = run(*call)
     rows = read_rows(tmp_path / "quality.csv")
     peers = [task for task, package in (("gpt", "grades"), ("resnet", "cac")) if find_spec(package)]
-    usual = {*CHOSEN, "convaware", "random", "static", "lower", "lower-later"}
+    usual = {*CHOSEN, "convaware", "tolerant", "random", "static", "lower", "lower-later"}
     assert {row["arm"] for row in rows} - {"grades", "grades-on", "gradskip"} == usual
     assert Counter(row["task"] for row in rows) == {
         t: len(usual) + (t in peers) * (2 if t == "gpt" else 1) for t in ("gpt", "resnet")

@@ -177,6 +177,9 @@ def test_policies_are_compared_at_the_same_skipped_share(tmp_path):
     # half of dW in half of the run, of groups that are few
     assert all(0.1 < float(row["skipped_share"]) < 0.45 for row in rows), rows
     assert len({row["quality"] for row in rows}) > 8
+    weights = ("each group on its own", "weight 1", "weight k (control variate)")
+    by = {row["variant"]: row["quality"] for row in rows}
+    assert len({by[f"uniform, {each}"] for each in weights}) == 3, "what comes back is weighted in three ways"
     assert run_module(*call) == out, "nothing is run again"
 
 

@@ -153,6 +153,10 @@ ARMS = {
         *DENSE.values(),
         Arm(name="convaware", title="convaware, default options", backend="convaware", looks=True),
         Arm(
+            name="tolerant", title="convaware, tolerance=0.2: four times the default", backend="convaware",
+            options={"tolerance": 0.2},
+        ),
+        Arm(
             name="random", title="random groups, convaware's share in each step", backend="convaware",
             control=RandomMask, needs_profile=True,
         ),

@@ -21,8 +21,9 @@ import matplotlib.pyplot as plt
 
 GREY = "#555555"
 LOOKS = {  # colours of Okabe and Ito, which the colour-blind can tell apart
-    "convaware": ("#D55E00", "*", 190), "random": ("#0072B2", "o", 55), "static": ("#009E73", "s", 50),
-    "grades": ("#CC79A7", "^", 65), "grades-on": ("#CC79A7", "v", 65), "gradskip": ("#56B4E9", "D", 50),
+    "convaware": ("#D55E00", "*", 190), "tolerant": ("#E69F00", "*", 110), "random": ("#0072B2", "o", 55),
+    "static": ("#009E73", "s", 50), "grades": ("#CC79A7", "^", 65), "grades-on": ("#CC79A7", "v", 65),
+    "gradskip": ("#56B4E9", "D", 50),
 }  # fmt: skip
 
 

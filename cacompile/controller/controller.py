@@ -20,7 +20,7 @@ from cacompile.state.params import ParamState
 from cacompile.state.table import BlockTable
 from cacompile.torch_internals import warning_once
 
-from .estimate import Weights, fill, fill_together, weights
+from .estimate import fill, fill_together, to_be_filled
 from .lending import lend
 from .monitor import Found, learn, measure, measure_together, settings_by_param
 from .movement import movements, sample
@@ -47,8 +47,6 @@ class Controller:
         self.number = next(_numbers)
         """Its own in the process; parameters tell by it which one has weighed them, against which others."""
         self._blocks = [param.blocks for param in self.params]
-        self._starts = np.cumsum([0, *self._blocks[:-1]])
-        """Where in its rows each parameter's begin."""
         self._segments = Tables()
         self._index = GroupIndex(self.params)
         self._known_pins: tuple[Any, tuple[np.ndarray, ...]] = None, ()
@@ -70,16 +68,13 @@ class Controller:
         Called right before the optimizer reads the gradients. traced: Dynamo may see what the step sees; where it does
         not, what was skipped whole need not be written, see `lend`.
         """
-        skipped, captured = self.column("skipped"), capturing()
+        skipped, age, captured = self.column("skipped"), self.column("age"), capturing()
         # what is captured runs again and again with the same groups: none of them has been away
-        rescale = not captured and bool(self.column("age").any())
+        rescale = not captured and bool(age.any())
         if not (rescale or skipped.any()):
             return
         settings = settings_by_param(optimizer)
-        of_blocks = weights(skipped, self.column("age") if rescale else np.zeros(len(skipped), np.int64))
-        changed = np.logical_or.reduceat(of_blocks != 1.0, self._starts)
-        parts = zip(self.params, self._starts, self._blocks, changed)
-        left: Weights = {param: of_blocks[start : start + count] for param, start, count, any_ in parts if any_}
+        left = to_be_filled(self.params, skipped, age if rescale else np.zeros_like(age))
         if not (traced or captured):
             left = lend(optimizer, settings, left)
         # what is captured must not hold a copy from the host, whose memory is used for other things by then
@@ -88,7 +83,7 @@ class Controller:
             fill(optimizer, settings.get(id(param.param), {}), param, part)
         if rescale and adapter_of(optimizer).keeps_mean:
             # an optimizer within another one calls again, with the same gradients
-            self.table.age[self.rows] = np.where(skipped, self.column("age"), 0)
+            self.table.age[self.rows] = np.where(skipped, age, 0)
 
     def advance(self, optimizer: Optimizer | None) -> None:
         """One optimizer step is done: measure when it is time, and draw the next step's mask."""

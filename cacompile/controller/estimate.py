@@ -12,6 +12,7 @@ it with both. Where no mean is kept there is nothing to be weighted up around.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,16 @@ def weights(skipped: np.ndarray, age: np.ndarray) -> np.ndarray:
 
 Weights = Mapping[ParamState, np.ndarray]
 """Of the blocks of each parameter that is to be filled, see `weights`."""
+
+
+def to_be_filled(params: Sequence[ParamState], skipped: np.ndarray, age: np.ndarray) -> Weights:
+    """Those of the parameters of which something is not left as it is. skipped, age: see `weights`, of all of them."""
+    of_all = weights(skipped, age)
+    stops = list(itertools.accumulate(param.blocks for param in params))
+    changed = np.logical_or.reduceat(of_all != 1.0, [0, *stops[:-1]])
+    return {
+        param: of_all[stop - param.blocks : stop] for param, stop, its in zip(params, stops, changed.tolist()) if its
+    }
 
 
 def partition_of(state: ParamState, param: torch.Tensor) -> StridedPartition | None:
