@@ -237,6 +237,15 @@ def test_what_was_trained_before_changes_no_draw(stepped: bool) -> None:
     assert keys[0] == keys[1] and len(set(keys[0])) == 6
 
 
+def test_other_optimizers_change_no_draw() -> None:
+    """One that holds nothing of ours may step between the first forwards of identical blocks."""
+    stack, other = compile_blocks(Stack(), "convaware"), torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    handle = stack.blocks[0].register_forward_hook(lambda *_: other.step())
+    stack(torch.randn(8, 32)).sum().backward()
+    handle.remove()
+    assert len({state.key for state in cacompile.session(stack).params.values() if state.blocks}) == 6
+
+
 def test_counts_outlive_the_graphs() -> None:
     model = mlp()
     call, x = compile_all(model, "convaware"), [torch.randn(8, 32)]

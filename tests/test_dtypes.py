@@ -13,7 +13,7 @@ import torch
 from torch import nn, optim
 
 import cacompile
-from cacompile.controller.estimate import fill
+from cacompile.controller.estimate import fill, weights
 from cacompile.controller.monitor import learn, measure
 
 OPTIONS = {"block_rows": 16, "warmup_steps": 2, "monitor_every": 2, "tolerance": 1.0, "inner": "aot_eager"}
@@ -114,7 +114,7 @@ def test_estimates_and_scores_of_statistics_in_any_dtype(
     assert state.column("score") == pytest.approx(expected.reshape(4, -1).sum(1), rel=1e-5)
     state.skipped[:] = [True, False, True, False]
     before = param.grad.clone()
-    fill(optimizer, settings, state)
+    fill(optimizer, settings, state, weights(state.skipped, state.age))
     estimate = torch.from_numpy(mean * (0.1 if kind is optim.SGD else 1.0)).to(dtype)
     off = [0, 1, 4, 5]
     torch.testing.assert_close(param.grad[off], estimate[off], rtol=2 * torch.finfo(kept).eps, atol=1e-7)
@@ -166,7 +166,7 @@ def test_states_of_eight_bits_are_not_read_without_their_scale(
 ):
     param, state, optimizer = made(make, torch.float32, kept, kind, 1.0)
     state.skipped[:] = True
-    fill(optimizer, optimizer.param_groups[0], state)
+    fill(optimizer, optimizer.param_groups[0], state, weights(state.skipped, state.age))
     assert not param.grad.any()
     param.grad = torch.randn_like(param)
     state.skipped[:] = False

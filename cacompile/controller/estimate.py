@@ -81,7 +81,7 @@ def fill_together(
     Costs the host about 5 us a parameter, addresses and checks being 2 us a tensor of it (300 parameters, Adam, one
     core of a shared machine), whatever is skipped.
     """
-    if not near:
+    if not (near and left):
         return left
     batches: dict[tuple[Any, ...], tuple[Batch, list[np.ndarray]]] = {}
     scaler: torch.Tensor | None = getattr(optimizer, "grad_scale", None)  # while unscaling is left to a fused step
@@ -139,18 +139,14 @@ def _filling(
 
 
 @torch.no_grad()
-def fill(
-    optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamState, of_groups: np.ndarray | None = None
-) -> None:
+def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamState, of_groups: np.ndarray) -> None:
     """Write the estimate into the slices of `param.grad` that were skipped since the last step.
 
-    of_groups: `weights` of its blocks; None: by what it has skipped, and how long.
+    of_groups: `weights` of its blocks.
     """
     param = state.param
     if param is None or param.grad is None or state.partition is None:
         return
-    if of_groups is None:
-        of_groups = weights(state.skipped, state.age)
     if optimizer is not None and state.config.estimate == "momentum":
         try:
             terms = estimate_of(optimizer, settings, param)

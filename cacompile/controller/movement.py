@@ -47,10 +47,9 @@ def sample(state: ParamState) -> torch.Tensor | None:
         if (shard := state.shard) is not None:
             here = np.flatnonzero((made[shard.dim] >= shard.start) & (made[shard.dim] < shard.stop))
             made = tuple(each[here] - (shard.start if d == shard.dim else 0) for d, each in enumerate(made))
-        flat = np.ravel_multi_index(made, tuple(mine.shape)) if len(here) else here
-        state.sampled = tuple(torch.from_numpy(each).to(mine.device) for each in (flat, here))
-    flat, here = state.sampled
-    found = mine.take(flat).float()
+        state.sampled = tuple(torch.from_numpy(each).to(mine.device) for each in (*made, here))
+    *where, here = state.sampled
+    found = mine[tuple(where)].float()
     if state.shard is not None:
         found = found.new_zeros(state.blocks * SAMPLES).index_copy_(0, here, found)
     return found.view(-1, SAMPLES)

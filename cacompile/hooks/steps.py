@@ -134,7 +134,8 @@ class Controllers:
     def agree(self, optimizer: Optimizer | None, steps: int | None = None) -> None:
         """A step is done, also on all other ranks. steps: so far; counted here where the owner is no optimizer."""
         self._steps = self._steps + 1 if steps is None else steps
-        registry.forget()
+        if self._controllers:
+            registry.forget()
         for agreement in self._agreements.values():
             agreement.advance(optimizer, self._steps)
 

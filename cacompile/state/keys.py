@@ -6,14 +6,17 @@ import zlib
 from collections import Counter
 
 _names: Counter[str] = Counter()
-"""How many parameters graphs have called so since the last optimizer step: what a process has trained before, which
-another has not, changes no key. Blocks of one model are met in one forward, before it is stepped."""
+"""How many parameters graphs have called so since the last step of an optimizer of ours. Blocks of one model are met in
+one forward, before it is stepped: what a process has trained before, which another has not, changes none of their keys.
+What is met later, or after another model that never was stepped, may get a key that another has, or a higher one.
+"""
 
 
 def new_key(name: str) -> int:
     """A number for a parameter that a graph calls `name`; identical blocks call theirs alike: they are counted."""
-    _names[name] += 1
-    return key_of(name, _names[name] - 1)
+    place = _names[name]
+    _names[name] = place + 1
+    return key_of(name, place)
 
 
 def key_of(name: str, place: int) -> int:
@@ -22,5 +25,5 @@ def key_of(name: str, place: int) -> int:
 
 
 def forget_keys() -> None:
-    """Names count from zero again. What is met later may get a key that another has: both draw alike, no more."""
+    """Names count from zero again."""
     _names.clear()

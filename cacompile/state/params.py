@@ -72,7 +72,7 @@ class ParamState(Freezable, ParamCounts):
         self.norm_shares: NormShares | None = None
         """What gradient clipping knows of the blocks."""
         self.sampled: tuple[torch.Tensor, ...] | None = None
-        """Which weights `movement.sample` reads, of those here and of all samples: two of int64 [samples here]."""
+        """Which weights `movement.sample` reads: where they are in each dimension, int64 [samples]."""
         self.replicas: Replicas | None = None
         """The ranks that hold copies of it; None: it is this rank's alone, as far as is known."""
         self.place = 0

@@ -79,7 +79,7 @@ def check_fill(pairs: list[tuple[nn.Parameter, ParamState]], optimizer: optim.Op
     settings, states = settings_by_param(optimizer), [state for _, state in pairs]
     before = [None if param.grad is None else param.grad.clone() for param, _ in pairs]
     for param, state in pairs:
-        fill(optimizer, settings[id(param)], state)
+        fill(optimizer, settings[id(param)], state, weights(state.skipped, state.age))
     expected = [param.grad for param, _ in pairs]
     for (param, _), grad in zip(pairs, before, strict=True):
         param.grad = None if grad is None else grad.clone()
