@@ -9,6 +9,7 @@ import argparse
 import csv
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
@@ -103,18 +104,18 @@ STEP_ARMS = {
 }
 
 
-def step_table() -> str:
-    rows = {(row["arm"], row["measure"]): spread(row) for row in read_rows("step_time_cpu.csv")
-            if row["unit"] == "ratio to inductor"}  # fmt: skip
+def step_table(file: str = "step_time_cpu.csv") -> str:
+    rows = {(row["arm"], row["measure"], row["unit"]): row for row in read_rows(file)}
     measures = ("forward and backward", "whole step")
-    known = {(row["arm"], row["unit"]): float(row["median"]) for row in read_rows("step_time_cpu.csv")
-             if row["measure"] == "whole step"}  # fmt: skip
+    kept = ("seconds saved / FLOPs saved", "seconds saved / the oracle's in proportion")
     lines = []
     for arm, title in STEP_ARMS.items():
-        saved, time = known[arm, "share of a step's FLOPs saved"], known[arm, "ratio to inductor"]
-        kept = (f"{saved:.1%}", f"{(1.0 - time) / saved:.2f}") if saved else ("", "")
-        lines.append((title, *(rows[arm, measure] for measure in measures), *kept))
-    heads = *(f"{measure} / Inductor" for measure in measures), "step's FLOPs saved (counted)", "seconds / FLOPs saved"
+        saved = float(rows[arm, "whole step", "share of a step's FLOPs saved"]["median"])
+        shares = [float(rows[arm, "whole step", unit]["median"]) if saved else None for unit in kept]
+        lines.append((title, *(spread(rows[arm, measure, "ratio to inductor"]) for measure in measures),
+                      f"{saved:.1%}" if saved else "",
+                      *("" if share is None else f"{share:.2f}" for share in shares)))  # fmt: skip
+    heads = *(f"{measure} / Inductor" for measure in measures), "step's FLOPs saved (counted)", *kept
     return markdown_table(("dW skipped", *heads), lines)
 
 
@@ -264,6 +265,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "freezing.md": {"cuts": cut_table, "flipping": flipping_table},
     "performance.md": {
         "step": step_table,
+        "MiniLM step": partial(step_table, "step_time_minilm_cpu.csv"),
         "operations": overhead_table,
         "host": host_table,
         "start": start_table,

@@ -38,6 +38,9 @@ def test_links_lead_to_pages_of_the_docs(link: str) -> None:
     assert (ROOT / link.partition("#")[0]).is_file()
 
 
+TOLERANT = "convaware, tolerance=0.2: four times the default"
+
+
 def line_of(beginning: str) -> str:
     """A point of README's list, on one line."""
     (found,) = re.findall(rf"^- \*\*{re.escape(beginning)}.*?(?=^- |^$)", README, re.M | re.S)
@@ -81,10 +84,12 @@ def test_quality_is_that_of_the_results() -> None:
         "ViT (d 64, 4 layers) from scratch on 20",
     )
     minilm = "MiniLM-L6 fine-tuned on snippets", "MiniLM-L6 fine-tuned on Rotten Tomatoes, one epoch"
-    worth = [task(title).arms[OURS][WORTH] for title in (*scratch, *minilm)]
+    long = "GPT (Llama-style, d 128, 3 layers) from scratch on Shakespeare, batches of 16"
+    worth = [task(title).arms[OURS][WORTH] for title in (*scratch, *minilm, long)]
     assert figures(line_of("For its quality")) == worth
+    tolerant = [task(title).arms[TOLERANT][WORTH] for title in (minilm[1], long)]
     (grades,) = (row for arm, row in task(scratch[0]).arms.items() if arm.startswith("GradES"))
-    assert figures(line_of("Not for nothing")) == [grades[WORTH]]
+    assert figures(line_of("Not for nothing")) == [*tolerant, grades[WORTH]]
     small = task("ViT (d 64, 4 layers) from scratch, in batches of 64")
     assert figures(line_of("Not everywhere")) == [small.arms[OURS][WORTH], *figures(small.time)[:1]]
 
