@@ -71,7 +71,8 @@ def trained(optimizer_type: Any, settings: dict[str, Any], param: nn.Parameter) 
 
 
 def fill(optimizer: optim.Optimizer | None, param: nn.Parameter, state: Any) -> None:
-    estimate.fill(optimizer, settings_by_param(optimizer).get(id(param), {}), state)
+    of_blocks = estimate.weights(state.skipped, state.age)
+    estimate.fill(optimizer, settings_by_param(optimizer).get(id(param), {}), state, of_blocks)
 
 
 @pytest.mark.parametrize(("optimizer_type", "settings"), MOMENTS, ids=lambda v: getattr(v, "__name__", str(v)))
