@@ -19,7 +19,7 @@ from scripts import ROOT
 from torch import nn
 
 import cacompile
-from benchmarks.pages import OURS, WORTH, Task, pages, read_rows, read_tasks
+from benchmarks.pages import OURS, TOLERANT, WORTH, Task, pages, read_rows, read_tasks
 from cacompile import Config
 from cacompile.torch_internals import TESTED
 
@@ -36,9 +36,6 @@ def test_it_is_short_and_says_first_how_to_install() -> None:
 def test_links_lead_to_pages_of_the_docs(link: str) -> None:
     assert link.startswith("docs/"), "others are not found from the built docs, whose start page README is"
     assert (ROOT / link.partition("#")[0]).is_file()
-
-
-TOLERANT = "convaware, tolerance=0.2: four times the default"
 
 
 def line_of(beginning: str) -> str:
