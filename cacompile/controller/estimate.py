@@ -48,9 +48,8 @@ def to_be_filled(params: Sequence[ParamState], skipped: np.ndarray, age: np.ndar
     of_all = weights(skipped, age)
     stops = list(itertools.accumulate(param.blocks for param in params))
     changed = np.logical_or.reduceat(of_all != 1.0, [0, *stops[:-1]])
-    return {
-        param: of_all[stop - param.blocks : stop] for param, stop, its in zip(params, stops, changed.tolist()) if its
-    }
+    parts = zip(params, np.split(of_all, stops[:-1]), changed.tolist())
+    return {param: of_blocks for param, of_blocks, some in parts if some}
 
 
 def partition_of(state: ParamState, param: torch.Tensor) -> StridedPartition | None:
@@ -139,10 +138,10 @@ def _filling(
 
 
 @torch.no_grad()
-def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamState, of_groups: np.ndarray) -> None:
+def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamState, of_blocks: np.ndarray) -> None:
     """Write the estimate into the slices of `param.grad` that were skipped since the last step.
 
-    of_groups: `weights` of its blocks.
+    of_blocks: `weights` of its blocks.
     """
     param = state.param
     if param is None or param.grad is None or state.partition is None:
@@ -150,7 +149,7 @@ def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamS
     if optimizer is not None and state.config.estimate == "momentum":
         try:
             terms = estimate_of(optimizer, settings, param)
-            _fill(local(param.grad), state, of_groups, terms, getattr(optimizer, "grad_scale", None))
+            _fill(local(param.grad), state, of_blocks, terms, getattr(optimizer, "grad_scale", None))
             return
         except Exception:
             warning_once(
@@ -159,20 +158,20 @@ def fill(optimizer: Optimizer | None, settings: Mapping[str, Any], state: ParamS
                 type(optimizer).__name__,
                 exc_info=True,
             )
-    _fill(local(param.grad), state, of_groups, [], None)
+    _fill(local(param.grad), state, of_blocks, [], None)
 
 
 def _fill(
-    grad: torch.Tensor, state: ParamState, of_groups: np.ndarray, terms: list[Term], scale: torch.Tensor | None
+    grad: torch.Tensor, state: ParamState, of_blocks: np.ndarray, terms: list[Term], scale: torch.Tensor | None
 ) -> None:
     """scale: set while GradScaler leaves unscaling to a fused step."""
     assert state.partition is not None
     dim = state.partition.dim
     held = grad.shape[dim]
-    for weight in sorted(set(of_groups.tolist())):
+    for weight in sorted(set(of_blocks.tolist())):
         if weight == 1.0 or (weight > 0.0 and not terms):
             continue
-        for start, length in state.partition.spans(of_groups == weight, state.held):
+        for start, length in state.partition.spans(of_blocks == weight, state.held):
             rows, parts = grad, terms
             if length < held:
                 rows = grad.narrow(dim, start, length)

@@ -54,7 +54,8 @@ def note(params: Sequence[ParamState], index: GroupIndex, step: int, descent: np
 def _keep(param: ParamState) -> np.ndarray:
     """The probabilities with which blocks are really kept until the next measurement, float [G]."""
     drawn = np.ones(param.blocks) if param.step < param.config.warmup_steps else param.column("keep")
-    return drawn if param.pin is None else np.where(param.pinned_blocks, param.pin.keep_of(param), drawn)
+    held, _, keep = param.pinned
+    return np.where(held, keep, drawn)
 
 
 def forget(params: Sequence[ParamState]) -> None:

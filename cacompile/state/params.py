@@ -182,11 +182,11 @@ class ParamState(Freezable, ParamCounts):
         what it holds."""
         if not self.blocks or self.replicas is not None:  # then it is told to all ranks by the one that decides
             return
-        touched = self.pinned_blocks if touched is None else touched
+        held, mask, keep = self.pinned
+        touched = held if touched is None else touched
         if self.param is None or self.param.grad is None:  # what was skipped under the pin before is gone
             self.skipped[touched] = False
-        self.table.set_on(self.rows, np.where(touched, True if self.pin is None else self.pinned_mask(), self.on))
-        keep = 1.0 if self.pin is None else self.pin.keep_of(self)
+        self.table.set_on(self.rows, np.where(touched, mask, self.on))
         self.column("keep")[:] = np.where(touched, keep, self.column("keep"))
 
     @property

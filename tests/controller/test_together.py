@@ -78,8 +78,8 @@ def check_fill(pairs: list[tuple[nn.Parameter, ParamState]], optimizer: optim.Op
     """`left`: which of the parameters are left to be filled one by one."""
     settings, states = settings_by_param(optimizer), [state for _, state in pairs]
     before = [None if param.grad is None else param.grad.clone() for param, _ in pairs]
-    for param, state in pairs:
-        fill(optimizer, settings[id(param)], state, weights(state.skipped, state.age))
+    for (param, _), (state, of_blocks) in zip(pairs, wanted(states).items(), strict=True):
+        fill(optimizer, settings[id(param)], state, of_blocks)
     expected = [param.grad for param, _ in pairs]
     for (param, _), grad in zip(pairs, before, strict=True):
         param.grad = None if grad is None else grad.clone()
