@@ -46,7 +46,7 @@ versions: setup
 docs: setup
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
-# With the dial turned up: at the default little of what learns from scratch is skipped, and late.
+# With the dial turned up: at the default nothing of what learns from scratch in a few minutes is skipped.
 demo: setup
 	$(BIN)/python examples/train_gpt.py --tolerance 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,10 +15,6 @@ NOISE = 0.01
 
 FAST = 0.006
 """Movement in one step, as a share of a group's own size, at which skipping every second step gives up all descent."""
-
-CALM = 0.03
-"""Share of its descent that a group gives up at most in every second step, however fast it moves, where steps win half
-of what is usual."""
 
 ALIKE = 2.0
 """Groups whose descent per FLOP is within this factor of the median share one distance from turn to turn."""
@@ -82,11 +77,11 @@ def keep_probabilities(
     which a skipped FLOP has to beat, MARGIN times; it is beaten up to some k, and by no k where a group moves fast.
     Groups that score alike share it, and move as their mean does: what one of them misses in a step the others learn
     from the same samples. What is dearer than that is computed in every step and left out of the price, what is cheaper
-    has a k of its own. Where steps win less than is usual, moving fast counts less, see `calm`. A jump of the descent
-    counts as what is usual. Where all of them together would give up more than `tolerance` of what a step wins, the
-    price rises until they do not. 1 - 1/k is never above max_skip, and k never above `turns`: while a group is skipped
-    others of its role learn, so what has none like it never is. With a `budget` the price is the one, the same for all,
-    at which it is saved; it ends neither by the price nor by `tolerance`, only by a jump.
+    has a k of its own. A jump of the descent counts as what is usual. Where all of them together would give up more
+    than `tolerance` of what a step wins, the price rises until they do not. 1 - 1/k is never above max_skip, and k
+    never above `turns`: while a group is skipped others of its role learn, so what has none like it never is. With a
+    `budget` the price is the one, the same for all, at which it is saved; it ends neither by the price nor by
+    `tolerance`, only by a jump.
 
     descent: float [G] >= 0, expected loss decrease per step, NaN where not known yet (never skipped);
     ratio: float [G], movement in a step over its size, NaN where not known yet (never skipped);
@@ -113,7 +108,6 @@ def keep_probabilities(
     dear, alike = dearness > ALIKE, (dearness <= ALIKE) & (dearness >= 1.0 / ALIKE)
     step = min(usual[~dear].sum(), descent[~dear].sum())
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        ratio = np.minimum(ratio, FAST * calm(step / usual[~dear].sum()))
         if alike.any():
             descent = np.where(alike, flops * (descent[alike].sum() / flops[alike].sum()), descent)
             ratio = np.where(alike, np.average(ratio[alike], weights=flops[alike]), ratio)
@@ -164,14 +158,6 @@ def loss(k: np.ndarray, ratio: np.ndarray) -> np.ndarray:
     FAST.
     """
     return NOISE * k * (k - 1.0) / 2.0 + (k - 1.0) * ratio / FAST
-
-
-def calm(share: float) -> float:
-    """Share of its descent that a group gives up at most in every second step, however fast it moves: CALM at half.
-
-    share: 0..1, of what is usual that a step wins.
-    """
-    return CALM * share / (1.0 - share) if share < 1.0 else math.inf
 
 
 def _over_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
