@@ -176,6 +176,8 @@ def _distance(worth: np.ndarray, ratio: np.ndarray, longest: np.ndarray) -> np.n
         def pays(k: np.ndarray) -> np.ndarray:
             return worth > k * k * (NOISE * (2.0 * k - 1.0) / 2.0 + ratio / FAST)
 
+        if not pays(low).any():  # as most of the time
+            return low
         for _ in range(40):
             middle = (low + high) / 2.0
             more = pays(middle)
