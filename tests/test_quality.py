@@ -12,6 +12,7 @@ import pytest
 import torch
 from scripts import read_rows, run_module
 
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.arms import ARMS, CHOSEN, LOWER, random_groups, rated
 from benchmarks.quality.curve import Arms, Worth, frontier, mean_worth, resampled, seed_worths, standard_error, worth
 from benchmarks.quality.plan import Part, Settings, Turn, next_part, plan
@@ -143,14 +144,60 @@ def test_report_of_rows_made_by_hand(tmp_path):
     assert [w.ratio for w in ours.by_seed] == pytest.approx([90 / 80, 90 / 80])
     assert ours.cost.tolist() == pytest.approx([0.8, 0.8])
     assert "0.800 [0.800, 0.800]" in times(rows)  # of the seed in which they took turns
-    said = list(report(settings(tmp_path), ["resnet"], [0, 1]))
-    assert "resnet: Final quality: 0.1000 below full dense's, within its standard error, 0.5000." in said
+    said = list(report(settings(tmp_path), ["resnet"]))
+    apart = "0.1000 below full dense's (seed by seed 0.1000 ± 0.0000)"
+    assert f"resnet: Final quality: {apart}, within its standard error, 0.5000." in said
     assert not any("Goal" in line for line in said)  # an early task has none
     assert len([line for line in said if "none was chosen" in line or "none stopped early" in line]) == 2
     assert [line for line in verdicts("fine-tuning", summarize(rows)) if "Goal" in line] == [
         "Goal 1.25 in FLOPs: falls short by 10.0% (1.125)."
     ]
-    assert list(report(settings(tmp_path), ["resnet"], [7])) == [f"no rows in {tmp_path / 'quality.csv'} to report"]
+
+
+def test_what_is_shown_of_some_leaves_the_files_alone(tmp_path, capsys):
+    write_rows(tmp_path)
+    asked = ["report", "--smoke", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    written = {file: file.read_bytes() for file in tmp_path.glob("quality*")}
+    assert {file.suffix for file in written} == {".csv", ".md", ".svg"}
+    capsys.readouterr()
+    assert main([*asked, "--tasks", "resnet", "--seeds", "0"]) == 0
+    assert "| dense Inductor " in (shown := capsys.readouterr().out) and "Final quality" in shown
+    for more in (["--seeds", "7"], ["--tasks", "gpt"], ["--split", "valid"]):
+        assert main([*asked, *more]) == 1 and "no dense runs of these" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in tmp_path.glob("quality*")} == written
+    assert not list(report(Settings(out=tmp_path, smoke=True, split="valid"), ["resnet"]))
+
+
+def test_rows_of_validation_data_are_reported_apart(tmp_path):
+    write_rows(tmp_path)
+    rows = pd.read_csv(tmp_path / "quality.csv")
+    rows.assign(split="valid", seed=rows["seed"] + 100).to_csv(
+        tmp_path / "quality.csv", mode="a", header=False, index=False
+    )
+    for split, name in (("valid", "quality-valid"), ("test", "quality")):
+        list(report(Settings(out=tmp_path, smoke=True, split=split), ["resnet"]))
+        assert f"measured on {split} data" in (tmp_path / f"{name}.md").read_text()
+        assert (tmp_path / f"{name}.svg").exists()
+    assert Settings(out=tmp_path, split="valid", scale=0.5).report == "quality-valid-0.5"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--jobs", "0"],
+        ["--jobs", "-1"],
+        ["--steps-scale", "0"],
+        ["--steps-scale", "nan"],
+        ["--seeds", "a"],
+        ["--arms", "x"],
+    ],
+)
+def test_wrong_arguments_are_named_and_nothing_is_run(wrong, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--smoke", "--out", str(tmp_path), *wrong])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and wrong[0] in said and wrong[1] in said and not any(tmp_path.iterdir())
 
 
 def test_a_control_is_compared_on_the_seeds_that_both_were_made_from(tmp_path):
@@ -199,6 +246,8 @@ def test_time_to_target_is_the_first_look_that_reaches_it_and_a_miss_is_infinite
     found = to_target(looks, rows)
     assert found["dense"] == (pytest.approx((1.0 + 0.6) / 2), pytest.approx((1.0 + 0.6) / 2), 0, 2)
     assert found["convaware"][2:] == (1, 2) and np.isinf(found["convaware"][0])
+    of_one = [each[(each["arm"] == "dense") | (each["seed"] == 1)] for each in (looks, rows)]
+    assert to_target(*of_one)["dense"] == (0.6, 0.6, 0, 1), "only seeds that both were run from are compared"
     early = of_looks(looks, "dense", [0, 1])
     assert [frame["cost_flops"].tolist() for frame in early] == [[60.0, 60.0], [80.0, 80.0]]
     assert of_looks(looks, "dense", [0, 1, 2]) == []

@@ -4,6 +4,7 @@
     python -m benchmarks.quality                                  # everything that is missing, then the report
     python -m benchmarks.quality --tasks gpt --arms dense,convaware --seeds 0
     python -m benchmarks.quality report                           # tables and plots from the rows that are there
+    python -m benchmarks.quality report --tasks gpt --seeds 0     # of some on the screen, which leaves the files alone
     python -m benchmarks.quality tau                              # where GradES' threshold comes from
     python -m benchmarks.quality --smoke                          # seconds, to a temporary folder
 
@@ -16,9 +17,10 @@ one seed take turns every five steps, so that their seconds can be compared (col
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from benchmarks.lib.rows import RESULTS
 from benchmarks.quality.arms import ARMS, CHOSEN, DENSE, DEV_SEED, LENGTHS, RATES, SHARES, installed, rated
 from benchmarks.quality.peers import weight_changes
 from benchmarks.quality.plan import Settings, plan
-from benchmarks.quality.report import report
+from benchmarks.quality.report import report, show
 from benchmarks.quality.rows import LOOK_COLUMNS, append, keys, read
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tuned import tuned
@@ -128,20 +130,38 @@ def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def _seeds(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"seeds are whole numbers from 0 on, separated by commas, got {text!r}")
     return [int(part) for part in text.split(",")]
+
+
+def _jobs(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 0.0 < scale < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return scale
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", nargs="?", choices=("run", "choose", "report", "tau"), default="run")
-    add("--tasks", type=_some_of(list(TASKS)), default="all", help="comma-separated: %(default)s, " + ", ".join(TASKS))
+    add("--tasks", type=_some_of(list(TASKS)), help="comma-separated: all (default), " + ", ".join(TASKS))
     add("--arms", type=_some_of(list(ARMS)), default="usual", help="comma-separated; all, usual (default) or some of: "
         + ", ".join(ARMS))  # fmt: skip
-    add("--seeds", type=_seeds, help=f"comma-separated (default: 0,1,2; choose: {DEV_SEED})")
-    add("--steps-scale", type=float, default=1.0, metavar="X", help="times the steps of every task")
+    add("--seeds", type=_seeds, help=f"comma-separated (default: 0,1,2; choose: {DEV_SEED}; report: all)")
+    add("--steps-scale", type=_scale, default=1.0, metavar="X", help="times the steps of every task")
     add("--split", choices=("test", "valid"), default="test", help="options are chosen on valid, reported is test")
-    add("--jobs", type=int, default=2, help="processes, of one thread each (default: %(default)s)")
+    add("--jobs", type=_jobs, default=2, help="processes, of one thread each (default: %(default)s)")
     add("--out", type=Path, help="folder of rows, profiles, tables and plots (default: benchmarks/results)")
     add("--again", action="store_true", help="make runs again that have a row")
     add("--smoke", action="store_true", help="tiny models, few steps; shows that it runs, no more")
@@ -154,15 +174,36 @@ def main(argv: list[str] | None = None) -> int:
             args.split, args.arms = "valid", [rated(rung, rate) for rung in CHOSEN for rate in RATES]
         seeds = args.seeds or ([DEV_SEED] if args.command == "choose" else [0, 1, 2])
         settings = Settings(out=args.out or Path(folder), split=args.split, scale=args.steps_scale, smoke=args.smoke)
+        if args.command == "report":
+            return _report(settings, args.tasks, args.seeds, console)
         if args.command == "tau":
             thresholds(settings, console)
             return 0
-        failed = 0
-        if args.command != "report":
-            failed = measure(args.tasks, args.arms, seeds, settings, args.jobs, args.again, console)
-        for line in report(settings, args.tasks, seeds):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        tasks = args.tasks or list(TASKS)
+        try:
+            failed = measure(tasks, args.arms, seeds, settings, args.jobs, args.again, console)
+        except KeyboardInterrupt:
+            console.print(f"interrupted: what is done is in {settings.rows}, the same command goes on from there")
+            return 130
+        _print(report(settings, tasks), console)
     return int(failed > 0)
+
+
+def _report(settings: Settings, tasks: Sequence[str] | None, seeds: Sequence[int] | None, console: Console) -> int:
+    """Of some tasks or seeds on the screen; files are written of all."""
+    some = tasks is not None or seeds is not None
+    told = _print(show(settings, tasks or list(TASKS), seeds) if some else report(settings, list(TASKS)), console)
+    if not told:
+        console.print(f"{settings.rows} has no dense runs of these to report", highlight=False, soft_wrap=True)
+    return int(not told)
+
+
+def _print(lines: Iterable[str], console: Console) -> bool:
+    """Whether there were any."""
+    told = list(lines)
+    for line in told:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return bool(told)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ class Settings:
         return Key(task, arm, seed, self.split, self.steps(task, arm))
 
     @property
+    def report(self) -> str:
+        """What its report and plots are called: what is reported, of the tasks' own lengths, is apart from the rest."""
+        return "quality" + "-valid" * (self.split == "valid") + f"-{self.scale:g}" * (self.scale != 1.0)
+
+    @property
     def rows(self) -> Path:
         return self.out / "quality.csv"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from benchmarks.quality.plan import TIMED, Settings
 from benchmarks.quality.plots import draw_curves, draw_profiles
 from benchmarks.quality.rows import Key, read, read_looks, read_profile
 from benchmarks.quality.target import of_looks, to_target
+from benchmarks.quality.tasks import TASKS
 
 GOALS = {"fine-tuning": (1.25, 1.15), "from scratch": (1.10, 1.05)}
 """For convaware, in FLOPs and in seconds: where the frontier of the dense runs reaches its quality, over its cost."""
@@ -54,8 +56,9 @@ class Found:
         return mean_worth(self.arms.of([self.compared_on.index(seed) for seed in seeds]))
 
 
-def rows_of(rows: pd.DataFrame, settings: Settings, task: str, seeds: Sequence[int]) -> pd.DataFrame:
-    """Rows of one task in the lengths that are asked for, sorted by seed."""
+def rows_of(rows: pd.DataFrame, settings: Settings, task: str, seeds: Sequence[int] | None = None) -> pd.DataFrame:
+    """Rows of one task in the lengths that are asked for, sorted by seed. seeds: None for all there are."""
+    seeds = sorted(set(rows["seed"])) if seeds is None else seeds
     wanted = [settings.key(task, arm, seed) for arm in ARMS for seed in seeds]
     index = pd.MultiIndex.from_frame(rows[list(Key._fields)])
     return rows[index.isin(wanted)].sort_values("seed")
@@ -150,17 +153,22 @@ def against_goal(worth: Worth, goal: float) -> str:
 
 
 def within_error(ours: Found, dense: Found) -> str:
-    """On the seeds that both were run from, against the standard error of all full dense runs; better is within."""
-    short = dense.quality[np.isin(dense.seeds, ours.seeds)].mean() - ours.quality.mean()
-    error = standard_error(dense.quality)
-    if short == 0:
+    """On the seeds that both were run from, against the standard error of all full dense runs; better is within.
+
+    Seed by seed there is less noise than that: with two seeds or more its mean and standard error are told too.
+    """
+    full = dict(zip(dense.seeds, dense.quality, strict=True))
+    apart = np.array([full[seed] - own for seed, own in zip(ours.seeds, ours.quality, strict=True) if seed in full])
+    short, error = apart.mean(), standard_error(dense.quality)
+    if not apart.any():
         return "full dense's, to the bit"
+    paired = f" (seed by seed {mean_and_error(apart, '{:.4f}')})" if len(apart) > 1 else ""
     if short < 0:
-        return f"{abs(short):.4f} above full dense's"
+        return f"{abs(short):.4f} above full dense's{paired}"
     if np.isnan(error):
         return f"{short:.4f} below full dense's; one seed has no standard error"
     within = "within" if short <= error else "not within"
-    return f"{short:.4f} below full dense's, {within} its standard error, {error:.4f}"
+    return f"{short:.4f} below full dense's{paired}, {within} its standard error, {error:.4f}"
 
 
 def times(rows: pd.DataFrame) -> str | None:
@@ -194,19 +202,29 @@ def missing_controls(rows: pd.DataFrame, looks: pd.DataFrame, task: str) -> Iter
         yield "The full dense run was not looked at along the way: none stopped early is on the frontier."
 
 
-def report(settings: Settings, tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
-    """Write quality.md and the plots from the rows there are; gives what to tell."""
+class Section(NamedTuple):
+    """What there is to say of a task."""
+
+    task: str
+    title: str
+    found: list[Found]
+    said: list[str]
+    provenance: str
+
+    @property
+    def lines(self) -> list[str]:
+        """In Markdown."""
+        said = [f"- {line}" for line in self.said]
+        return [f"## {self.title}", "", table(self.found), "", *said, "", self.provenance, ""]
+
+
+def sections(settings: Settings, tasks: Sequence[str], seeds: Sequence[int] | None = None) -> Iterator[Section]:
+    """Of the tasks that have rows. seeds: None for all there are."""
     rows, all_looks = read(settings.rows), read_looks(settings.looks)
-    source = f"Written by `python -m benchmarks.quality`; measured on {settings.split} data."
-    lines = ["# Quality against cost", "", source, "", PREAMBLE]
-    panels: dict[str, list[Found]] = {}
     for name in tasks:
-        chosen = rows_of(rows, settings, name, seeds)
-        looks = rows_of(all_looks, settings, name, seeds)
-        found = summarize(chosen, looks)
-        if not found:
+        chosen, looks = rows_of(rows, settings, name, seeds), rows_of(all_looks, settings, name, seeds)
+        if not (found := summarize(chosen, looks)):
             continue
-        panels[name] = found
         task = settings.task(name)
         said = [
             *missing_controls(rows, looks, name),
@@ -214,23 +232,37 @@ def report(settings: Settings, tasks: Sequence[str], seeds: Sequence[int]) -> It
             *filter(None, [times(chosen)]),
             *targets(looks, chosen),
         ]
-        lines += [f"## {task.title}, {task.steps} steps", "", table(found), "", *(f"- {line}" for line in said), ""]
-        lines += [_provenance(chosen), ""]
-        yield from (f"{name}: {line}" for line in said)
-    if not panels:
-        yield f"no rows in {settings.rows} to report"
+        yield Section(name, f"{task.title}, {task.steps} steps", found, said, _provenance(chosen))
+
+
+def show(settings: Settings, tasks: Sequence[str], seeds: Sequence[int] | None) -> Iterator[str]:
+    """Of some tasks or seeds what `report` writes of all; gives what to tell, and writes nothing."""
+    for section in sections(settings, tasks, seeds):
+        yield from section.lines
+
+
+def report(settings: Settings, tasks: Sequence[str]) -> Iterator[str]:
+    """Write tables and plots of all rows there are; gives what to tell of these tasks."""
+    every = list(sections(settings, list(TASKS)))
+    if not every:
         return
-    titles = {name: settings.task(name).title for name in panels}
-    draw_curves(settings.out / "quality.svg", panels, titles)
-    lines += ["![Quality against cost](quality.svg)", ""]
-    profiles = {name: [settings.profile(name, seed) for seed in seeds] for name in panels}
-    shares = {name: [read_profile(file) for file in files if file.exists()]
-              for name, files in profiles.items()}  # fmt: skip
+    source = f"Written by `python -m benchmarks.quality`; measured on {settings.split} data."
+    lines = ["# Quality against cost", "", source, "", PREAMBLE]
+    for section in every:
+        lines += section.lines
+        yield from (f"{section.task}: {line}" for line in section.said if section.task in tasks)
+    curves, skipped = f"{settings.report}.svg", f"{settings.report}_skipped.svg"
+    titles = {section.task: settings.task(section.task).title for section in every}
+    draw_curves(settings.out / curves, {section.task: section.found for section in every}, titles)
+    lines += [f"![Quality against cost]({curves})", ""]
+    seeds = {section.task: [s for f in section.found if f.arm == "convaware" for s in f.seeds] for section in every}
+    files = {task: [settings.profile(task, seed) for seed in seeds[task]] for task in seeds}
+    shares = {task: [read_profile(file) for file in each if file.exists()] for task, each in files.items()}
     if any(shares.values()):
-        draw_profiles(settings.out / "quality_skipped.svg", shares, titles)
-        lines += ["![Share of dW skipped](quality_skipped.svg)", ""]
-    (settings.out / "quality.md").write_text("\n".join(lines))
-    yield f"quality.md, quality.svg and quality_skipped.svg are in {settings.out}/"
+        draw_profiles(settings.out / skipped, shares, titles)
+        lines += [f"![Share of dW skipped]({skipped})", ""]
+    (settings.out / f"{settings.report}.md").write_text("\n".join(lines))
+    yield f"{settings.report}.md, {curves} and {skipped} are in {settings.out}/"
 
 
 PREAMBLE = """\

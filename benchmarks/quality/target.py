@@ -21,6 +21,8 @@ def of_looks(looks: pd.DataFrame, arm: str, seeds: Sequence[int]) -> list[pd.Dat
 def to_target(looks: pd.DataFrame, rows: pd.DataFrame) -> dict[str, tuple[float, float, int, int]]:
     """Arm -> (FLOPs, seconds, misses, seeds): medians over seeds, as shares of the full dense run of the same seed.
 
+    Over the seeds that all arms were run from which were run at all; the target is of all of dense's.
+
     looks, rows: of one task; what a run has at its end is in rows.
     """
     columns = ["arm", "seed", "cost_flops", "cost_seconds", "quality"]
@@ -31,11 +33,12 @@ def to_target(looks: pd.DataFrame, rows: pd.DataFrame) -> dict[str, tuple[float,
     error = standard_error(dense["quality"].to_numpy(float))
     target = float(dense["quality"].mean()) - (0.0 if np.isnan(error) else error)
     seen, found = pd.concat([looks[columns], ends[columns]], ignore_index=True), {}
-    for arm in TIMED:
-        mine = seen[(seen["arm"] == arm) & seen["seed"].isin(dense.index)]
-        seeds = sorted(set(mine["seed"]))
-        if not seeds:
+    of_arm = {arm: set(seen["seed"][seen["arm"] == arm]) & set(dense.index) for arm in TIMED}
+    seeds = sorted(set.intersection(*(each for each in of_arm.values() if each)) if any(of_arm.values()) else ())
+    for arm in TIMED if seeds else ():
+        if not of_arm[arm]:
             continue
+        mine = seen[seen["arm"] == arm]
         costs = []
         for seed in seeds:
             there = mine[(mine["seed"] == seed) & (mine["quality"] >= target)]
