@@ -19,6 +19,7 @@ UNREAD = "no score yet"
 SMALL = "too small, costs no dW FLOPs of its own"
 NOTHING_WON = "nothing is won by a step, as at a learning rate of zero"
 JUMPED = "wins far more than usual just now"
+ENOUGH = "the option budget is saved without it"
 NO_ROOM = "the option tolerance leaves no room for it"
 FAST = "still moves fast"
 SMALL_PART = "dW is too small a part of a step"
@@ -88,7 +89,7 @@ def why_dense(weighed: Weighed, config: Config) -> list[str]:
     """Why each group is computed in every step, by what the policy would do otherwise; empty where it is not, [groups].
 
     It is asked again however little it comes to, with the default tolerance, without movement, with what steps usually
-    win, and with dW as a usual part.
+    win, with dW as a usual part, and where there is a budget with all of a step for it.
     """
     descent, ratio, flops, usual, turns, _ = weighed
     known = np.isfinite(descent) & np.isfinite(ratio)
@@ -100,6 +101,8 @@ def why_dense(weighed: Weighed, config: Config) -> list[str]:
         (FAST, still := weighed._replace(ratio=np.where(known, 0.0, ratio)), config),
         (SMALL_PART, still._replace(step_flops=None), config),
     ]
+    if config.budget:
+        otherwise.insert(0, (ENOUGH, weighed, replace(config, budget=1.0)))
     reasons = np.full(len(descent), DEAR, object)
     for text, values, asked in reversed(otherwise):
         reasons[values.keep(asked) < SELDOM] = text

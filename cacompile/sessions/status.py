@@ -95,6 +95,8 @@ class Status:
     """Share of the steps' FLOPs that dW is: the most that can be saved. Before the first step, as compiled."""
     why: str = ""
     """Why nothing is skipped, in a sentence; empty where something is."""
+    short: str = ""
+    """What of the option budget cannot be saved, in a sentence; empty where it is."""
 
     @property
     def saved_step(self) -> float:
@@ -135,6 +137,7 @@ class Status:
             self.can,
             small_part(self.dw_of_step, 1.0) if self.dw_of_step else "",
             self.why,
+            self.short,
             *frozen_lines(self.frozen),
         ]
         rows = [(f.name, f.groups, f.skipped, f"{f.keep:.3f}", f.why) for f in self.families]
@@ -176,6 +179,7 @@ def status(model: torch.nn.Module) -> Status:
         can=reasons.line,
         dw_of_step=total / whole if whole else float(dw / step) if step else 0.0,
         why=reasons.nothing,
+        short=reasons.short,
     )
 
 

@@ -50,6 +50,8 @@ class Why:
     """Name of a family -> why most of it is computed in every step, pinned or frozen; empty where it is skipped."""
     nothing: str
     """Why nothing at all is skipped, in a sentence; empty if something is."""
+    short: str = ""
+    """What of the option budget cannot be saved, in a sentence; empty where it is, or where nothing is skipped."""
 
     @property
     def line(self) -> str:
@@ -74,7 +76,8 @@ def why(view: Session) -> Why:
     of_family = [index.family == i for i in range(len(names))]
     families = {name: _commonest(reasons[own], flops[own]) for name, own in zip(names, of_family)}
     told = families if any(families.values()) and all(families.values()) else {}
-    return Why(len(trained), can, config.warmup_steps, families, _sentence(told, config, view.step_count))
+    nothing, short = _sentence(told, config, view.step_count), _short(index, config)
+    return Why(len(trained), can, config.warmup_steps, families, nothing, "" if nothing else short)
 
 
 def small_part(dw: float, step: float) -> str:
@@ -159,6 +162,20 @@ def _sentence(families: Mapping[str, str], config: Config, steps: int) -> str:
         return f"Scores are read every {config.monitor_every} steps; {steps} have been done."
     parts = [f"{n} of {len(families)} families: {reason}" for reason, n in reasons.most_common()]
     return f"Nothing is skipped now. {'; '.join(parts)}."
+
+
+def _short(index: GroupIndex, config: Config) -> str:
+    """Of a budget that is missed by more than a twentieth of itself."""
+    whole, keep = step_flops(index.params), index.least(index.column("keep"))
+    if not (config.budget and whole) or (keep >= SELDOM).all():
+        return ""
+    saved = float((index.sum(index.column("flops")) * (1.0 - keep)).sum()) / whole
+    if saved >= 0.95 * config.budget:
+        return ""
+    return (
+        f"The option budget asks for {config.budget:.1%} of a step's FLOPs, and {saved:.1%} are saved: more is not "
+        f"allowed by max_skip ({config.max_skip:g}), by the turns of what is alike, or by what is always computed."
+    )
 
 
 def _nothing_planned(ran: Sequence[GraphBinding]) -> str:

@@ -51,6 +51,8 @@ def weighed(**values: Any) -> Weighed:
             reasons.LITTLE,
         ),
         ({"ratio": FAST / 9}, {"tolerance": 0.5}, "", ""),
+        ({}, {"budget": 1e-6}, reasons.ENOUGH, reasons.ENOUGH),
+        ({"descent": (1.0,), "usual": (1.0,), "ratio": FAST}, {"budget": 0.1}, reasons.DEAR, ""),
     ],
 )
 def test_what_holds_a_group_on(values: dict[str, Any], options: dict[str, float], first: str, last: str):

@@ -90,6 +90,17 @@ def test_why_nothing_is_skipped(settings: dict[str, Any], family: str, sentence:
     assert family in again.whys(), "known of the state, before the next measurement"
 
 
+def test_what_of_a_budget_cannot_be_saved_is_told():
+    found = Run(budget=0.03).train(6)
+    assert found.skipped and not found.short and not found.why
+    run = Run(budget=1.0, max_skip=0.5)
+    assert run.train(1).short == "", "nothing is decided yet"
+    found = run.train(6)
+    dw, whole = found.dw_flops, found.step_flops
+    said = f"The option budget asks for 100.0% of a step's FLOPs, and {0.5 * dw / whole:.1%} are saved"
+    assert found.short.startswith(said) and "max_skip (0.5)" in found.short and found.short in str(found)
+
+
 def test_pinned_and_frozen_are_shown_as_such():
     run = Run()
     run.train(1)
