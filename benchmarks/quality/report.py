@@ -162,7 +162,7 @@ def within_error(ours: Found, dense: Found) -> str:
     short, error = apart.mean(), standard_error(dense.quality)
     if not apart.any():
         return "full dense's, to the bit"
-    paired = f" (seed by seed {mean_and_error(apart, '{:.4f}')})" if len(apart) > 1 else ""
+    paired = f" (seed by seed {mean_and_error(np.sign(short) * apart, '{:.4f}')})" if len(apart) > 1 else ""
     if short < 0:
         return f"{abs(short):.4f} above full dense's{paired}"
     if np.isnan(error):
