@@ -33,11 +33,10 @@ def to_target(looks: pd.DataFrame, rows: pd.DataFrame) -> dict[str, tuple[float,
     error = standard_error(dense["quality"].to_numpy(float))
     target = float(dense["quality"].mean()) - (0.0 if np.isnan(error) else error)
     seen, found = pd.concat([looks[columns], ends[columns]], ignore_index=True), {}
-    of_arm = {arm: set(seen["seed"][seen["arm"] == arm]) & set(dense.index) for arm in TIMED}
-    seeds = sorted(set.intersection(*(each for each in of_arm.values() if each)) if any(of_arm.values()) else ())
-    for arm in TIMED if seeds else ():
-        if not of_arm[arm]:
-            continue
+    of_arm = {arm: set(each["seed"]) & set(dense.index) for arm, each in seen.groupby("arm")}
+    run = [arm for arm in TIMED if of_arm.get(arm)]
+    seeds = sorted(set.intersection(*(of_arm[arm] for arm in run))) if run else []
+    for arm in run if seeds else ():
         mine = seen[seen["arm"] == arm]
         costs = []
         for seed in seeds:
