@@ -158,7 +158,7 @@ def within_error(ours: Found, dense: Found) -> str:
     Seed by seed there is less noise than that: with two seeds or more its mean and standard error are told too.
     """
     full = dict(zip(dense.seeds, dense.quality, strict=True))
-    apart = np.array([full[seed] - own for seed, own in zip(ours.seeds, ours.quality, strict=True) if seed in full])
+    apart = np.array([full[seed] for seed in ours.seeds]) - ours.quality
     short, error = apart.mean(), standard_error(dense.quality)
     if not apart.any():
         return "full dense's, to the bit"
@@ -255,9 +255,16 @@ def report(settings: Settings, tasks: Sequence[str]) -> Iterator[str]:
     titles = {section.task: settings.task(section.task).title for section in every}
     draw_curves(settings.out / curves, {section.task: section.found for section in every}, titles)
     lines += [f"![Quality against cost]({curves})", ""]
-    seeds = {section.task: [s for f in section.found if f.arm == "convaware" for s in f.seeds] for section in every}
-    files = {task: [settings.profile(task, seed) for seed in seeds[task]] for task in seeds}
-    shares = {task: [read_profile(file) for file in each if file.exists()] for task, each in files.items()}
+    shares = {
+        section.task: [
+            read_profile(file)
+            for found in section.found
+            if found.arm == "convaware"
+            for seed in found.seeds
+            if (file := settings.profile(section.task, seed)).exists()
+        ]
+        for section in every
+    }
     if any(shares.values()):
         draw_profiles(settings.out / skipped, shares, titles)
         lines += [f"![Share of dW skipped]({skipped})", ""]

@@ -166,11 +166,11 @@ def _sentence(families: Mapping[str, str], config: Config, steps: int) -> str:
 
 def _short(index: GroupIndex, config: Config) -> str:
     """Of a budget that is missed by more than a twentieth of itself."""
-    whole, keep = step_flops(index.params), index.least(index.column("keep"))
-    if not (config.budget and whole) or (keep >= SELDOM).all():
+    if not config.budget or (whole := step_flops(index.params)) is None:
         return ""
+    keep = index.least(index.column("keep"))
     saved = float((index.sum(index.column("flops")) * (1.0 - keep)).sum()) / whole
-    if saved >= 0.95 * config.budget:
+    if (keep >= SELDOM).all() or saved >= 0.95 * config.budget:
         return ""
     return (
         f"The option budget asks for {config.budget:.1%} of a step's FLOPs, and {saved:.1%} are saved: more is not "
